@@ -1,0 +1,3 @@
+"""Scheduling policies: one decision rule per file, and their registry."""
+
+SYNERDIFF = True

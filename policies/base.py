@@ -1,0 +1,145 @@
+"""The policy contract, parameters with bounds, and the two moves that most policies share.
+
+The contract in full: ``docs/contract.md``. A policy imports only ``synerdiff.core`` and ``synerdiff.profile``: it has
+no clock, no random generator and no engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from synerdiff.core import Decision, InputError, Mode, Sample, SampleId, View, WorkerInfo
+from synerdiff.profile import Profile
+
+
+class Policy(Protocol):
+    """One decision rule. ``decide`` is asked after a step, a chunk, the wake, and arrivals on an idle lane."""
+
+    chunking: str
+
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None: ...
+
+    def decide(self, view: View) -> Decision: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of a policy: its type, default (None: derived at reset), bounds (inclusive), unit and meaning."""
+
+    name: str
+    kind: type
+    default: Any
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""
+    help: str = ""
+    choices: tuple[str, ...] = ()
+
+    def check(self, owner: str, value: Any) -> Any:
+        """The value in its type; InputError names policy, parameter, what was found and what is allowed."""
+        if value is None and self.default is None:
+            return None
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = {
+            int: number and not isinstance(value, float),
+            float: number,
+            bool: isinstance(value, bool),
+            str: isinstance(value, str),
+        }[self.kind]
+        if not fits:
+            raise InputError(f"policy '{owner}': {self.name} is {value!r}; allowed is {self.allowed}.")
+        if number and not (
+            value == value and (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+        ):
+            raise InputError(f"policy '{owner}': {self.name} is {value!r}; allowed is {self.allowed}.")
+        if self.choices and value not in self.choices:
+            raise InputError(f"policy '{owner}': {self.name} is {value!r}; allowed is {self.allowed}.")
+        return self.kind(value)
+
+    @property
+    def allowed(self) -> str:
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}[self.kind]
+        if self.low is not None and self.high is not None:
+            return f"{words} from {self.low:g} to {self.high:g}"
+        if self.low is not None:
+            return f"{words} of at least {self.low:g}"
+        return words
+
+
+DEFAULT_BATCH = 8
+BATCH = Parameter(
+    "batch",
+    int,
+    None,
+    1,
+    4096,
+    "samples",
+    f"most samples in a step (default {DEFAULT_BATCH}, less when the profile's rows are fewer)",
+)
+
+
+class BatchedPolicy:
+    """Parameters by keyword, and the batch limit that every batching policy has."""
+
+    PARAMETERS: ClassVar[tuple[Parameter, ...]] = (BATCH,)
+    NAME: ClassVar[str] = ""
+    chunking = "whole"
+
+    def __init__(self, **parameters: Any) -> None:
+        self.parameters = checked_parameters(self.NAME or type(self).__name__, self.PARAMETERS, parameters)
+        self.batch = 0
+
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+        self.batch = batch_limit(self.NAME or type(self).__name__, self.parameters.get("batch"), worker)
+
+
+def checked_parameters(owner: str, known: tuple[Parameter, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """All parameters with their values; an unknown one is an InputError that lists the known ones."""
+    names = [parameter.name for parameter in known]
+    for name in given:
+        if name not in names:
+            listing = ", ".join(names) if names else "none"
+            raise InputError(f"policy '{owner}' has no parameter '{name}'; it has {listing}.")
+    return {p.name: p.check(owner, given[p.name]) if p.name in given else p.default for p in known}
+
+
+def batch_limit(owner: str, batch: int | None, worker: WorkerInfo) -> int:
+    """Most samples in a step. Left open, the default shrinks to the rows there are; a larger wish is an error."""
+    most = max(1, worker.max_rows // worker.sample_rows)
+    if batch is None:
+        return min(DEFAULT_BATCH, most)
+    if batch > most:
+        raise InputError(
+            f"policy '{owner}': batch is {batch}, but the profile's steps have at most {worker.max_rows} rows, "
+            f"which is {most} samples of {worker.sample_rows} rows."
+        )
+    return batch
+
+
+def fifo_admissions(view: View, active: int, rows: int, batch: int) -> list[Sample]:
+    """Waiting samples to admit, first in first out, without overtaking across batch keys.
+
+    ``active`` samples with ``rows`` rows at full guidance are in the coming step already; samples are taken while
+    there are fewer than ``batch`` and their rows fit.
+    """
+    taken: list[Sample] = []
+    if active >= batch or not view.waiting:
+        return taken
+    key = next(iter(view.active)).batch_key if active else None
+    for sample in view.waiting:
+        if key is None:
+            key = sample.batch_key
+        rows += sample.full_rows
+        if active + len(taken) >= batch or rows > view.max_rows or sample.batch_key != key:
+            break
+        taken.append(sample)
+    return taken
+
+
+def full_step(samples: Iterable[Sample]) -> tuple[tuple[SampleId, Mode], ...]:
+    """A step of these samples with full guidance."""
+    return tuple([(sample.id, sample.default_mode) for sample in samples])

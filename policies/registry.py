@@ -1,0 +1,66 @@
+"""The policies by name, and how a user's own is found."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from policies.base import Parameter, Policy, checked_parameters
+from policies.continuous import ContinuousParallel, ContinuousSerial
+from policies.dynamic import Dynamic
+from policies.static import Static
+from synerdiff.core import InputError
+
+POLICIES: dict[str, type[Any]] = {
+    policy.NAME: policy for policy in (Static, Dynamic, ContinuousSerial, ContinuousParallel)
+}
+
+
+def policy_class(name: str, base_folder: Path | None = None) -> type[Any]:
+    """The class behind a registered name or ``module:Class``.
+
+    ``base_folder`` (where the YAML file lies, else the working folder) is appended to the import path, never put first.
+    """
+    if ":" not in name:
+        if name not in POLICIES:
+            raise InputError(
+                f"there is no policy '{name}'; known are {', '.join(POLICIES)}, or module:Class of your own."
+            )
+        return POLICIES[name]
+    module_name, _, class_name = name.partition(":")
+    folder = str((base_folder or Path()).resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise InputError(f"policy '{name}': the module {module_name} cannot be imported ({error}).") from None
+    found = getattr(module, class_name, None)
+    if not inspect.isclass(found):
+        raise InputError(f"policy '{name}': the module {module_name} has no class {class_name}.")
+    for method in ("reset", "decide"):
+        if not callable(getattr(found, method, None)):
+            raise InputError(f"policy '{name}': the class {class_name} has no method {method}, so it is not a policy.")
+    return found
+
+
+def policy_parameters(name: str, base_folder: Path | None = None) -> tuple[Parameter, ...]:
+    """The declared parameters of a policy; a user's class without a declaration has none."""
+    return tuple(getattr(policy_class(name, base_folder), "PARAMETERS", ()))
+
+
+def build_policy(name: str, parameters: dict[str, Any] | None = None, base_folder: Path | None = None) -> Policy:
+    """A fresh policy object. Unknown names and parameters, wrong types and values are InputErrors."""
+    found = policy_class(name, base_folder)
+    given = parameters or {}
+    checked_parameters(name, policy_parameters(name, base_folder), given)
+    try:
+        policy: Policy = found(**given)
+    except TypeError as error:
+        raise InputError(f"policy '{name}' cannot be built with {given or 'no parameters'} ({error}).") from None
+    if not isinstance(getattr(policy, "chunking", None), str):
+        policy.chunking = "whole"
+    return policy

@@ -1,0 +1,52 @@
+"""Static batching: a batch is filled, denoised to its end with padding, decoded, and only then followed by the next."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from policies.base import BATCH, BatchedPolicy, Parameter, full_step
+from synerdiff.core import NS_PER_S, ChunkLaunch, Decision, Sample, View
+
+
+class Static(BatchedPolicy):
+    """Waits for a full batch, for ``max_wait_s`` after the oldest sample's entry, or for the end of arrivals.
+
+    The batch is the first samples with the oldest's batch key. A finished sample's rows stay as padding until the
+    slowest ends; then all are decoded one by one while the denoise lane is held. A partial batch is not padded.
+    """
+
+    NAME = "static"
+    PARAMETERS = (
+        BATCH,
+        Parameter("max_wait_s", float, 1.0, 0.0, 3600.0, "s", "longest wait of the oldest sample for a full batch"),
+    )
+
+    def decide(self, view: View) -> Decision:
+        if not view.denoise_free:
+            return Decision()
+        if view.active:
+            padding = sum(sample.full_rows for sample in view.decoding)
+            return Decision(step=full_step(view.active), pad_rows=padding)
+        if view.decoding:
+            first = next(iter(view.decoding))
+            return Decision(chunks=(ChunkLaunch(first.id, 1, exclusive=True),))
+        if not view.waiting:
+            return Decision()
+        batch, full = self._next_batch(view)
+        oldest = batch[0]
+        due_ns = oldest.entered_ns + round(self.parameters["max_wait_s"] * NS_PER_S)
+        if full or view.closed or view.now_ns >= due_ns:
+            return Decision(admit=tuple([sample.id for sample in batch]), step=full_step(batch))
+        return Decision(wake_at_ns=due_ns)
+
+    def _next_batch(self, view: View) -> tuple[list[Sample], bool]:
+        """The first samples with the oldest's key, and whether no more fit."""
+        key = next(iter(view.waiting)).batch_key
+        batch: list[Sample] = []
+        rows = 0
+        for sample in islice((s for s in view.waiting if s.batch_key == key), self.batch):
+            if rows + sample.full_rows > view.max_rows:
+                return batch, True
+            rows += sample.full_rows
+            batch.append(sample)
+        return batch, len(batch) == self.batch

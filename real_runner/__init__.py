@@ -1,0 +1,3 @@
+"""The engine that executes a policy on hardware."""
+
+SYNERDIFF = True

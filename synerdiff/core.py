@@ -1,0 +1,368 @@
+"""The vocabulary that every part shares: requests, samples, views, decisions and records.
+
+Standard library only. Engines count integer nanoseconds (``_ns``); slowdowns are integers in parts per million
+(``_ppm``, 1_000_000 = runs as fast as alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+NS_PER_S = 1_000_000_000
+PPM = 1_000_000
+
+SampleId = int
+"""Dense number of a sample within a run: requests in trace order, then images."""
+
+BatchKey = tuple[str, int | None, int | None, tuple[str, ...]]
+"""(base model, height, width, merged adapters): only samples with equal keys share a step."""
+
+
+class InputError(ValueError):
+    """Something a user gave is wrong. The message is one plain sentence; commands print it and exit with 2."""
+
+
+class ContractError(RuntimeError):
+    """A policy broke the policy contract. The message names policy, time and reason."""
+
+
+class Mode(StrEnum):
+    """How a sample takes a step."""
+
+    GUIDED = "guided"
+    CONDITIONAL = "conditional"
+    REUSE = "reuse"
+
+
+GUIDED, CONDITIONAL, REUSE = Mode.GUIDED, Mode.CONDITIONAL, Mode.REUSE
+MODE_LETTER = {GUIDED: "g", CONDITIONAL: "c", REUSE: "r"}
+
+
+class Phase(StrEnum):
+    """Where a sample is on its way; the last three are ends."""
+
+    UNBORN = "unborn"
+    WAITING = "waiting"
+    ACTIVE = "active"
+    DECODING = "decoding"
+    DONE = "done"
+    REJECTED = "rejected"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One arrival. ``steps`` counts denoiser steps per image; ``guidance_scale`` <= 1 means unguided."""
+
+    request_id: int
+    arrival_ns: int
+    steps: int
+    images: int = 1
+    guidance_scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
+    base_model: str = ""
+    loras: tuple[str, ...] = ()
+    controlnets: tuple[str, ...] = ()
+    slo_ns: int | None = None
+    seed: int | None = None
+
+    @property
+    def batch_key(self) -> BatchKey:
+        return (self.base_model, self.height, self.width, self.loras)
+
+
+@dataclass(frozen=True, slots=True)
+class SkipBudget:
+    """How many steps of a sample may run without guidance, and which.
+
+    ``fraction_ppm`` of a sample's steps, rounded down, may be skipped; the first ``warmup_steps`` are always guided,
+    at most ``longest_run`` skips follow each other, and ``mode`` is what a skipped step does instead. ``steps``
+    (by step count, when a calibration names them) narrows eligibility to the listed step indices.
+    """
+
+    fraction_ppm: int = 0
+    warmup_steps: int = 3
+    longest_run: int = 1
+    mode: Mode = REUSE
+    eligible_steps: dict[int, frozenset[int]] | None = None
+
+    def skips(self, steps: int) -> int:
+        """Skips that a sample of ``steps`` steps may spend: floor(steps * fraction)."""
+        return steps * self.fraction_ppm // PPM
+
+
+NO_SKIPS = SkipBudget()
+
+
+class Sample:
+    """One image of a request. Engines write it, policies only read it."""
+
+    __slots__ = (
+        "admitted_ns",
+        "batch_key",
+        "budget",
+        "chunks_done",
+        "deadline_ns",
+        "decode_started_ns",
+        "denoised_ns",
+        "entered_ns",
+        "finished_ns",
+        "guided",
+        "had_guided_step",
+        "id",
+        "image",
+        "in_step",
+        "launched",
+        "phase",
+        "request",
+        "skip_run",
+        "skipped_at",
+        "skips_left",
+        "skips_spent",
+        "step_index",
+        "steps",
+    )
+
+    def __init__(self, sample_id: SampleId, request: Request, image: int, entered_ns: int, budget: SkipBudget) -> None:
+        self.id = sample_id
+        self.request = request
+        self.image = image
+        self.steps = request.steps
+        self.guided = request.guidance_scale > 1.0
+        self.batch_key = request.batch_key
+        self.entered_ns = entered_ns
+        """Arrival plus text encoding: when it joins ``waiting``."""
+        self.deadline_ns = None if request.slo_ns is None else request.arrival_ns + request.slo_ns
+        self.budget = budget
+        self.phase = Phase.UNBORN
+        self.step_index = 0
+        """Steps done."""
+        self.skips_spent = 0
+        self.skips_left = budget.skips(request.steps) if self.guided else 0
+        self.skip_run = 0
+        """Steps without guidance since the last guided one."""
+        self.had_guided_step = False
+        self.in_step = False
+        """Part of the running (or committed) step."""
+        self.skipped_at: list[int] | None = None
+        """Indices of the steps taken without guidance."""
+        self.chunks_done = 0
+        self.launched = False
+        """A launch of this sample's decode holds a lane, or has it reserved."""
+        self.admitted_ns = -1
+        self.denoised_ns = -1
+        self.decode_started_ns = -1
+        self.finished_ns = -1
+
+    @property
+    def name(self) -> str:
+        """``request.image``, as records and messages write it."""
+        return f"{self.request.request_id}.{self.image}"
+
+    @property
+    def modes(self) -> str:
+        """One letter per step taken: g, c or r."""
+        letters = [MODE_LETTER[self.default_mode]] * self.step_index
+        for index in self.skipped_at or ():
+            letters[index] = MODE_LETTER[self.budget.mode]
+        return "".join(letters)
+
+    @property
+    def steps_left(self) -> int:
+        return self.steps - self.step_index
+
+    @property
+    def full_rows(self) -> int:
+        """Rows of a step with full guidance: 2, or 1 when the sample is unguided."""
+        return 2 if self.guided else 1
+
+    @property
+    def default_mode(self) -> Mode:
+        """Guided, or conditional when the sample is unguided (that is never a skip)."""
+        return GUIDED if self.guided else CONDITIONAL
+
+    def may_skip_at(self, step_index: int, skips_left: int, skip_run: int) -> bool:
+        """Whether the budget allows a skip at ``step_index`` with that much of it left."""
+        budget = self.budget
+        if not self.guided or skips_left <= 0 or step_index < budget.warmup_steps or skip_run >= budget.longest_run:
+            return False
+        if budget.eligible_steps is None:
+            return True
+        return step_index in budget.eligible_steps.get(self.steps, frozenset())
+
+    @property
+    def skip_mode(self) -> Mode | None:
+        """The mode in which the next step may be skipped, or None when it must be guided (or is unguided)."""
+        if not self.may_skip_at(self.step_index, self.skips_left, self.skip_run):
+            return None
+        if self.budget.mode is REUSE and not self.had_guided_step:
+            return None
+        return self.budget.mode
+
+    @property
+    def allowed_modes(self) -> tuple[Mode, ...]:
+        """Modes in which the next step may be taken, the full one first."""
+        skip = self.skip_mode
+        return (self.default_mode,) if skip is None else (GUIDED, skip)
+
+    def __repr__(self) -> str:
+        return f"Sample({self.name}, {self.phase}, step {self.step_index}/{self.steps})"
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLaunch:
+    """The next ``chunks`` chunks of a sample's decode, in order, on one decode lane.
+
+    ``exclusive`` holds the denoise lane idle until the last of them ends; ``forced`` marks a launch that a starvation
+    guard made (recorded; exempt from throughput credits).
+    """
+
+    sample: SampleId
+    chunks: int
+    lane: int = 0
+    exclusive: bool = False
+    forced: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do now, applied in the order of the fields."""
+
+    admit: tuple[SampleId, ...] = ()
+    reject: tuple[SampleId, ...] = ()
+    step: tuple[tuple[SampleId, Mode], ...] = ()
+    pad_rows: int = 0
+    chunks: tuple[ChunkLaunch, ...] = ()
+    wake_at_ns: int | None = None
+
+
+NOTHING = Decision()
+
+
+class LaneView:
+    """What one decode lane runs. Engines write it, policies only read it."""
+
+    __slots__ = ("chunks_left", "exclusive", "forced", "gpu", "index", "sample", "started")
+
+    def __init__(self, index: int, gpu: int) -> None:
+        self.index = index
+        self.gpu = gpu
+        self.sample: Sample | None = None
+        """The sample being decoded (or for which the lane is reserved), None when the lane is free."""
+        self.chunks_left = 0
+        """Chunks of this launch not finished, the running one included."""
+        self.exclusive = False
+        self.forced = False
+        self.started = False
+        """False while the launch is only reserved: it starts when the running step really ends."""
+
+    @property
+    def free(self) -> bool:
+        return self.sample is None
+
+
+class View:
+    """What a policy sees: live and read-only, never a copy. Collections iterate in the order that their line states."""
+
+    __slots__ = (
+        "active",
+        "arrived",
+        "chunk_done",
+        "closed",
+        "decode_lanes",
+        "decoding",
+        "denoise_free",
+        "gone",
+        "max_rows",
+        "now_ns",
+        "running",
+        "step_done",
+        "waiting",
+    )
+
+    now_ns: int
+    waiting: Collection[Sample]
+    """By entry: trace order, then image."""
+    active: Collection[Sample]
+    """Admitted and not yet denoised, by admission."""
+    decoding: Collection[Sample]
+    """Denoised and not yet decoded, by end of denoising, ties in step order."""
+    decode_lanes: Sequence[LaneView]
+    running: Sequence[SampleId]
+    """The step that runs now or is committed to start; empty when the denoise lane has none."""
+    denoise_free: bool
+    """A step (or an exclusive launch) may be decided now."""
+    max_rows: int
+    """Rows that a step may have, pads included; lowered after an out-of-memory error."""
+    closed: bool
+    """No sample can enter waiting any more."""
+    arrived: Sequence[Sample]
+    """Entered waiting since the last decision."""
+    step_done: Sequence[Sample]
+    """Samples of a step that ended since the last decision."""
+    chunk_done: Sequence[Sample]
+    """Samples of which a chunk ended since the last decision."""
+    gone: Sequence[tuple[Sample, str]]
+    """Samples that ended since the last decision, with the reason: done, rejected or failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What a policy learns at reset: the GPU of the denoise lane and of each decode lane, and the largest step."""
+
+    max_rows: int
+    denoise_gpu: int = 0
+    decode_gpus: tuple[int, ...] = (0,)
+    sample_rows: int = 2
+    """Rows that one sample of this run takes at most: 2, or 1 when the whole trace is unguided."""
+    name: str = "worker0"
+
+
+class WorkRecord(NamedTuple):
+    """One piece of work on one lane."""
+
+    gpu: int
+    lane: str
+    kind: str
+    start_ns: int
+    end_ns: int
+    rows: int
+    pad_rows: int
+    samples: tuple[SampleId, ...]
+    modes: str
+    chunk: int
+    exclusive: bool
+    forced: bool
+
+
+class RequestRecord(NamedTuple):
+    """What became of one request; times are those of its last-finishing sample, -1 where it never got there."""
+
+    request: Request
+    admitted_ns: int
+    denoised_ns: int
+    decode_started_ns: int
+    finished_ns: int
+    status: str
+    skipped_steps: int
+    modes: tuple[str, ...]
+    """Per image: one letter per step taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What an engine hands back: records in a stable order, and the instant at which the run ended."""
+
+    requests: list[RequestRecord]
+    """In trace order."""
+    work: list[WorkRecord]
+    """By start, denoise first, lane, end."""
+    sample_names: list[str]
+    """``request.image`` by SampleId."""
+    end_ns: int
+    decisions: int
+    """How often the policy was asked."""

@@ -1,0 +1,184 @@
+"""A profile: tables of integers -> nanoseconds, as measured or estimated on one device for one model.
+
+Measured points come back verbatim; outside the measured range a lookup raises and names the range. The format is in
+``docs/file-formats.md``. Interpolation is linear in integers, halves rounded up.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from synerdiff.core import InputError
+
+_T = TypeVar("_T")
+
+SCHEMA_VERSION = 1
+OVERHEADS = ("step_dispatch", "chunk_dispatch", "decision_lead", "text_encode", "result_copy")
+STEP_COLUMNS = ("rows", "median_ns", "p10_ns", "p90_ns", "n", "held_out")
+CHUNK_COLUMNS = ("chunking", "chunk", "median_ns", "p10_ns", "p90_ns", "n")
+CORUN_COLUMNS = (
+    "chunking",
+    "chunk",
+    "rows",
+    "step_slowdown_ppm",
+    "chunk_slowdown_ppm",
+    "step_p10_ppm",
+    "step_p90_ppm",
+    "chunk_p10_ppm",
+    "chunk_p90_ppm",
+    "n",
+    "held_out",
+)
+OVERHEAD_COLUMNS = ("name", "median_ns", "p10_ns", "p90_ns", "n")
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, 10th and 90th percentile (ns or ppm) of n samples."""
+
+    median: int
+    p10: int
+    p90: int
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Corun:
+    """Slowdowns (ppm) of a step and of a chunk while they run together."""
+
+    step: Spread
+    chunk: Spread
+    held_out: bool
+
+
+def interpolate(low: int, high: int, position: int, span: int) -> int:
+    """low + (high - low) * position / span, in integers, halves rounded up."""
+    return low + (2 * (high - low) * position + span) // (2 * span)
+
+
+@dataclass(slots=True)
+class Profile:
+    """Times of one model on one device.
+
+    ``steps``: rows -> solo time of a denoiser step. ``chunks``: chunking -> solo time of each chunk of a decode.
+    ``corun``: (chunking, chunk) -> rows -> slowdowns. ``overheads``: name -> time; a missing one is 0.
+    ``row_buckets``: the rows for which a step is compiled, None for eager execution (then times interpolate).
+    """
+
+    name: str
+    provenance: str
+    row_buckets: tuple[int, ...] | None
+    steps: Mapping[int, Spread]
+    chunks: Mapping[str, tuple[Spread, ...]]
+    corun: Mapping[tuple[str, int], Mapping[int, Corun]]
+    overheads: Mapping[str, Spread]
+    held_out_steps: Mapping[int, Spread] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    content_hash: str = ""
+    _bucket_memo: dict[int, int] = field(default_factory=dict, repr=False)
+    _step_memo: dict[int, int] = field(default_factory=dict, repr=False)
+    _slowdown_memo: dict[tuple[int, str, int], tuple[int, int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def estimated(self) -> bool:
+        return self.provenance != "measured"
+
+    @property
+    def label(self) -> str:
+        """The name as figures show it: an estimated profile says so."""
+        return f"{self.name} (estimated)" if self.estimated else self.name
+
+    @property
+    def max_rows(self) -> int:
+        return max(self.row_buckets if self.row_buckets is not None else self.steps)
+
+    @property
+    def chunkings(self) -> tuple[str, ...]:
+        return tuple(self.chunks)
+
+    def overhead_ns(self, name: str) -> int:
+        spread = self.overheads.get(name)
+        return 0 if spread is None else spread.median
+
+    def bucket(self, rows: int) -> int:
+        """The smallest bucket of at least ``rows`` rows; ``rows`` itself on an eager profile."""
+        found = self._bucket_memo.get(rows)
+        if found is None:
+            found = self._bucket_memo[rows] = self._find_bucket(rows)
+        return found
+
+    def _find_bucket(self, rows: int) -> int:
+        points = self.row_buckets if self.row_buckets is not None else tuple(sorted(self.steps))
+        low = 1 if self.row_buckets is not None else points[0]
+        if not low <= rows <= points[-1]:
+            raise InputError(f"profile '{self.name}' knows steps of {low} to {points[-1]} rows; {rows} were asked for.")
+        return points[bisect_left(points, rows)] if self.row_buckets is not None else rows
+
+    def step_ns(self, rows: int) -> int:
+        """T(rows): solo time of a step, at the bucket of ``rows``; interpolated only on eager profiles."""
+        found = self._step_memo.get(rows)
+        if found is None:
+            found = self._step_memo[rows] = _at(self.bucket(rows), self.steps, lambda spread: spread.median)
+        return found
+
+    def step_spread(self, rows: int) -> Spread:
+        """Median, p10 and p90 of a step at the bucket of ``rows``."""
+        bucket = self.bucket(rows)
+        parts = [_at(bucket, self.steps, pick) for pick in (lambda s: s.median, lambda s: s.p10, lambda s: s.p90)]
+        return Spread(parts[0], parts[1], parts[2], 0)
+
+    def chunk_count(self, chunking: str) -> int:
+        return len(self._chunks_of(chunking))
+
+    def chunk_ns(self, chunking: str, chunk: int) -> int:
+        """Solo time of a chunk."""
+        return self._chunks_of(chunking)[chunk].median
+
+    def decode_ns(self, chunking: str = "whole") -> int:
+        """Solo time of all chunks of one decode."""
+        return sum(spread.median for spread in self._chunks_of(chunking))
+
+    def _chunks_of(self, chunking: str) -> tuple[Spread, ...]:
+        if chunking not in self.chunks:
+            known = ", ".join(self.chunks)
+            raise InputError(f"profile '{self.name}' has no chunking '{chunking}'; it has {known}.")
+        return self.chunks[chunking]
+
+    def slowdown_ppm(self, rows: int, chunking: str, chunk: int) -> tuple[int, int]:
+        """(step, chunk) slowdowns while a step of ``rows`` rows and that chunk run together.
+
+        Taken at the bucket of ``rows``, linear between the measured rows.
+        """
+        key = (rows, chunking, chunk)
+        found = self._slowdown_memo.get(key)
+        if found is None:
+            found = self._slowdown_memo[key] = self._find_slowdown(rows, chunking, chunk)
+        return found
+
+    def _find_slowdown(self, rows: int, chunking: str, chunk: int) -> tuple[int, int]:
+        self._chunks_of(chunking)
+        measured = {r: cell for r, cell in self.corun.get((chunking, chunk), {}).items() if not cell.held_out}
+        bucket = self.bucket(rows)
+        if not measured or not min(measured) <= bucket <= max(measured):
+            span = f"{min(measured)} to {max(measured)}" if measured else "no"
+            raise InputError(
+                f"profile '{self.name}' has co-run slowdowns of chunk {chunk} of '{chunking}' for {span} rows; "
+                f"{bucket} were asked for."
+            )
+        return (
+            _at(bucket, measured, lambda cell: cell.step.median),
+            _at(bucket, measured, lambda cell: cell.chunk.median),
+        )
+
+
+def _at(x: int, points: Mapping[int, _T], value: Callable[[_T], int]) -> int:
+    """The value at x, verbatim where measured, else linear between its neighbours."""
+    if x in points:
+        return value(points[x])
+    keys = sorted(points)
+    place = bisect_left(keys, x)
+    low, high = keys[place - 1], keys[place]
+    return interpolate(value(points[low]), value(points[high]), x - low, high - low)

@@ -1,0 +1,324 @@
+"""What one worker holds, and the policy contract: the part of an engine that knows no clock.
+
+Both engines drive this class, so that a decision means the same in both. It moves samples through their phases,
+checks every decision, and says what to start now and what only when the running step really ends. When things happen
+is the engine's business.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NoReturn
+
+from synerdiff.core import (
+    CONDITIONAL,
+    GUIDED,
+    MODE_LETTER,
+    NS_PER_S,
+    ChunkLaunch,
+    ContractError,
+    Decision,
+    LaneView,
+    Mode,
+    Phase,
+    Sample,
+    SampleId,
+    View,
+)
+
+ACTIVE, DECODING, WAITING = Phase.ACTIVE, Phase.DECODING, Phase.WAITING
+
+
+class Step:
+    """One denoiser step over a batch of samples."""
+
+    __slots__ = ("freed", "ids", "modes", "pad_rows", "rows", "samples", "shown_done")
+
+    def __init__(self, samples: list[Sample], ids: tuple[SampleId, ...], modes: str, rows: int, pad_rows: int) -> None:
+        self.samples = samples
+        self.ids = ids
+        self.modes = modes
+        self.rows = rows
+        self.pad_rows = pad_rows
+        self.shown_done = False
+        """The view shows it as done already, because the next decision closes early."""
+        self.freed: list[Sample] = []
+        """Samples for which this was the last step."""
+
+
+class Worker:
+    """Samples, lanes and the view of one worker.
+
+    ``samples`` is indexed by SampleId; ``chunk_count`` is that of the policy's chunking. Times go in and out in ns.
+    """
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        policy_name: str,
+        chunk_count: int,
+        max_rows: int,
+        decode_gpus: tuple[int, ...],
+        result_copy_ns: int = 0,
+    ) -> None:
+        self.samples = samples
+        self.policy_name = policy_name
+        self.chunk_count = chunk_count
+        self.result_copy_ns = result_copy_ns
+        self.waiting: OrderedDict[SampleId, Sample] = OrderedDict()
+        self.active: dict[SampleId, Sample] = {}
+        self.decoding: OrderedDict[SampleId, Sample] = OrderedDict()
+        self.lanes = [LaneView(index, gpu) for index, gpu in enumerate(decode_gpus)]
+        self.step: Step | None = None
+        """The step that runs."""
+        self.next_step: Step | None = None
+        """The step that starts when the running one really ends."""
+        self.exclusive_lane: LaneView | None = None
+        """The decode lane whose launch holds (or has reserved) the denoise lane."""
+        self.wake_ns: int | None = None
+        self.ended = 0
+        """Samples that are done, rejected or failed."""
+        self._arrived: list[Sample] = []
+        self._step_done: list[Sample] = []
+        self._chunk_done: list[Sample] = []
+        self._gone: list[tuple[Sample, str]] = []
+        view = View()
+        view.now_ns = 0
+        view.waiting = self.waiting.values()
+        view.active = self.active.values()
+        view.decoding = self.decoding.values()
+        view.decode_lanes = self.lanes
+        view.running = ()
+        view.denoise_free = True
+        view.max_rows = max_rows
+        view.closed = False
+        view.arrived, view.step_done = self._arrived, self._step_done
+        view.chunk_done, view.gone = self._chunk_done, self._gone
+        self.view = view
+
+    # --- what happens -------------------------------------------------------------------------------------------
+
+    def enter(self, sample: Sample) -> None:
+        """A sample joins waiting."""
+        sample.phase = WAITING
+        self.waiting[sample.id] = sample
+        self._arrived.append(sample)
+
+    def show_step_done(self) -> None:
+        """Count the running step as done: at its end, or earlier when the next decision closes early."""
+        step = self.step
+        assert step is not None
+        step.shown_done = True
+        for sample, letter in zip(step.samples, step.modes, strict=True):
+            sample.in_step = False
+            index = sample.step_index
+            sample.step_index = index + 1
+            if sample.guided:
+                if letter == "g":
+                    sample.had_guided_step = True
+                    sample.skip_run = 0
+                else:
+                    self._spend_skip(sample, index)
+            if index + 1 == sample.steps:
+                sample.phase = DECODING
+                del self.active[sample.id]
+                self.decoding[sample.id] = sample
+                step.freed.append(sample)
+        self._step_done.extend(step.samples)
+
+    @staticmethod
+    def _spend_skip(sample: Sample, index: int) -> None:
+        sample.skips_spent += 1
+        sample.skips_left -= 1
+        sample.skip_run += 1
+        if sample.skipped_at is None:
+            sample.skipped_at = []
+        sample.skipped_at.append(index)
+
+    def end_step(self, now_ns: int) -> Step:
+        """The running step really ends; returns it. What was committed may start."""
+        step = self.step
+        assert step is not None
+        if not step.shown_done:
+            self.show_step_done()
+        for sample in step.freed:
+            sample.denoised_ns = now_ns
+        self.step = None
+        return step
+
+    def start_committed(self) -> list[LaneView]:
+        """After ``end_step``: the committed step becomes the running one; returns the lanes whose launch starts."""
+        self.step, self.next_step = self.next_step, None
+        starting = [lane for lane in self.lanes if lane.sample is not None and not lane.started]
+        for lane in starting:
+            lane.started = True
+        return starting
+
+    def end_chunk(self, lane: LaneView, now_ns: int) -> bool:
+        """The lane's running chunk ends. True when the next chunk of the same launch follows by itself."""
+        sample = lane.sample
+        assert sample is not None
+        sample.chunks_done += 1
+        lane.chunks_left -= 1
+        self._chunk_done.append(sample)
+        if lane.chunks_left:
+            return True
+        if lane is self.exclusive_lane:
+            self.exclusive_lane = None
+        lane.sample = None
+        sample.launched = False
+        if sample.chunks_done == self.chunk_count:
+            sample.finished_ns = now_ns + self.result_copy_ns
+            del self.decoding[sample.id]
+            self._end(sample, Phase.DONE)
+        return False
+
+    def fail(self, sample: Sample) -> None:
+        """A sample fails alone. It must hold no lane."""
+        for place in (self.waiting, self.active, self.decoding):
+            place.pop(sample.id, None)
+        self._end(sample, Phase.FAILED)
+
+    def _end(self, sample: Sample, phase: Phase) -> None:
+        sample.phase = phase
+        self.ended += 1
+        self._gone.append((sample, str(phase)))
+
+    # --- deciding -----------------------------------------------------------------------------------------------
+
+    @property
+    def denoise_held(self) -> bool:
+        """A step runs, or an exclusive launch holds the lane: arrivals alone do not ask the policy."""
+        return self.step is not None or self.exclusive_lane is not None
+
+    def look(self, now_ns: int, closed: bool) -> View:
+        """The view as of now."""
+        view = self.view
+        step = self.step
+        shown = self.next_step if step is None or step.shown_done else step
+        view.now_ns = now_ns
+        view.closed = closed
+        view.running = () if shown is None else shown.ids
+        view.denoise_free = shown is None and self.exclusive_lane is None
+        return view
+
+    def apply(self, decision: Decision, now_ns: int) -> tuple[bool, list[LaneView]]:
+        """Check a decision and carry it out.
+
+        Returns whether a step starts now (it is then ``self.step``), and the lanes whose launch starts now. The rest
+        is committed: it starts with ``start_committed`` when the running step really ends. Raises ContractError.
+        """
+        early = self.step is not None
+        for sample_id in decision.admit:
+            sample = self._sample(sample_id, WAITING, "admitted", now_ns)
+            del self.waiting[sample_id]
+            sample.phase = ACTIVE
+            sample.admitted_ns = now_ns
+            self.active[sample_id] = sample
+        for sample_id in decision.reject:
+            sample = self._sample(sample_id, WAITING, "rejected", now_ns)
+            del self.waiting[sample_id]
+            self._end(sample, Phase.REJECTED)
+        step_starts = False
+        if decision.step:
+            step = self._make_step(decision, now_ns)
+            if early:
+                self.next_step = step
+            else:
+                self.step = step
+                step_starts = True
+        elif decision.pad_rows:
+            self._refuse(now_ns, f"pad_rows is {decision.pad_rows} without a step")
+        starting = [lane for launch in decision.chunks if (lane := self._launch(launch, now_ns)).started]
+        wake_ns = decision.wake_at_ns
+        if wake_ns is not None and wake_ns <= now_ns:
+            self._refuse(now_ns, f"wake_at_ns is {wake_ns}, which is not after now ({now_ns})")
+        self.wake_ns = wake_ns
+        self._arrived.clear()
+        self._step_done.clear()
+        self._chunk_done.clear()
+        self._gone.clear()
+        return step_starts, starting
+
+    def _make_step(self, decision: Decision, now_ns: int) -> Step:
+        if not self.view.denoise_free:
+            self._refuse(now_ns, "a step was decided while the denoise lane is busy or held")
+        samples: list[Sample] = []
+        letters: list[str] = []
+        key = None
+        rows = decision.pad_rows
+        if rows < 0:
+            self._refuse(now_ns, f"pad_rows is {rows}")
+        for sample_id, mode in decision.step:
+            sample = self._sample(sample_id, ACTIVE, "stepped", now_ns)
+            if sample.in_step:
+                self._refuse(now_ns, f"sample {sample.name} is in the step twice")
+            if key is None:
+                key = sample.batch_key
+            elif sample.batch_key != key:
+                self._refuse(now_ns, f"sample {sample.name} has batch key {sample.batch_key}, the step has {key}")
+            if mode == GUIDED and sample.guided:
+                rows += 2
+            else:
+                self._check_mode(sample, mode, now_ns)
+                rows += 1
+            sample.in_step = True
+            samples.append(sample)
+            letters.append(MODE_LETTER[mode])
+        if rows > self.view.max_rows:
+            self._refuse(now_ns, f"the step has {rows} rows; at most {self.view.max_rows} are possible")
+        return Step(samples, tuple([s.id for s in samples]), "".join(letters), rows, decision.pad_rows)
+
+    def _check_mode(self, sample: Sample, mode: Mode, now_ns: int) -> None:
+        """For every mode but the guided one of a guided sample."""
+        if not sample.guided:
+            if mode != CONDITIONAL:
+                self._refuse(now_ns, f"sample {sample.name} is unguided and takes only conditional steps, not {mode}")
+        elif mode != sample.skip_mode:
+            allowed = ", ".join(sample.allowed_modes)
+            self._refuse(now_ns, f"mode {mode} is not allowed for sample {sample.name} now; allowed: {allowed}")
+
+    def _launch(self, launch: ChunkLaunch, now_ns: int) -> LaneView:
+        sample = self._sample(launch.sample, DECODING, "decoded", now_ns)
+        if not 0 <= launch.lane < len(self.lanes):
+            self._refuse(now_ns, f"there is no decode lane {launch.lane}; lanes count from 0 to {len(self.lanes) - 1}")
+        lane = self.lanes[launch.lane]
+        if lane.sample is not None:
+            self._refuse(now_ns, f"decode lane {launch.lane} is busy with sample {lane.sample.name}")
+        if sample.launched:
+            self._refuse(now_ns, f"sample {sample.name} is being decoded on another lane")
+        left = self.chunk_count - sample.chunks_done
+        if not 1 <= launch.chunks <= left:
+            self._refuse(now_ns, f"{launch.chunks} chunks of sample {sample.name} were launched; {left} are left")
+        if launch.exclusive:
+            busy = self.next_step is not None or self.exclusive_lane is not None
+            if busy or (self.step is not None and not self.step.shown_done):
+                self._refuse(now_ns, "an exclusive launch needs the denoise lane idle")
+            self.exclusive_lane = lane
+        lane.sample = sample
+        lane.chunks_left = launch.chunks
+        lane.exclusive = launch.exclusive
+        lane.forced = launch.forced
+        # While the running step is shown as done before it is, what depends on its end waits for that.
+        lane.started = self.step is None or not (launch.exclusive or sample.denoised_ns < 0)
+        sample.launched = True
+        return lane
+
+    def _sample(self, sample_id: SampleId, phase: Phase, verb: str, now_ns: int) -> Sample:
+        if type(sample_id) is not int or not 0 <= sample_id < len(self.samples):
+            self._refuse(now_ns, f"sample id {sample_id!r} is unknown")
+        sample = self.samples[sample_id]
+        if sample.phase is not phase:
+            self._refuse(now_ns, f"sample {sample.name} cannot be {verb}: it is {sample.phase}, not {phase}")
+        return sample
+
+    def _refuse(self, now_ns: int, reason: str) -> NoReturn:
+        raise ContractError(f"policy '{self.policy_name}' at {now_ns / NS_PER_S:.9f} s: {reason}.")
+
+    def refuse_stall(self, now_ns: int) -> NoReturn:
+        """The policy launched nothing while nothing runs, nothing can arrive and no wake is set."""
+        self._refuse(
+            now_ns,
+            f"it launched nothing while nothing runs, nothing can arrive and no wake is set; {len(self.waiting)} "
+            f"samples wait, {len(self.active)} are active, {len(self.decoding)} await their decode",
+        )
