@@ -1,0 +1,215 @@
+"""An experiment file (``experiments.yaml``) as validated, frozen models. The fields are described in
+``docs/file-formats.md``; an unknown field is an error that lists the known ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+from synerdiff.core import PPM, InputError, Mode, SkipBudget
+from synerdiff.files import read_yaml
+
+_T = TypeVar("_T")
+Listed = Annotated[tuple[_T, ...], Strict(False)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+Load = Annotated[float, Field(gt=0, le=10)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Batch = Annotated[int, Field(ge=1, le=4096)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+
+Figure = Literal["latency-load", "throughput-load", "stages", "backlog"]
+FIGURES: tuple[Figure, ...] = ("latency-load", "throughput-load", "stages", "backlog")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError(f"named fields are needed: {', '.join(cls.model_fields)}")
+        for key in data:
+            if key not in cls.model_fields:
+                raise ValueError(f"there is no field '{key}'; known are {', '.join(cls.model_fields)}")
+        return data
+
+
+class SkipBudgetSection(_Section):
+    """How many steps of an image may run without guidance; the fields of ``core.SkipBudget``."""
+
+    fraction: float = Field(default=0.0, ge=0, le=1)
+    warmup_steps: int = Field(default=3, ge=0, le=10_000)
+    longest_run: int = Field(default=1, ge=1, le=10_000)
+    mode: Literal["reuse", "conditional"] = "reuse"
+
+    @property
+    def budget(self) -> SkipBudget:
+        return SkipBudget(round(self.fraction * PPM), self.warmup_steps, self.longest_run, Mode(self.mode))
+
+
+class Window(_Section):
+    """A part of a trace, in seconds of the trace as it is written, the end excluded."""
+
+    start_s: float = Field(ge=0)
+    end_s: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Window:
+        if self.end_s <= self.start_s:
+            raise ValueError(f"end_s is {self.end_s:g}; it must lie after start_s, {self.start_s:g}")
+        return self
+
+
+class Workload(_Section):
+    """Where requests come from: a generator (one replicate per seed) or a trace file (one replicate per window)."""
+
+    name: Name
+    generator: str | None = None
+    parameters: dict[str, Any] = {}
+    trace: str | None = None
+    windows: Listed[Window] = ()
+    requests: Count | None = None
+    loads: Listed[Load] | None = Field(default=None, min_length=1)
+    seeds: Listed[Seed] | None = Field(default=None, min_length=1)
+    backlog: bool = False
+    batch_from: Name | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Workload:
+        if (self.generator is None) == (self.trace is None):
+            raise ValueError("exactly one of generator and trace is needed")
+        if self.generator is not None and self.windows:
+            raise ValueError("windows belong to a trace; a generator takes requests and seeds")
+        if self.trace is not None:
+            for field in ("parameters", "seeds"):
+                if getattr(self, field):
+                    raise ValueError(f"{field} belongs to a generator; a trace takes windows")
+        return self
+
+
+class PolicyEntry(_Section):
+    """A policy at one set of parameters; ``batch`` is a size, a list of sizes to search, or ``best``."""
+
+    policy: str
+    label: str | None = Field(default=None, min_length=1, max_length=80)
+    parameters: dict[str, Any] = {}
+    batch: Batch | Literal["best"] | Listed[Batch] | None = None
+
+    @model_validator(mode="after")
+    def _one_batch(self) -> PolicyEntry:
+        if self.batch == ():
+            raise ValueError("batch is an empty list; allowed are a size, a list of sizes, or best")
+        if self.batch is not None and "batch" in self.parameters:
+            raise ValueError("batch is given twice: beside parameters and inside them")
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.label or self.policy
+
+    @property
+    def searched(self) -> bool:
+        return self.batch == "best" or isinstance(self.batch, tuple)
+
+
+class BatchSearch(_Section):
+    """How a policy's best batch size is found: the least mean latency at the nearest searched load."""
+
+    batches: Listed[Batch] = Field(default=(1, 2, 4, 8, 16), min_length=1)
+    loads: Listed[Load] = Field(default=(0.6, 0.9), min_length=1)
+    seed: Seed = 0
+    requests: Count = 400
+
+
+class Slo(_Section):
+    """A request is good when it ends within ``solo_multiple`` times its latency alone, or within ``seconds``."""
+
+    solo_multiple: float | None = Field(default=None, gt=0, le=1e6)
+    seconds: float | None = Field(default=None, gt=0, le=1e9)
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> Slo:
+        if (self.solo_multiple is None) == (self.seconds is None):
+            raise ValueError("exactly one of solo_multiple and seconds is needed")
+        return self
+
+
+class Experiment(_Section):
+    """One experiment: the grid profile x workload x policy x load x replicate."""
+
+    name: Name
+    profiles: Listed[str] = Field(min_length=1)
+    workloads: Listed[Workload] = Field(min_length=1)
+    policies: Listed[PolicyEntry] = Field(min_length=1)
+    loads: Listed[Load] = Field(default=(0.5, 0.6, 0.7, 0.8, 0.9, 1.0), min_length=1)
+    seeds: Listed[Seed] = Field(default=(1, 2, 3), min_length=1)
+    requests: Count = 1000
+    batch_search: BatchSearch = BatchSearch()
+    skip_budget: SkipBudgetSection = SkipBudgetSection()
+    slo: Slo = Slo(solo_multiple=3.0)
+    dispersion: bool = False
+    decode_gpus: Listed[Annotated[int, Field(ge=0, le=63)]] = Field(default=(0,), min_length=1)
+    jobs: int | None = Field(default=None, ge=1, le=4096)
+    figures: Listed[Figure] = FIGURES
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Experiment:
+        lists: dict[str, list[Any]] = {
+            "workloads": [workload.name for workload in self.workloads],
+            "policies (give labels)": [entry.name for entry in self.policies],
+            "profiles": list(self.profiles),
+            "loads": list(self.loads),
+            "seeds": list(self.seeds),
+        }
+        for what, names in lists.items():
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"two {what} are both '{name}'")
+        known = [workload.name for workload in self.workloads if workload.batch_from is None]
+        for workload in self.workloads:
+            if workload.batch_from is not None and workload.batch_from not in known:
+                raise ValueError(
+                    f"workload '{workload.name}': batch_from is '{workload.batch_from}'; allowed are {', '.join(known)}"
+                )
+        return self
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read an experiment file; InputError names the file and the path of the field that is wrong."""
+    data = read_yaml(path, "experiment file")
+    try:
+        return Experiment.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"{path}: {_sentence(error)}.") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem: where, what was found, what is allowed."""
+    first = error.errors()[0]
+    # A batch may be a number, a word or a list: pydantic reports each attempt; the place ends at the field's own name.
+    place = [part for part in first["loc"] if not (isinstance(part, str) and not part.isidentifier())]
+    if "batch" in place:
+        place = place[: place.index("batch") + 1]
+        allowed = "allowed are a size of 1 to 4096, a list of sizes, or best"
+        return f"{_path(place)} is not a batch size; {allowed}"
+    if first["type"] == "missing":
+        return f"{_path(place)} is missing"
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return f"{_path(place)}: {message}" if place else message
+    if first["type"] == "too_short":
+        return f"{_path(place)} is empty; at least one entry is needed"
+    message = first["msg"].replace("Input should be", "must be").replace("String should", "must")
+    message = message.replace("valid tuple", "list")
+    found = repr(first["input"])
+    return f"{_path(place)} is {found if len(found) <= 60 else found[:57] + '...'}; it {message}"
+
+
+def _path(place: list[int | str]) -> str:
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text

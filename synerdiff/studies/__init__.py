@@ -1,0 +1,1 @@
+"""Studies combine the engines: sweeps over many simulated runs, and comparisons."""
