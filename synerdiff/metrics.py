@@ -47,19 +47,17 @@ def stages(requests: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({stage: end - start for stage, start, end in zip(STAGES, times, times[1:], strict=False)})
 
 
-def slo_s(requests: pd.DataFrame, solo_latency_s: Iterable[float], slo_factor: float = SLO_FACTOR) -> pd.Series[float]:
-    """Each request's limit: its own slo_s, else ``slo_factor`` times its solo latency (same order as the rows)."""
-    default = pd.Series(list(solo_latency_s), index=requests.index, dtype=float) * slo_factor
+def slo_s(requests: pd.DataFrame, solo_latency_s: Iterable[float]) -> pd.Series[float]:
+    """Each request's limit: its own slo_s, else 3 times its solo latency (same order as the rows)."""
+    default = pd.Series(list(solo_latency_s), index=requests.index, dtype=float) * SLO_FACTOR
     return requests["slo_s"].astype(float).fillna(default)
 
 
-def summarize(
-    requests: pd.DataFrame, work: pd.DataFrame, solo_latency_s: Iterable[float], slo_factor: float = SLO_FACTOR
-) -> dict[str, Any]:
+def summarize(requests: pd.DataFrame, work: pd.DataFrame, solo_latency_s: Iterable[float]) -> dict[str, Any]:
     """All metrics of a run, flat and ready for JSON (None where a value does not exist).
 
     ``solo_latency_s``: per row of ``requests``, its latency alone (``capacity.solo_latencies_s``); a request without
-    an SLO of its own is good when it takes at most ``slo_factor`` times that.
+    an SLO of its own is good when it takes at most 3 times that.
 
     - trace_request_count, unfinished_count, rejected_count, failed_count, error_request_count (their sum): over the
       whole run, trimmed requests included.
@@ -78,7 +76,7 @@ def summarize(
     """
     if requests.empty:
         raise InputError("the run has no requests, so it has no metrics.")
-    table = requests.assign(limit_s=slo_s(requests, solo_latency_s, slo_factor))
+    table = requests.assign(limit_s=slo_s(requests, solo_latency_s))
     kept = measured(table)
     done = kept[kept["status"] == "done"]
     summary: dict[str, Any] = _counts(requests, kept, done)
