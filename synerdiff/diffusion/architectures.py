@@ -1,0 +1,59 @@
+"""The built-in architectures: public configurations as JSON, and modules filled with random weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from synerdiff.core import InputError
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+WEIGHTS_SEED = 20_260_101
+
+
+def known_architectures() -> tuple[str, ...]:
+    """Names that need no checkpoint, in alphabetical order."""
+    return tuple(sorted(path.stem for path in CONFIG_FOLDER.glob("*.json")))
+
+
+def read_architecture(name: str) -> dict[str, Any]:
+    """The configuration `name`: resolution, unet, vae, scheduler, conditioning. Raises InputError if unknown."""
+    if name not in known_architectures():
+        raise InputError(f"There is no built-in model {name}; known ones: {', '.join(known_architectures())}.")
+    config: dict[str, Any] = json.loads((CONFIG_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return config
+
+
+def empty_modules(config: dict[str, Any]) -> tuple[Any, Any]:
+    """The UNet and the VAE on the meta device: shapes and parameter counts, no memory."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config["unet"])  # type: ignore[no-untyped-call]
+        return unet, AutoencoderKL(**config["vae"])  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def fill_randomly(module: Any, device: torch.device, dtype: torch.dtype, seed: int = WEIGHTS_SEED) -> Any:
+    """Allocate a module made on the meta device and give it random weights that keep activations finite.
+
+    Weights are uniform with variance 1 / fan_in, gains 1, biases 0; made on the device itself, so even SDXL takes
+    seconds. The same seed gives the same weights on the same kind of device only.
+    """
+    if list(module.buffers()):
+        raise InputError(f"{type(module).__name__} has buffers, which random weights cannot fill.")
+    # torch's own `to`: diffusers' warns about modules to keep in float32, of which these have none.
+    torch.nn.Module.to(module, dtype)
+    module.to_empty(device=device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        if parameter.dim() >= 2:
+            bound = math.sqrt(3.0 / parameter[0].numel())
+            parameter.uniform_(-bound, bound, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    return module.eval().requires_grad_(False)

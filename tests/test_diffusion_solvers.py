@@ -1,0 +1,225 @@
+"""Vectorised solvers against diffusers' own schedulers, and whole images against diffusers' own pipelines."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from synerdiff.diffusion.copied_solver import CopiedSolver, make_solver
+from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.schedulers import make_scheduler
+from synerdiff.diffusion.solvers import LinearSolver
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and badly so on a busy machine
+
+BASE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
+LINEAR = [
+    ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False}),
+    ("DDIMScheduler", {"clip_sample": False, "prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+    ("DDIMScheduler", {"clip_sample": False, "prediction_type": "sample", "rescale_betas_zero_snr": False}),
+    ("EulerDiscreteScheduler", {}),
+    ("EulerDiscreteScheduler", {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min"}),
+    ("DPMSolverMultistepScheduler", {}),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True, "solver_type": "heun"}),
+    ("DPMSolverMultistepScheduler", {"prediction_type": "v_prediction", "lower_order_final": False}),
+    ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "euler_at_final": True}),
+    ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "prediction_type": "sample"}),
+]
+
+
+def fake_denoiser(inputs, timestep):
+    """Bounded, nonlinear, and different at every timestep."""
+    return torch.sin(3.0 * inputs + float(timestep) / 300.0)
+
+
+@pytest.mark.parametrize(("name", "options"), LINEAR)
+@pytest.mark.parametrize("steps", [2, 7, 20])
+def test_tables_equal_the_scheduler_itself(name, options, steps):
+    scheduler = make_scheduler(name, BASE | options)
+    solver = make_solver(make_scheduler(name, BASE | options))
+    assert isinstance(solver, LinearSolver)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    scheduler.set_timesteps(steps)
+    expected = noise * scheduler.init_noise_sigma
+    progress = solver.start(steps, torch.Generator())
+    actual = noise * progress.initial_noise_scale
+    assert list(progress.timesteps) == [float(t) for t in scheduler.timesteps]
+    for index, t in enumerate(scheduler.timesteps):
+        output = fake_denoiser(scheduler.scale_model_input(expected, t), t)
+        expected = scheduler.step(output, t, expected).prev_sample
+        output = fake_denoiser(solver.denoiser_inputs([progress], [index], actual), t)
+        actual = solver.advance([progress], [index], actual, output)
+        assert float((actual - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max())), index
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("DDIMScheduler", {"clip_sample": True}),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}),
+        ("HeunDiscreteScheduler", {}),
+    ],
+)
+def test_what_the_tables_cannot_do_runs_as_copies(name, options):
+    assert isinstance(make_solver(make_scheduler(name, BASE | options)), CopiedSolver)
+
+
+COPIED = ["HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "LMSDiscreteScheduler"]
+COPIED += ["DEISMultistepScheduler", "KDPM2DiscreteScheduler", "DPMSolverSinglestepScheduler", "DDPMScheduler"]
+COPIED += ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"]
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_copies_of_a_scheduler_do_not_disturb_each_other(name):
+    """Three samples with different step counts, interleaved, against a fresh scheduler for each alone."""
+    solver = CopiedSolver(make_scheduler(name, BASE))
+    plans = [(6, 1), (9, 2), (13, 3)]
+    starts = [torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(seed)) for _, seed in plans]
+
+    expected = []
+    for (steps, seed), noise in zip(plans, starts, strict=True):
+        scheduler, generator = make_scheduler(name, BASE), torch.Generator().manual_seed(seed)
+        draws = {"generator": generator} if name in ("EulerAncestralDiscreteScheduler", "DDPMScheduler") else {}
+        scheduler.set_timesteps(steps)
+        latent = noise * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            output = fake_denoiser(scheduler.scale_model_input(latent, t), t)
+            latent = scheduler.step(output, t, latent, **draws).prev_sample
+        expected.append(latent)
+
+    progress = [solver.start(steps, torch.Generator().manual_seed(seed)) for steps, seed in plans]
+    latents = [noise * one.initial_noise_scale for noise, one in zip(starts, progress, strict=True)]
+    done = [0, 0, 0]
+    while live := [i for i in range(3) if done[i] < len(progress[i].timesteps)]:
+        batch, counts = [progress[i] for i in live], [done[i] for i in live]
+        stacked = torch.cat([latents[i] for i in live])
+        inputs = solver.denoiser_inputs(batch, counts, stacked)
+        times = [progress[i].timesteps[done[i]] for i in live]
+        outputs = torch.cat([fake_denoiser(inputs[k : k + 1], t) for k, t in enumerate(times)])
+        advanced = solver.advance(batch, counts, stacked, outputs)
+        for k, i in enumerate(live):
+            latents[i] = advanced[k : k + 1]
+            done[i] += 1
+    for latent, wanted in zip(latents, expected, strict=True):
+        assert torch.equal(latent, wanted)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++2m"])
+def test_guided_digits_equal_a_plain_diffusers_loop(scheduler):
+    model = load_model("digits", scheduler=scheduler)
+    states = [model.start(31, 12, 4.0, "3"), model.start(32, 12, 4.0, "8")]
+    while not states[0].done:
+        model.step(states)
+    reference = make_scheduler(type(model.solver._scheduler).__name__, model.solver._scheduler.config)
+    reference.set_timesteps(12)
+    noise = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (31, 32)]
+    latents = torch.cat(noise) * reference.init_noise_sigma
+    conditions = [model.encode_prompt("3"), model.encode_prompt("8")]
+    tokens = torch.cat([c.unconditional_tokens for c in conditions] + [c.tokens for c in conditions])
+    with torch.inference_mode():
+        for t in reference.timesteps:
+            inputs = reference.scale_model_input(torch.cat([latents] * 2), t)
+            unconditional, conditional = model.unet(inputs, t, tokens).sample.chunk(2)
+            noise_guess = unconditional + 4.0 * (conditional - unconditional)
+            latents = reference.step(noise_guess, t, latents).prev_sample
+    actual = torch.cat([state.latent for state in states])
+    assert float((actual - latents).abs().max()) < 1e-4
+
+
+def tiny_tokenizer(folder):
+    folder.mkdir()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *[letter + "</w>" for letter in letters], "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text("{" + ", ".join(f'"{w}": {i}' for i, w in enumerate(words)) + "}")
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=9)
+
+
+def tiny_encoder(kind, seed, width=32):
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=width,
+        intermediate_size=37,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=9,
+        projection_dim=width,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+    return kind(config).eval()
+
+
+@pytest.fixture(scope="module")
+def sd_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sd")
+    random = load_model("tiny-sd")
+    pipeline = StableDiffusionPipeline(
+        vae=random.vae,
+        unet=random.unet,
+        text_encoder=tiny_encoder(CLIPTextModel, 0),
+        tokenizer=tiny_tokenizer(folder / "own"),
+        scheduler=make_scheduler("DDIMScheduler", BASE | {"clip_sample": False}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder / "saved")
+    return folder / "saved", pipeline
+
+
+@pytest.fixture(scope="module")
+def sdxl_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sdxl")
+    random = load_model("tiny-sdxl")
+    tokenizer = tiny_tokenizer(folder / "own")
+    pipeline = StableDiffusionXLPipeline(
+        vae=random.vae,
+        unet=random.unet,
+        text_encoder=tiny_encoder(CLIPTextModel, 0),
+        text_encoder_2=tiny_encoder(CLIPTextModelWithProjection, 1),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=make_scheduler("EulerDiscreteScheduler", BASE),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder / "saved")
+    return folder / "saved", pipeline
+
+
+@pytest.mark.parametrize("folder", ["sd_folder", "sdxl_folder"])
+@pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
+def test_a_checkpoint_folder_makes_the_images_of_its_own_pipeline(folder, guidance_scale, request):
+    path, pipeline = request.getfixturevalue(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    sides = {"height": 64, "width": 64}
+    expected = pipeline(
+        "a red cat",
+        num_inference_steps=6,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(9),
+        output_type="latent",
+        **sides,
+    ).images
+    model = load_model(path)
+    assert (model.height, model.width) == (64, 64)
+    state = model.start(9, 6, guidance_scale, "a red cat")
+    while not state.done:
+        model.step([state])
+    assert float((state.latent - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+    other = model.start(9, 6, guidance_scale, "a blue dog")
+    assert not torch.equal(other.condition.tokens, state.condition.tokens)
+    assert model.decode(state.latent).shape == (1, 3, 64, 64)
