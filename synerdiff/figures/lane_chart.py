@@ -1,0 +1,113 @@
+"""What every lane did in some seconds of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from synerdiff.core import NS_PER_S
+from synerdiff.figures.style import finish, new_figure, styled
+
+_CHUNK_COLORS = ("#e69f00", "#f6d48a")
+_EXCLUSIVE_HATCH = "xxxx"
+_FORCED_EDGE = "#c1121f"
+
+
+@styled
+def lane_chart(
+    work: pd.DataFrame,
+    start_s: float,
+    end_s: float,
+    *,
+    estimated: bool,
+    title: str = "What the lanes do",
+    caption: str = "",
+) -> Figure:
+    """Gantt chart of the work that overlaps [start_s, end_s]: one bar per step or chunk, one line per lane.
+
+    ``work``: the columns of work.parquet. Steps are shaded by rows and name rows and skipping samples; chunks name
+    their sample and number, alternate in shade by sample, are hatched when exclusive and outlined red when forced.
+    """
+    shown = work[(work["end_ns"] > start_s * NS_PER_S) & (work["start_ns"] < end_s * NS_PER_S)]
+    lanes = _lanes(work)
+    figure = new_figure(12, 0.62 * len(lanes) + 2.0)
+    axis = figure.subplots()
+    axis.grid(visible=False, axis="y")
+    shades = Normalize(0, max(1, int(work.loc[work["kind"] == "step", "rows"].max() or 1)))
+    colormap = matplotlib.colormaps["Blues"]
+    samples = {name: i for i, name in enumerate(dict.fromkeys(shown.loc[shown["kind"] == "chunk", "sample_ids"]))}
+    inches_per_s = 10.2 / (end_s - start_s)
+    for row in shown.to_dict("records"):
+        place = lanes[(int(row["gpu"]), str(row["lane"]))]
+        begin, length = row["start_ns"] / NS_PER_S, (row["end_ns"] - row["start_ns"]) / NS_PER_S
+        visible_in = (min(begin + length, end_s) - max(begin, start_s)) * inches_per_s
+        middle = (min(begin + length, end_s) + max(begin, start_s)) / 2
+        if row["kind"] == "step":
+            shade = shades(row["rows"])
+            axis.barh(place, length, left=begin, height=0.8, color=colormap(shade), edgecolor="white", linewidth=0.6)
+            _label(axis, middle, place, step_label(row["rows"], row["pad_rows"], row["modes"]), visible_in, shade > 0.6)
+            continue
+        axis.barh(
+            place,
+            length,
+            left=begin,
+            height=0.8,
+            color=_CHUNK_COLORS[samples[row["sample_ids"]] % 2],
+            edgecolor=_FORCED_EDGE if row["forced"] else "#7a5c00",
+            linewidth=1.6 if row["forced"] else 0.5,
+            hatch=_EXCLUSIVE_HATCH if row["exclusive"] else "",
+        )
+        _label(axis, middle, place, f"{row['sample_ids']}\n#{row['chunk']}", visible_in, False)
+    axis.set_yticks(list(lanes.values()), [f"GPU {gpu} {lane}" for gpu, lane in lanes])
+    axis.set_ylim(len(lanes) - 0.4, -0.6)
+    axis.set_xlim(start_s, end_s)
+    axis.set_xlabel("time (s)")
+    _legend(figure, shown, shades, colormap(0.65))
+    note = (
+        "Steps: rows, shaded by rows; +p: padding; c and r: samples that skip guidance (conditional only, difference "
+        f"reused). Chunks: sample, chunk number. {caption}"
+    )
+    return finish(figure, title, note, estimated)
+
+
+def step_label(rows: int, pad_rows: int, modes: str) -> str:
+    """Rows, then what is unusual: pads and samples that take the step without guidance."""
+    parts = [f"{rows}"]
+    if pad_rows:
+        parts.append(f"+{pad_rows}p")
+    parts += [f"{modes.count(letter)}{letter}" for letter in "cr" if letter in modes]
+    return "\n".join(parts)
+
+
+def _lanes(work: pd.DataFrame) -> dict[tuple[int, str], int]:
+    """Lines of the chart: by GPU, the denoise lane first."""
+    found = {(int(gpu), str(lane)) for gpu, lane in zip(work["gpu"], work["lane"], strict=True)}
+    ordered = sorted(found, key=lambda key: (key[0], key[1] != "denoise", key[1]))
+    return {key: i for i, key in enumerate(ordered)}
+
+
+def _label(axis: Axes, x_s: float, place: int, text: str, width_in: float, light: bool) -> None:
+    """Written only where it fits."""
+    if width_in >= 0.068 * max(len(line) for line in text.split("\n")):
+        color = "white" if light else "#222222"
+        axis.text(x_s, place, text, ha="center", va="center", fontsize=6.5, color=color, linespacing=0.95, clip_on=True)
+
+
+def _legend(figure: Figure, shown: pd.DataFrame, shades: Normalize, step_color: Any) -> None:
+    handles = [
+        Patch(facecolor=step_color, label=f"step (darkest: {int(shades.vmax or 1)} rows)"),
+        Patch(facecolor=_CHUNK_COLORS[0], edgecolor="#7a5c00", label="decode chunk"),
+    ]
+    if shown["exclusive"].any():
+        handles.append(
+            Patch(facecolor="white", hatch=_EXCLUSIVE_HATCH, edgecolor="#7a5c00", label="exclusive (denoise lane held)")
+        )
+    if shown["forced"].any():
+        handles.append(Patch(facecolor="white", edgecolor=_FORCED_EDGE, linewidth=1.6, label="forced"))
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
