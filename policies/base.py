@@ -142,4 +142,4 @@ def fifo_admissions(view: View, active: int, rows: int, batch: int) -> list[Samp
 
 def full_step(samples: Iterable[Sample]) -> tuple[tuple[SampleId, Mode], ...]:
     """A step of these samples with full guidance."""
-    return tuple([(sample.id, sample.default_mode) for sample in samples])
+    return tuple([sample.full for sample in samples])

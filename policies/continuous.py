@@ -15,13 +15,12 @@ def continuous_batch(view: View, batch: int) -> tuple[list[Sample], list[Sample]
 
     An active batch that no longer fits (``max_rows`` was lowered) is stepped as far as its first samples fit.
     """
-    members: list[Sample] = []
-    rows = 0
-    for sample in view.active:
-        if rows + sample.full_rows > view.max_rows:
-            return [], members
-        rows += sample.full_rows
-        members.append(sample)
+    members = list(view.active)
+    rows = sum([sample.full_rows for sample in members])
+    while rows > view.max_rows:
+        rows -= members.pop().full_rows
+    if len(members) < len(view.active):
+        return [], members
     admitted = fifo_admissions(view, len(members), rows, batch)
     return admitted, members + admitted
 

@@ -108,9 +108,12 @@ class Sample:
         "chunks_done",
         "deadline_ns",
         "decode_started_ns",
+        "default_mode",
         "denoised_ns",
         "entered_ns",
         "finished_ns",
+        "full",
+        "full_rows",
         "guided",
         "had_guided_step",
         "id",
@@ -133,6 +136,12 @@ class Sample:
         self.image = image
         self.steps = request.steps
         self.guided = request.guidance_scale > 1.0
+        self.full_rows = 2 if self.guided else 1
+        """Rows of a step with full guidance."""
+        self.default_mode = GUIDED if self.guided else CONDITIONAL
+        """Guided, or conditional when the sample is unguided (that is never a skip)."""
+        self.full = (sample_id, self.default_mode)
+        """Its entry in a step with full guidance."""
         self.batch_key = request.batch_key
         self.entered_ns = entered_ns
         """Arrival plus text encoding: when it joins ``waiting``."""
@@ -174,16 +183,6 @@ class Sample:
     @property
     def steps_left(self) -> int:
         return self.steps - self.step_index
-
-    @property
-    def full_rows(self) -> int:
-        """Rows of a step with full guidance: 2, or 1 when the sample is unguided."""
-        return 2 if self.guided else 1
-
-    @property
-    def default_mode(self) -> Mode:
-        """Guided, or conditional when the sample is unguided (that is never a skip)."""
-        return GUIDED if self.guided else CONDITIONAL
 
     def may_skip_at(self, step_index: int, skips_left: int, skip_run: int) -> bool:
         """Whether the budget allows a skip at ``step_index`` with that much of it left."""

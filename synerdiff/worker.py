@@ -208,6 +208,10 @@ class Worker:
         Returns whether a step starts now (it is then ``self.step``), and the lanes whose launch starts now. The rest
         is committed: it starts with ``start_committed`` when the running step really ends. Raises ContractError.
         """
+        self._arrived.clear()
+        self._step_done.clear()
+        self._chunk_done.clear()
+        self._gone.clear()
         early = self.step is not None
         for sample_id in decision.admit:
             sample = self._sample(sample_id, WAITING, "admitted", now_ns)
@@ -234,49 +238,49 @@ class Worker:
         if wake_ns is not None and wake_ns <= now_ns:
             self._refuse(now_ns, f"wake_at_ns is {wake_ns}, which is not after now ({now_ns})")
         self.wake_ns = wake_ns
-        self._arrived.clear()
-        self._step_done.clear()
-        self._chunk_done.clear()
-        self._gone.clear()
         return step_starts, starting
 
     def _make_step(self, decision: Decision, now_ns: int) -> Step:
         if not self.view.denoise_free:
             self._refuse(now_ns, "a step was decided while the denoise lane is busy or held")
         samples: list[Sample] = []
-        letters: list[str] = []
+        letters = ""
         key = None
         rows = decision.pad_rows
         if rows < 0:
             self._refuse(now_ns, f"pad_rows is {rows}")
+        active = self.active
         for sample_id, mode in decision.step:
-            sample = self._sample(sample_id, ACTIVE, "stepped", now_ns)
+            sample = active.get(sample_id) or self._sample(sample_id, ACTIVE, "stepped", now_ns)
             if sample.in_step:
                 self._refuse(now_ns, f"sample {sample.name} is in the step twice")
             if key is None:
                 key = sample.batch_key
-            elif sample.batch_key != key:
+            elif sample.batch_key is not key and sample.batch_key != key:
                 self._refuse(now_ns, f"sample {sample.name} has batch key {sample.batch_key}, the step has {key}")
-            if mode == GUIDED and sample.guided:
+            if mode is GUIDED and sample.guided:
                 rows += 2
+                letters += "g"
             else:
-                self._check_mode(sample, mode, now_ns)
-                rows += 1
+                rows += self._rows_of(sample, mode, now_ns)
+                letters += MODE_LETTER[mode]
             sample.in_step = True
             samples.append(sample)
-            letters.append(MODE_LETTER[mode])
         if rows > self.view.max_rows:
             self._refuse(now_ns, f"the step has {rows} rows; at most {self.view.max_rows} are possible")
-        return Step(samples, tuple([s.id for s in samples]), "".join(letters), rows, decision.pad_rows)
+        return Step(samples, tuple([s.id for s in samples]), letters, rows, decision.pad_rows)
 
-    def _check_mode(self, sample: Sample, mode: Mode, now_ns: int) -> None:
-        """For every mode but the guided one of a guided sample."""
+    def _rows_of(self, sample: Sample, mode: Mode, now_ns: int) -> int:
+        """Rows that the sample takes in this mode, once the mode is found to be allowed."""
+        if mode == GUIDED and sample.guided:
+            return 2
         if not sample.guided:
             if mode != CONDITIONAL:
                 self._refuse(now_ns, f"sample {sample.name} is unguided and takes only conditional steps, not {mode}")
         elif mode != sample.skip_mode:
             allowed = ", ".join(sample.allowed_modes)
             self._refuse(now_ns, f"mode {mode} is not allowed for sample {sample.name} now; allowed: {allowed}")
+        return 1
 
     def _launch(self, launch: ChunkLaunch, now_ns: int) -> LaneView:
         sample = self._sample(launch.sample, DECODING, "decoded", now_ns)

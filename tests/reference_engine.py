@@ -1,0 +1,192 @@
+"""The contract once more, as one plain loop over lists: slow, without SimPy and without the worker class.
+
+It serves only as a second opinion. It trusts decisions (no checks) and shares with the real engine the vocabulary and
+the profile, nothing else.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from synerdiff.core import MODE_LETTER, PPM, LaneView, Phase, Sample, View, WorkerInfo
+
+
+def reference_simulate(requests, policy, profile, decode_gpus=(0,), budget=None):
+    """(work tuples, {sample name: (admitted, denoised, decode started, finished, modes)}, instants asked)."""
+    encode, lead = profile.overhead_ns("text_encode"), profile.overhead_ns("decision_lead")
+    images = [(request, image) for request in requests for image in range(request.images)]
+    todo = [Sample(n, request, image, request.arrival_ns + encode, budget) for n, (request, image) in enumerate(images)]
+    by_id = list(todo)
+    policy.reset(WorkerInfo(profile.max_rows, 0, decode_gpus, max(2 if s.guided else 1 for s in todo)), profile)
+    chunking, count = policy.chunking, profile.chunk_count(policy.chunking)
+    waiting, active, decoding, work, asked = [], [], [], [], []
+    lanes = [LaneView(k, gpu) for k, gpu in enumerate(decode_gpus)]
+    run = SimpleNamespace(step=None, committed=None, wake=None, ended=0)
+    chunk_of = [None] * len(lanes)  # the running piece of each lane
+    seen = {"arrived": [], "step_done": [], "chunk_done": [], "gone": []}
+
+    def piece(solo, now, **facts):
+        return SimpleNamespace(left=solo, since=now, start=now, ppm=None, end=None, shown=False, **facts)
+
+    def begin_step(batch, pads, now):
+        rows = pads + sum(2 if mode == "guided" else 1 for _, mode in batch)
+        return piece(
+            profile.step_ns(rows) + profile.overhead_ns("step_dispatch"), now, batch=batch, pads=pads, rows=rows
+        )
+
+    def begin_chunk(lane, now):
+        sample = lane.sample
+        if sample.decode_started_ns < 0:
+            sample.decode_started_ns = now
+        solo = profile.chunk_ns(chunking, sample.chunks_done) + profile.overhead_ns("chunk_dispatch")
+        chunk_of[lane.index] = piece(solo, now, sample=sample, chunk=sample.chunks_done)
+
+    def show(step):
+        step.shown, step.freed = True, []
+        for sample, mode in step.batch:
+            sample.in_step = False
+            if sample.guided and mode == "guided":
+                sample.had_guided_step, sample.skip_run = True, 0
+            elif sample.guided:
+                sample.skipped_at = (sample.skipped_at or []) + [sample.step_index]
+                sample.skips_spent, sample.skips_left = sample.skips_spent + 1, sample.skips_left - 1
+                sample.skip_run += 1
+            sample.step_index += 1
+            if sample.step_index == sample.steps:
+                sample.phase = Phase.DECODING
+                active.remove(sample)
+                decoding.append(sample)
+                step.freed.append(sample)
+        seen["step_done"].extend(sample for sample, _ in step.batch)
+
+    def holder():
+        return next((lane for lane in lanes if lane.sample is not None and lane.exclusive), None)
+
+    now = 0
+    while run.ended < len(by_id):
+        ask = False
+        if run.step is not None and run.step.end == now:  # 1. the step
+            step, run.step = run.step, None
+            if not step.shown:
+                show(step)
+            for sample in step.freed:
+                sample.denoised_ns = now
+            modes = "".join(MODE_LETTER[mode] for _, mode in step.batch)
+            ids = tuple(sample.id for sample, _ in step.batch)
+            work.append((0, "denoise", "step", step.start, now, step.rows, step.pads, ids, modes, -1, False, False))
+            ask = run.committed is None and holder() is None
+            ended_step = True
+        else:
+            ended_step = False
+        for lane in lanes:  # 2. the chunks
+            done = chunk_of[lane.index]
+            if done is None or done.end != now:
+                continue
+            sample = done.sample
+            name = f"decode{lane.index}"
+            facts = ((sample.id,), "", done.chunk, lane.exclusive, lane.forced)
+            work.append((lane.gpu, name, "chunk", done.start, now, 0, 0, *facts))
+            sample.chunks_done += 1
+            lane.chunks_left -= 1
+            seen["chunk_done"].append(sample)
+            chunk_of[lane.index] = None
+            ask = True
+            if lane.chunks_left:
+                begin_chunk(lane, now)
+                continue
+            lane.sample, sample.launched = None, False
+            if sample.chunks_done == count:
+                sample.phase, sample.finished_ns = Phase.DONE, now + profile.overhead_ns("result_copy")
+                decoding.remove(sample)
+                seen["gone"].append((sample, "done"))
+                run.ended += 1
+        if ended_step:  # 3. what was committed
+            if run.committed is not None:
+                run.step, run.committed = begin_step(*run.committed, now), None
+            for lane in lanes:
+                if lane.sample is not None and not lane.started:
+                    lane.started = True
+                    begin_chunk(lane, now)
+        while todo and todo[0].entered_ns <= now:  # 4. arrivals
+            sample = todo.pop(0)
+            sample.phase = Phase.WAITING
+            waiting.append(sample)
+            seen["arrived"].append(sample)
+            ask = ask or (run.step is None and holder() is None)
+        if run.wake is not None and run.wake <= now:  # 5. the wake
+            run.wake, ask = None, True
+        step = run.step
+        due = lead and step is not None and not step.shown and step.end is not None  # 6. the early decision
+        if due and max(step.since, step.end - lead) <= now:
+            show(step)
+            ask = True
+        if ask and run.ended < len(by_id):
+            asked.append(now)
+            view = View()
+            view.now_ns, view.closed, view.max_rows = now, not todo, profile.max_rows
+            view.waiting, view.active, view.decoding, view.decode_lanes = waiting, active, decoding, lanes
+            coming = run.committed[0] if run.committed else ()
+            view.running = tuple(s.id for s, _ in (step.batch if step is not None and not step.shown else coming))
+            view.denoise_free = not view.running and holder() is None
+            for name, events in seen.items():
+                setattr(view, name, tuple(events))
+                events.clear()
+            decision = policy.decide(view)
+            for sample_id in decision.admit:
+                sample = by_id[sample_id]
+                waiting.remove(sample)
+                active.append(sample)
+                sample.phase, sample.admitted_ns = Phase.ACTIVE, now
+            for sample_id in decision.reject:
+                sample = by_id[sample_id]
+                waiting.remove(sample)
+                sample.phase = Phase.REJECTED
+                seen["gone"].append((sample, "rejected"))
+                run.ended += 1
+            if decision.step:
+                batch = [(by_id[i], mode) for i, mode in decision.step]
+                for sample, _ in batch:
+                    sample.in_step = True
+                if step is None:
+                    run.step = begin_step(batch, decision.pad_rows, now)
+                else:
+                    run.committed = (batch, decision.pad_rows)
+            for launch in decision.chunks:
+                lane, sample = lanes[launch.lane], by_id[launch.sample]
+                lane.sample, lane.chunks_left, sample.launched = sample, launch.chunks, True
+                lane.exclusive, lane.forced = launch.exclusive, launch.forced
+                lane.started = step is None or not (launch.exclusive or sample.denoised_ns < 0)
+                if lane.started:
+                    begin_chunk(lane, now)
+            run.wake = decision.wake_at_ns
+        wanted = []  # 7. slowdowns, once
+        step_ppm = PPM
+        for lane, chunk in zip(lanes, chunk_of, strict=True):
+            if chunk is None:
+                continue
+            chunk_ppm = PPM
+            if run.step is not None and lane.gpu == 0:
+                s_u, chunk_ppm = profile.slowdown_ppm(run.step.rows, chunking, chunk.chunk)
+                step_ppm += s_u - PPM
+            wanted.append((chunk, chunk_ppm))
+        if run.step is not None:
+            wanted.append((run.step, step_ppm))
+        for running, ppm in wanted:
+            if running.ppm == ppm:
+                continue
+            if running.ppm is not None:
+                running.left -= (now - running.since) * PPM // running.ppm
+            running.since, running.ppm = now, ppm
+            running.end = now + (running.left * ppm + PPM - 1) // PPM
+        ends = [running.end for running, _ in wanted] + ([run.wake] if run.wake is not None else [])
+        if lead and run.step is not None and not run.step.shown:
+            ends.append(max(run.step.since, run.step.end - lead))
+        if todo and run.step is None and holder() is None:
+            ends.append(todo[0].entered_ns)
+        if run.ended < len(by_id):
+            now = max(now, min(ends))
+    work.sort(key=lambda w: (w[3], w[2] != "step", w[1], w[4]))
+    stages = {
+        s.name: (s.admitted_ns, s.denoised_ns, s.decode_started_ns, s.finished_ns, s.modes, str(s.phase)) for s in by_id
+    }
+    return work, stages, asked
