@@ -1,0 +1,270 @@
+"""``synerdiff trace``: fetch, describe, generate and convert workloads."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from synerdiff.core import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from traces.describe import TraceSummary
+
+trace_app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Workloads: fetch, describe, generate and convert traces."
+)
+
+_PICTURE = "trace.png"
+_MOST_LISTED = 6
+
+
+@trace_app.command()
+def fetch(
+    name: Annotated[str, typer.Argument(help="Which published trace: gentd26.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the files (default: the trace's name).")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Another address of the folder that holds the files.")] = None,
+) -> None:
+    """Fetch a published trace from its public address and check its SHA-256."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from traces.fetch import fetch as fetch_files
+    from traces.fetch import published_trace
+
+    published = published_trace(name)
+    folder = Path(name) if out is None else out
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_stderr(), disable=not sys.stderr.isatty()) as bars:
+        tasks = {file.name: bars.add_task(file.name, total=None, start=False) for file in published.files}
+
+        def show(file: str, done: int, total: int) -> None:
+            bars.start_task(tasks[file])
+            bars.update(tasks[file], completed=done, total=total or None)
+
+        found = fetch_files(name, folder, base_url, show)
+    for path, fetched in found:
+        typer.echo(f"{path}: {'fetched' if fetched else 'already there'}, SHA-256 as published")
+    typer.echo(f"Please cite: {published.citation}.")
+
+
+@trace_app.command()
+def describe(
+    file: Annotated[Path, typer.Argument(help="A trace (.csv, gzipped or not, or .parquet).")],
+    out: Annotated[Path | None, typer.Option(help=f"Folder for a picture, {_PICTURE}.")] = None,
+) -> None:
+    """Show what a trace is like: load, mix, popularity and burstiness."""
+    from rich.console import Console
+
+    from synerdiff.files import require_writable_folder
+    from traces.describe import describe as summarise
+    from traces.native import read_trace
+
+    if out is not None:
+        require_writable_folder(out)
+    with _reading(file) as progress:
+        requests = read_trace(file, progress=progress)
+    summary = summarise(requests)
+    console = Console()
+    console.print(_overview(file, summary))
+    if summary.windows:
+        console.print(_windows(summary))
+    if out is not None:
+        from synerdiff.figures.trace import draw_trace
+
+        draw_trace(out / _PICTURE, requests, summary, f"{file.name}: {summary.requests:,} requests")
+        typer.echo(f"{out / _PICTURE}: written")
+
+
+@trace_app.command()
+def generate(
+    kind: Annotated[str, typer.Argument(help="poisson, gamma, mmpp or gentd26-like.")],
+    out: Annotated[Path, typer.Option(help="The trace to write (.csv).")],
+    requests: Annotated[int | None, typer.Option(help="How many requests; or give --duration.")] = None,
+    duration: Annotated[float | None, typer.Option(help="Seconds that the trace covers.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Mean requests per second (default 1; gentd26-like: 0.013483).")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Same seed, same trace.")] = 0,
+    mix: Annotated[
+        str, typer.Option(help="Steps and images: gentd26, fixed, unguided-4 or unguided-8 (4 or 8 steps, guidance 1).")
+    ] = "gentd26",
+    steps: Annotated[int | None, typer.Option(help="Steps per image; with --mix fixed (default 30).")] = None,
+    images: Annotated[int | None, typer.Option(help="Images per request; with --mix fixed (default 1).")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; with --mix fixed (default 7.5).")] = None,
+    cv: Annotated[float | None, typer.Option(help="gamma: standard deviation / mean of the gaps (default 2).")] = None,
+    burst_ratio: Annotated[float | None, typer.Option(help="mmpp: rate in bursts / rate outside (default 5).")] = None,
+    burst_share: Annotated[float | None, typer.Option(help="mmpp: share of time in bursts (default 0.2).")] = None,
+    burst_s: Annotated[float | None, typer.Option(help="mmpp: mean length of a burst in seconds (default 60).")] = None,
+    loras: Annotated[
+        str | None, typer.Option(help="none or gentd26 (default: gentd26 for gentd26-like, else none).")
+    ] = None,
+) -> None:
+    """Generate a trace with a seed."""
+    from traces.generate import generate_trace
+    from traces.native import write_trace
+    from traces.spec import trace_spec
+
+    fields = {
+        "kind": kind,
+        "requests": requests,
+        "duration_s": duration,
+        "rate_per_s": rate,
+        "seed": seed,
+        "mix": mix,
+        "steps": steps,
+        "images": images,
+        "guidance_scale": guidance,
+        "cv": cv,
+        "burst_ratio": burst_ratio,
+        "burst_share": burst_share,
+        "burst_s": burst_s,
+        "loras": loras,
+    }
+    spec = trace_spec({key: value for key, value in fields.items() if value is not None}, "trace generate")
+    with _stderr().status("Generating"):
+        generated = generate_trace(spec)
+        write_trace(out, generated)
+    typer.echo(f"{out}: {len(generated):,} requests, {_duration(generated[-1].arrival_ns / 1e9)}, seed {seed}")
+
+
+@trace_app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The foreign trace: a file, or for gentd26 the folder of its files.")],
+    target: Annotated[Path, typer.Argument(help="The trace to write (.csv).")],
+    format: Annotated[str, typer.Option(help="gentd26 or katz.")],
+    checkpoints: Annotated[
+        str, typer.Option(help="one: all checkpoints count as one model; keep: base_model names them.")
+    ] = "one",
+    adapters: Annotated[str, typer.Option(help="keep or drop LoRAs and ControlNets.")] = "keep",
+    all_types: Annotated[
+        bool, typer.Option("--all-types", help="gentd26: keep image-to-image and inpainting, as if text-to-image.")
+    ] = False,
+    service: Annotated[str | None, typer.Option(help="katz: only service A or B.")] = None,
+    steps: Annotated[int | None, typer.Option(help="katz: steps per image, absent there (default 50).")] = None,
+    images: Annotated[int | None, typer.Option(help="katz: images per request, absent there (default 1).")] = None,
+    guidance: Annotated[float | None, typer.Option(help="katz: guidance scale, absent there (default 7.5).")] = None,
+) -> None:
+    """Convert a published trace into synerdiff's format, and tell what was left out and why."""
+    from traces.gentd26 import read_gentd26
+    from traces.katz import read_katz
+    from traces.native import write_trace
+
+    _one_of("--format", format, ("gentd26", "katz"))
+    _one_of("--service", service or "A", ("A", "B"))
+    for flag, value in (("service", service), ("steps", steps), ("images", images), ("guidance", guidance)):
+        if format == "gentd26" and value is not None:
+            raise InputError(f"--{flag} belongs to --format katz; GenTD26 is converted without it.")
+    if format == "katz" and all_types:
+        raise InputError("--all-types belongs to --format gentd26; the Katz trace names no types.")
+    with _reading(source) as progress:
+        if format == "gentd26":
+            conversion = read_gentd26(
+                source, checkpoints=checkpoints, adapters=adapters, all_types=all_types, progress=progress
+            )
+        else:
+            conversion = read_katz(
+                source,
+                service=service,
+                steps=50 if steps is None else steps,
+                images=1 if images is None else images,
+                guidance_scale=7.5 if guidance is None else guidance,
+                checkpoints=checkpoints,
+                adapters=adapters,
+                progress=progress,
+            )
+    write_trace(target, conversion.requests)
+    typer.echo(f"{source}: {conversion.rows:,} rows")
+    for reason, count in conversion.dropped.items():
+        typer.echo(f"  {count:>7,} dropped: {reason}")
+    typer.echo(f"{target}: {len(conversion.requests):,} requests")
+    for note, count in conversion.noted.items():
+        typer.echo(f"  {count:>7,} {note}")
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{flag} is {value!r}; allowed are {' and '.join(allowed)}.")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error for a file that is being read."""
+    from rich.progress import Progress
+
+    with Progress(console=_stderr(), transient=True, disable=not sys.stderr.isatty()) as bars:
+        task = bars.add_task(f"Reading {path.name}", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _overview(file: Path, summary: TraceSummary) -> Table:
+    from rich.table import Table
+
+    table = Table(title=file.name, show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    rate, cv = summary.rate_per_s, summary.gap_cv
+    table.add_row("requests", f"{summary.requests:,}")
+    table.add_row("span", _duration(summary.span_s))
+    table.add_row("rate", "undefined" if rate is None else f"{rate:.6g} requests/s ({rate * 3600:.4g}/h)")
+    table.add_row("gap CV", "undefined" if cv is None else f"{cv:.3f} (Poisson 1)")
+    table.add_row("samples", f"{summary.samples:,}")
+    table.add_row("sample-steps", f"{summary.sample_steps:,}")
+    table.add_row("steps", _listed(summary.steps))
+    table.add_row("images", _listed(summary.images))
+    table.add_row("guidance scale", f"{_listed(summary.guidance_scale)} (guided {summary.guided_share:.1%})")
+    for what, counts, used in (
+        ("LoRAs", summary.loras_per_request, summary.loras),
+        ("ControlNets", summary.controlnets_per_request, summary.controlnets),
+    ):
+        if used.draws:
+            tops = ", ".join(f"top {rank} {share:.1%}" for rank, share in used.top_share.items())
+            table.add_row(f"{what} per request", _listed(counts))
+            table.add_row(f"{what} used", f"{used.distinct} distinct: {tops}")
+        else:
+            table.add_row(what, "none")
+    table.add_row("base models", str(summary.base_models.distinct))
+    return table
+
+
+def _windows(summary: TraceSummary) -> Table:
+    from rich.table import Table
+
+    table = Table(title="arrivals counted in windows")
+    for column in ("window", "windows", "mean", "largest", "peak/mean", "index of dispersion"):
+        table.add_column(column, justify="right")
+    for counts in summary.windows:
+        table.add_row(
+            _duration(counts.window_s),
+            f"{counts.windows:,}",
+            f"{counts.mean:.4g}",
+            f"{counts.largest:,}",
+            f"{counts.peak_to_mean:.1f}",
+            f"{counts.index_of_dispersion:.3f}",
+        )
+    return table
+
+
+def _listed(shares: dict[int, float] | dict[float, float]) -> str:
+    entries = [f"{value:g}: {share:.1%}" for value, share in list(shares.items())[:_MOST_LISTED]]
+    more = len(shares) - len(entries)
+    return ", ".join(entries) + (f" and {more} more" if more > 0 else "")
+
+
+def _duration(seconds: float) -> str:
+    for unit_s, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit_s:
+            return f"{seconds / unit_s:.4g} {unit}"
+    return f"{seconds:.4g} s"

@@ -1,0 +1,3 @@
+"""Workloads: read, generate, describe, fetch."""
+
+SYNERDIFF = True

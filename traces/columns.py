@@ -1,0 +1,198 @@
+"""The columns of synerdiff's own trace format: what each may hold, and how a row becomes a request."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+
+from synerdiff.core import NS_PER_S, InputError, Request
+
+COLUMNS = (
+    "arrival_s",
+    "steps",
+    "images",
+    "guidance_scale",
+    "height",
+    "width",
+    "base_model",
+    "loras",
+    "controlnets",
+    "slo_s",
+    "seed",
+)
+REQUIRED = COLUMNS[:2]
+INTEGER_COLUMNS = ("steps", "images", "height", "width", "seed")
+LIST_SEPARATOR = ";"
+
+STEPS = (1, 1000)
+IMAGES = (1, 64)
+GUIDANCE_SCALE = (0, 100)
+SIDE_PIXELS = (8, 16384)
+SEED = (0, 2**63 - 1)
+MAX_ARRIVAL_S = 1_000_000_000
+MAX_SLO_S = 1_000_000_000
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NS = Decimal(NS_PER_S)
+_REMEMBERED_ROWS = 20_000
+
+Fields = tuple[int, int, float, int | None, int | None, str, tuple[str, ...], tuple[str, ...], int | None, int | None]
+"""A request's fields after its arrival, in their order."""
+
+
+class FieldError(Exception):
+    """A value that its column does not allow; the reader adds file and line."""
+
+
+def check_header(where: str, header: Sequence[str]) -> None:
+    """Every column known, none twice, the required ones there; else InputError."""
+    known = ", ".join(COLUMNS)
+    for column in header:
+        if column not in COLUMNS:
+            raise InputError(f"{where}: the column {column!r} is unknown; a trace has {known}.")
+        if list(header).count(column) > 1:
+            raise InputError(f"{where}: the column {column!r} is given twice.")
+    for column in REQUIRED:
+        if column not in header:
+            raise InputError(f"{where}: the column {column!r} is missing; a trace has {known}.")
+
+
+class RowParser:
+    """Turns rows under one header into (arrival_ns, fields).
+
+    Rows repeat (most traces know few combinations), so what follows the arrival is parsed once per combination.
+    """
+
+    def __init__(self, header: Sequence[str]) -> None:
+        self._arrival = list(header).index("arrival_s")
+        self._order = [header.index(column) if column in header else -1 for column in COLUMNS[1:]]
+        self._seen: dict[tuple[str, ...], Fields] = {}
+
+    def parse(self, cells: Sequence[str]) -> tuple[int, Fields]:
+        """Raises FieldError with what is wrong."""
+        arrival_ns = nanoseconds(cells[self._arrival], "arrival_s", MAX_ARRIVAL_S)
+        rest = tuple([cells[i] if i >= 0 else "" for i in self._order])
+        fields = self._seen.get(rest)
+        if fields is None:
+            if len(self._seen) >= _REMEMBERED_ROWS:
+                self._seen.clear()
+            fields = self._seen[rest] = parse_fields(rest)
+        return arrival_ns, fields
+
+
+def parse_fields(texts: Sequence[str]) -> Fields:
+    """The texts of all columns but arrival_s, in the order of COLUMNS; an empty one is the default."""
+    steps, images, guidance, height, width, base_model, loras, controlnets, slo, seed = texts
+    if bool(height.strip()) != bool(width.strip()):
+        raise FieldError("height and width go together; one of them is empty")
+    return (
+        whole_number(steps, "steps", STEPS),
+        whole_number(images, "images", IMAGES) if images.strip() else 1,
+        number(guidance, "guidance_scale", GUIDANCE_SCALE) if guidance.strip() else 7.5,
+        whole_number(height, "height", SIDE_PIXELS) if height.strip() else None,
+        whole_number(width, "width", SIDE_PIXELS) if width.strip() else None,
+        _name(base_model, "base_model"),
+        _names(loras, "loras"),
+        _names(controlnets, "controlnets"),
+        _slo_ns(slo) if slo.strip() else None,
+        whole_number(seed, "seed", SEED) if seed.strip() else None,
+    )
+
+
+def request_of(request_id: int, arrival_ns: int, fields: Fields) -> Request:
+    return Request(request_id, arrival_ns, *fields)
+
+
+def nanoseconds(text: str, column: str, most_s: int) -> int:
+    """Seconds as decimal text to the nearest nanosecond (half to even), without passing through binary fractions."""
+    number(text, column, (0, most_s))
+    return int((Decimal(text.strip()) * _NS).to_integral_value())
+
+
+def whole_number(text: str, column: str, allowed: tuple[int, int]) -> int:
+    """An integer within bounds, both included."""
+    stripped = text.strip()
+    if not _INTEGER.fullmatch(stripped) or len(stripped) > 20:
+        raise FieldError(f"{column} is {text!r}; a whole number from {allowed[0]} to {allowed[1]} is needed")
+    value = int(stripped)
+    if not allowed[0] <= value <= allowed[1]:
+        raise FieldError(f"{column} is {value}; allowed are {allowed[0]} to {allowed[1]}")
+    return value
+
+
+def number(text: str, column: str, allowed: tuple[int, int]) -> float:
+    """A finite number within bounds, both included."""
+    if not _NUMBER.fullmatch(text.strip()):
+        raise FieldError(f"{column} is {text!r}; a number from {allowed[0]} to {allowed[1]} is needed")
+    value = float(text)
+    if not allowed[0] <= value <= allowed[1]:
+        raise FieldError(f"{column} is {text.strip()}; allowed are {allowed[0]} to {allowed[1]}")
+    return value
+
+
+def _slo_ns(text: str) -> int:
+    value = nanoseconds(text, "slo_s", MAX_SLO_S)
+    if value <= 0:
+        raise FieldError(f"slo_s is {text.strip()}; more than 0 is needed")
+    return value
+
+
+def _name(text: str, column: str) -> str:
+    if _CONTROL.search(text):
+        raise FieldError(f"{column} is {text!r}; control characters are not allowed in names")
+    return text
+
+
+def _names(text: str, column: str) -> tuple[str, ...]:
+    if not text:
+        return ()
+    names = tuple(text.split(LIST_SEPARATOR))
+    if not all(name.strip() for name in names):
+        raise FieldError(f"{column} is {text!r}; names are separated by single semicolons, and none may be empty")
+    _name(text, column)
+    return names
+
+
+def texts_of(request: Request) -> list[str]:
+    """A request as the texts of COLUMNS; parsing them gives the same request back.
+
+    Raises FieldError when the format cannot hold one of its values.
+    """
+    texts = [
+        seconds_text(request.arrival_ns),
+        str(request.steps),
+        str(request.images),
+        repr(float(request.guidance_scale)),
+        _optional(request.height),
+        _optional(request.width),
+        request.base_model,
+        _joined(request.loras, "loras"),
+        _joined(request.controlnets, "controlnets"),
+        "" if request.slo_ns is None else seconds_text(request.slo_ns),
+        _optional(request.seed),
+    ]
+    nanoseconds(texts[0], "arrival_s", MAX_ARRIVAL_S)
+    parse_fields(texts[1:])
+    return texts
+
+
+def seconds_text(value_ns: int) -> str:
+    """Nanoseconds as the shortest exact decimal number of seconds."""
+    sign, value_ns = ("-", -value_ns) if value_ns < 0 else ("", value_ns)
+    whole, fraction = divmod(value_ns, NS_PER_S)
+    return f"{sign}{whole}.{fraction:09d}".rstrip("0").rstrip(".")
+
+
+def _optional(value: int | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _joined(names: Iterable[str], column: str) -> str:
+    names = list(names)
+    for name in names:
+        if not name.strip() or LIST_SEPARATOR in name:
+            raise FieldError(f"{column} holds {name!r}; a name must not be empty or contain a semicolon")
+    return LIST_SEPARATOR.join(names)

@@ -1,0 +1,108 @@
+"""What a generated trace is made of, validated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from synerdiff.core import InputError
+from traces.columns import GUIDANCE_SCALE, IMAGES, STEPS
+from traces.gentd26_parameters import gentd26_parameters
+
+MAX_REQUESTS = 2_000_000
+Kind = Literal["poisson", "gamma", "mmpp", "gentd26-like"]
+Mix = Literal["gentd26", "fixed", "unguided-4", "unguided-8"]
+Loras = Literal["none", "gentd26"]
+
+Steps = Annotated[int, Field(ge=STEPS[0], le=STEPS[1])]
+Images = Annotated[int, Field(ge=IMAGES[0], le=IMAGES[1])]
+GuidanceScale = Annotated[float, Field(ge=GUIDANCE_SCALE[0], le=GUIDANCE_SCALE[1])]
+
+_ONLY_FOR: dict[str, tuple[str, str]] = {
+    "cv": ("kind", "gamma"),
+    "burst_ratio": ("kind", "mmpp"),
+    "burst_share": ("kind", "mmpp"),
+    "burst_s": ("kind", "mmpp"),
+    "steps": ("mix", "fixed"),
+    "images": ("mix", "fixed"),
+    "guidance_scale": ("mix", "fixed"),
+}
+
+
+class TraceSpec(BaseModel):
+    """A generated trace: how arrivals come (kind), how long, and what is asked for (mix, loras).
+
+    Fields that belong to one kind or mix are refused with any other.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    kind: Kind
+    """poisson; gamma: a renewal process; mmpp: Poisson whose rate switches; gentd26-like: fitted to GenTD26."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    requests: int | None = Field(None, ge=1, le=MAX_REQUESTS)
+    """How many; either this or duration_s."""
+    duration_s: float | None = Field(None, gt=0, le=1e9)
+    """Arrivals before this instant; how many is then random."""
+    rate_per_s: float | None = Field(None, gt=0, le=1e6)
+    """Mean arrivals per second, in the long run (default 1; gentd26-like: that of GenTD26, 0.013483)."""
+    cv: float | None = Field(None, ge=0.05, le=20)
+    """gamma: standard deviation / mean of the gaps (default 2; 1 is Poisson)."""
+    burst_ratio: float | None = Field(None, gt=1, le=10_000)
+    """mmpp: rate in a burst / rate outside (default 5)."""
+    burst_share: float | None = Field(None, gt=0, lt=1)
+    """mmpp: share of the time that bursts take (default 0.2)."""
+    burst_s: float | None = Field(None, gt=0, le=1e9)
+    """mmpp: mean length of a burst in seconds (default 60)."""
+    mix: Mix = "gentd26"
+    """gentd26: its joint frequencies of steps and images, guidance 7.5; fixed: the next three fields;
+    unguided-4, unguided-8: 4 or 8 steps, guidance 1, the numbers of images of GenTD26."""
+    steps: Steps | None = None
+    """fixed: default 30."""
+    images: Images | None = None
+    """fixed: default 1."""
+    guidance_scale: GuidanceScale | None = None
+    """fixed: default 7.5."""
+    loras: Loras | None = None
+    """none, or LoRAs as often and as popular as in GenTD26 (default for gentd26-like)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.requests is None) == (self.duration_s is None):
+            raise ValueError("give either requests or duration_s")
+        for name, (field, value) in _ONLY_FOR.items():
+            if getattr(self, name) is not None and getattr(self, field) != value:
+                raise ValueError(f"{name} belongs to {field} '{value}', and {field} is '{getattr(self, field)}'")
+        if self.duration_s is not None and self.mean_rate_per_s * self.duration_s > MAX_REQUESTS:
+            raise ValueError(f"rate_per_s * duration_s exceeds {MAX_REQUESTS} requests, the most that is generated")
+        return self
+
+    @property
+    def mean_rate_per_s(self) -> float:
+        if self.rate_per_s is not None:
+            return self.rate_per_s
+        return gentd26_parameters().rate_per_s if self.kind == "gentd26-like" else 1.0
+
+    @property
+    def with_loras(self) -> bool:
+        return self.loras == "gentd26" or (self.loras is None and self.kind == "gentd26-like")
+
+
+def trace_spec(fields: Mapping[str, Any], where: str) -> TraceSpec:
+    """Validate; InputError is one sentence that starts with ``where`` and tells what is allowed."""
+    try:
+        return TraceSpec.model_validate(dict(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            problem = f"the field {name!r} is unknown; known are {', '.join(TraceSpec.model_fields)}"
+        elif first["type"] == "missing":
+            problem = f"{name} is missing"
+        elif not name:
+            problem = first["msg"].removeprefix("Value error, ")
+        else:
+            problem = f"{name} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
+        raise InputError(f"{where}: {problem}.") from None
