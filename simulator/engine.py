@@ -179,18 +179,16 @@ class _Simulation:
         worker = self.worker
         ask = False
         piece = self.step_piece
-        if piece is not None and piece.end_ns == now_ns:
-            self.end_step(piece, now_ns)
+        step_ended = piece is not None and piece.end_ns == now_ns
+        if step_ended:
+            self.end_step(piece, now_ns)  # type: ignore[arg-type]  # a step ended, so there is its piece
             ask = worker.next_step is None and worker.exclusive_lane is None
-            step_ended = True
-        else:
-            step_ended = False
         for lane in worker.lanes:
             chunk_piece = self.chunk_pieces[lane.index]
             if chunk_piece is not None and chunk_piece.end_ns == now_ns:
                 self.end_chunk(lane, chunk_piece, now_ns)
                 ask = True
-        if step_ended:
+        if step_ended and self.lead_ns:
             starting = worker.start_committed()
             if worker.step is not None:
                 self.step_piece = Piece(self.times.step_ns(worker.step.rows), now_ns)

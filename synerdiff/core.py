@@ -212,8 +212,7 @@ class Sample:
         return f"Sample({self.name}, {self.phase}, step {self.step_index}/{self.steps})"
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkLaunch:
+class ChunkLaunch(NamedTuple):
     """The next ``chunks`` chunks of a sample's decode, in order, on one decode lane.
 
     ``exclusive`` holds the denoise lane idle until the last of them ends; ``forced`` marks a launch that a starvation
@@ -227,9 +226,8 @@ class ChunkLaunch:
     forced: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What to do now, applied in the order of the fields."""
+class Decision(NamedTuple):
+    """What to do now, applied in the order of the fields. (A named tuple: one is built for every step.)"""
 
     admit: tuple[SampleId, ...] = ()
     reject: tuple[SampleId, ...] = ()
