@@ -21,8 +21,11 @@ from synerdiff import __version__
 from synerdiff.core import ContractError, InputError
 
 COMMANDS = {
+    "estimate": "synerdiff.commands.estimate:estimate",
+    "trace": "synerdiff.commands.trace:trace_app",
     "policies": "synerdiff.commands.policies:policies",
     "simulate": "synerdiff.commands.simulate:simulate",
+    "sweep": "synerdiff.commands.sweep:sweep",
 }
 """Command -> the function, or the typer app, that does it. Its module is imported when it is needed."""
 

@@ -19,8 +19,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Batch = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
-Figure = Literal["latency-load", "throughput-load", "stages", "backlog"]
-FIGURES: tuple[Figure, ...] = ("latency-load", "throughput-load", "stages", "backlog")
+Figure = Literal["latency-load", "throughput-load", "tradeoff", "stages", "backlog"]
+FIGURES: tuple[Figure, ...] = ("latency-load", "throughput-load", "tradeoff", "stages", "backlog")
 
 
 class _Section(BaseModel):
@@ -70,6 +70,7 @@ class Workload(_Section):
     generator: str | None = None
     parameters: dict[str, Any] = {}
     trace: str | None = None
+    format: Literal["native", "gentd26"] = "native"
     windows: Listed[Window] = ()
     requests: Count | None = None
     loads: Listed[Load] | None = Field(default=None, min_length=1)
@@ -83,10 +84,8 @@ class Workload(_Section):
             raise ValueError("exactly one of generator and trace is needed")
         if self.generator is not None and self.windows:
             raise ValueError("windows belong to a trace; a generator takes requests and seeds")
-        if self.trace is not None:
-            for field in ("parameters", "seeds"):
-                if getattr(self, field):
-                    raise ValueError(f"{field} belongs to a generator; a trace takes windows")
+        if self.trace is not None and self.seeds:
+            raise ValueError("seeds belong to a generator; a trace takes windows")
         return self
 
 
@@ -149,7 +148,7 @@ class Experiment(_Section):
     requests: Count = 1000
     batch_search: BatchSearch = BatchSearch()
     skip_budget: SkipBudgetSection = SkipBudgetSection()
-    slo: Slo = Slo(solo_multiple=3.0)
+    slo: Slo | None = None
     dispersion: bool = False
     decode_gpus: Listed[Annotated[int, Field(ge=0, le=63)]] = Field(default=(0,), min_length=1)
     jobs: int | None = Field(default=None, ge=1, le=4096)

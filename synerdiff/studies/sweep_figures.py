@@ -1,0 +1,124 @@
+"""The pictures of a sweep, drawn from its tables on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from synerdiff.config import Experiment, Workload
+from synerdiff.metrics import TAIL_PERCENT, WARMUP_PERCENT
+from synerdiff.records import read_table
+
+if TYPE_CHECKING:
+    import pandas
+
+FOLDER = "figures"
+_STAGE_PANELS = 3
+
+
+def draw_figures(experiment: Experiment, folder: Path, dropped: Mapping[str, Mapping[str, int]]) -> list[Path]:
+    """Draw the experiment's figures into ``folder/figures``; the paths written.
+
+    Load curves show the workloads that are not replayed as backlog; every replayed one has a picture per profile.
+    """
+    from synerdiff.figures import load_curves, stage_bars
+    from synerdiff.figures.style import save
+
+    runs: pandas.DataFrame = read_table(folder / "runs.parquet", {"key": "string"})[0].to_pandas()
+    runs = runs[runs["purpose"] == "grid"].sort_values(["profile", "workload", "load", "seed"], kind="stable")
+    into = folder / FOLDER
+    written: list[Path] = []
+    curves = [workload for workload in experiment.workloads if not workload.backlog]
+    if curves:
+        shown = runs[runs["workload"].isin([workload.name for workload in curves])]
+        caption = _caption(experiment, curves, dropped)
+        if "latency-load" in experiment.figures:
+            written += save(load_curves.latency_against_load(shown, caption=caption), into, "latency-load")
+        if "throughput-load" in experiment.figures:
+            written += save(load_curves.throughput_against_load(shown, caption=caption), into, "throughput-load")
+        if "tradeoff" in experiment.figures:
+            written += save(load_curves.throughput_against_p99(shown, caption=caption), into, "tradeoff")
+        if "stages" in experiment.figures:
+            loads = _spread(sorted(shown["load"].unique()))
+            written += save(stage_bars.where_the_time_goes(shown, loads, caption=caption), into, "stages")
+    if "backlog" in experiment.figures:
+        for workload in experiment.workloads:
+            if workload.backlog:
+                written += _backlogs(experiment, workload, folder, runs[runs["workload"] == workload.name], dropped)
+    return written
+
+
+def _backlogs(
+    experiment: Experiment,
+    workload: Workload,
+    folder: Path,
+    runs: pandas.DataFrame,
+    dropped: Mapping[str, Mapping[str, int]],
+) -> list[Path]:
+    """One picture per profile, load and replicate: a backlog is one history, not a mean."""
+    from synerdiff.figures.backlog import backlog_over_time
+    from synerdiff.figures.style import save
+
+    written = []
+    for (profile, load, seed), group in runs.groupby(["profile", "load", "seed"], sort=False):
+        tables: dict[str, pandas.DataFrame] = {}
+        batches = []
+        for run in group.to_dict("records"):
+            tables[str(run["policy"])] = read_table(folder / "runs" / f"{run['key']}.parquet", {})[0].to_pandas()
+            if run["batch"] == run["batch"]:
+                batches.append(f"{run['policy']} {run['batch']:g}")
+        caption = f"{workload.name} on {profile}, mean load {load:g}. "
+        if batches:
+            caption += f"Batch sizes: {', '.join(batches)}. "
+        figure = backlog_over_time(
+            tables,
+            estimated=bool(group["estimated"].any()),
+            title=f"Requests in the system: {workload.name}",
+            caption=caption + _drops([workload], dropped),
+        )
+        written += save(figure, folder / FOLDER, f"backlog-{workload.name}-{profile}-load{load:g}-{seed}")
+    return written
+
+
+def _caption(experiment: Experiment, workloads: Sequence[Workload], dropped: Mapping[str, Mapping[str, int]]) -> str:
+    """What a reader must know to judge the curves."""
+    texts = []
+    generated = [workload for workload in workloads if workload.generator is not None]
+    if generated:
+        seeds = sorted({seed for workload in generated for seed in workload.seeds or experiment.seeds})
+        counts = sorted({workload.requests or experiment.requests for workload in generated})
+        size = " or ".join(f"{count:,}" for count in counts)
+        texts.append(f"{size} requests a run, seeds {', '.join(str(seed) for seed in seeds)}.")
+    if len(generated) < len(workloads):
+        windows = sum(max(1, len(workload.windows)) for workload in workloads if workload.trace is not None)
+        texts.append(f"{windows} windows of the trace, stretched in time to the load.")
+    texts.append(f"First {WARMUP_PERCENT}% and last {TAIL_PERCENT}% of requests set aside.")
+    if any(entry.searched for entry in experiment.policies):
+        texts.append("Each policy at the batch size of least mean latency.")
+    if experiment.skip_budget.fraction > 0:
+        texts.append(f"At most {experiment.skip_budget.fraction:.0%} of an image's steps may skip guidance.")
+    return " ".join([*texts, _drops(workloads, dropped)]).strip()
+
+
+def _drops(workloads: Sequence[Workload], dropped: Mapping[str, Mapping[str, int]]) -> str:
+    texts = []
+    for workload in workloads:
+        if workload.trace is None:
+            continue
+        if dropped.get(workload.name):
+            counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped[workload.name].items())
+            texts.append(f"{workload.name}: dropped {counts}.")
+        if workload.format == "gentd26":
+            one = workload.parameters.get("checkpoints", "one") == "one"
+            bare = workload.parameters.get("adapters", "keep") == "drop"
+            merged = " and ".join(["checkpoints"] * one + ["LoRAs"] * bare)
+            texts.append(f"{merged} counted as one model." if merged else "")
+    return " ".join(dict.fromkeys(text for text in texts if text))
+
+
+def _spread(loads: Sequence[float]) -> list[float]:
+    """At most three of the loads: the ends and the middle."""
+    if len(loads) <= _STAGE_PANELS:
+        return list(loads)
+    return [loads[0], loads[len(loads) // 2], loads[-1]]
