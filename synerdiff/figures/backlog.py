@@ -57,7 +57,7 @@ def backlog_over_time(
     level.set_ylim(bottom=0)
     level.set_xlim(0, end_s / unit_s)
     level.set(xlabel=f"time ({unit})", ylabel="requests in the system")
-    policy_legend(figure, styles, lines=False)
+    policy_legend(figure, styles, markers=False)
     peaks = ", ".join(f"{name} {int(backlog(requests[name])['in_system'].max())}" for name in styles)
     note = f"Backlog: linear up to {_LINEAR_TO}, logarithmic above. Peaks: {peaks}. {caption}"
     return finish(figure, title, note, estimated)

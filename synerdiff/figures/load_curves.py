@@ -36,11 +36,12 @@ HOLLOW = (
 
 
 def panel_rows(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """(label, runs) per profile, or per profile and workload when there are several workloads."""
+    """(label, runs) per profile, or per profile and workload when there are several; estimated profiles say so."""
     several = "workload" in runs and runs["workload"].nunique() > 1
     keys = ["profile", "workload"] if several else ["profile"]
     for key, group in runs.groupby(keys, sort=False):
-        yield ", ".join(str(part) for part in key), group
+        label = ", ".join(str(part) for part in key)
+        yield f"{label} (estimated)" if group["estimated"].any() and "estimated" not in label else label, group
 
 
 def saturated(runs: pd.DataFrame) -> pd.Series[bool]:
@@ -83,15 +84,17 @@ def throughput_against_p99(
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, (label, group) in zip(axes, rows, strict=True):
         for name, style in styles.items():
-            _trade_off(axis, group[group["policy"] == name], style)
+            _trade_off(axis, group[group["policy"] == name], style, named=name == next(iter(styles)))
         plain_log_ticks(axis)
-        axis.set(title=label, xlabel="achieved requests/s", ylabel="P99 latency (s)")
+        axis.set_title(label, loc="left")
+        axis.set(xlabel="achieved requests/s", ylabel="P99 latency (s)")
     policy_legend(figure, styles)
-    note = f"Small numbers: load. Down and to the right is better. {HOLLOW}{_skips(runs)} {caption}"
+    meaning = "Small numbers: load, the same along every curve. Down and to the right is better."
+    note = f"{meaning} {HOLLOW}{_skips(runs)} {caption}"
     return finish(figure, title, note, bool(runs["estimated"].any()))
 
 
-def _trade_off(axis: Axes, runs: pd.DataFrame, style: PolicyStyle) -> None:
+def _trade_off(axis: Axes, runs: pd.DataFrame, style: PolicyStyle, named: bool) -> None:
     points = [
         (
             load,
@@ -102,10 +105,9 @@ def _trade_off(axis: Axes, runs: pd.DataFrame, style: PolicyStyle) -> None:
         for load, group in _by_load(runs)
     ]
     _draw_points(axis, [p[1] for p in points], [p[2] for p in points], [p[3] for p in points], style)
-    if points:
-        # Every policy meets the same loads: naming the ends of each curve says which way it runs.
-        for load, x, y, _ in (points[0], points[-1]):
-            axis.annotate(f"{load:g}", (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7, color=style.color)
+    if named:
+        for load, x, y, _ in points:
+            axis.annotate(f"{load:g}", (x, y), xytext=(-3, 5), textcoords="offset points", fontsize=7, ha="right")
 
 
 def _grid(
@@ -115,10 +117,13 @@ def _grid(
     styles = policy_styles(runs["policy"])
     figure = new_figure(4.0 * len(panels) + 2.2, 3.0 * len(rows) + 1.2)
     grid = figure.subplots(len(rows), len(panels), squeeze=False, sharex=True)
+    # Many overlapping bands would hide each other.
+    shade = min(0.16, 0.6 / len(styles))
     for axes, (label, group) in zip(grid, rows, strict=True):
         for axis, (column, name) in zip(axes, panels, strict=True):
             for policy, style in styles.items():
-                _curve(axis, group[group["policy"] == policy], column, style, _log_mean if logarithmic else _mean)
+                of_policy = group[group["policy"] == policy]
+                _curve(axis, of_policy, column, style, _log_mean if logarithmic else _mean, shade)
             if logarithmic:
                 plain_log_ticks(axis)
             else:
@@ -126,9 +131,8 @@ def _grid(
                 axis.set_ylim(bottom=0)
             if group["load"].max() >= 1:
                 axis.axvline(1, color="#666666", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
-            axis.set(ylabel=name, title=label if column == panels[0][0] else "")
-            axis.title.set_ha("left")
-            axis.title.set_x(0)
+            axis.set_ylabel(name)
+        axes[0].set_title(label, loc="left")
     for axis in grid[-1]:
         axis.set_xlabel("offered load (1 = continuous-serial saturates)")
     policy_legend(figure, styles)
@@ -136,7 +140,12 @@ def _grid(
 
 
 def _curve(
-    axis: Axes, runs: pd.DataFrame, column: str, style: PolicyStyle, mean: Callable[[pd.Series[float]], Interval]
+    axis: Axes,
+    runs: pd.DataFrame,
+    column: str,
+    style: PolicyStyle,
+    mean: Callable[[pd.Series[float]], Interval],
+    shade: float,
 ) -> None:
     loads, intervals, flags = [], [], []
     for load, group in _by_load(runs):
@@ -149,7 +158,7 @@ def _curve(
     if bounded.any():
         low = [interval.low if interval.high < inf else interval.value for interval in intervals]
         high = [interval.high if interval.high < inf else interval.value for interval in intervals]
-        axis.fill_between(loads, low, high, where=bounded.tolist(), color=style.color, alpha=0.15, linewidth=0)
+        axis.fill_between(loads, low, high, where=bounded.tolist(), color=style.color, alpha=shade, linewidth=0)
 
 
 def _by_load(runs: pd.DataFrame) -> list[tuple[float, pd.DataFrame]]:

@@ -61,13 +61,16 @@ def _steps(axis: Axes, profile: Profile) -> None:
             linestyle="none",
             label="held out of interpolation",
         )
+    labelled = -1.0
     for row, value in zip(rows, median, strict=True):
-        axis.annotate(f"{value:.3g}", (row, value), xytext=(0, 7), textcoords="offset points", fontsize=7, ha="right")
+        if row - labelled >= 0.06 * rows[-1] or row == rows[0]:
+            axis.annotate(f"{value:.3g}", (row, value), xytext=(4, -10), textcoords="offset points", fontsize=7.5)
+            labelled = row
     axis.set(xlabel="rows", ylabel="step time (ms)")
     axis.set_title("Denoiser step alone" + ("" if profile.row_buckets else " (eager: interpolated)"), loc="left")
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
-    axis.legend(loc="upper left")
+    axis.legend(loc="lower right")
 
 
 def _chunks(axis: Axes, profile: Profile) -> None:

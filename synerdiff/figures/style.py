@@ -14,12 +14,17 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
+from matplotlib.ticker import LogLocator
 
 from synerdiff.files import atomic
 
 _P = ParamSpec("_P")
 
-ESTIMATED = "estimated profile: nothing here was measured"
+ESTIMATED = "estimated profile, not measured"
+
+_CAPTION_POINTS = 8
+_LINE_SPACING = 1.3
 
 RC: Any = {
     "font.family": "DejaVu Sans",
@@ -106,23 +111,39 @@ def finish(figure: Figure, title: str, caption: str, estimated: bool) -> Figure:
     width_in = figure.get_size_inches()[0]
     lines = textwrap.wrap(title, int(width_in * 10)) or [""]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=11, fontweight="bold")
-    notes = [*textwrap.wrap(caption, int(width_in * 15.5))]
+    notes = textwrap.wrap(caption, int(width_in * 15.5))
     if estimated:
-        notes.insert(0, f"[{ESTIMATED}]")
+        # The caption keeps its first line free for the mark, which has a colour of its own.
+        notes.insert(0, " ")
     if notes:
-        figure.supxlabel("\n".join(notes), x=0.01, ha="left", fontsize=8, color="#9b2226" if estimated else "#444444")
+        label = figure.supxlabel(
+            "\n".join(notes), x=0.01, ha="left", fontsize=_CAPTION_POINTS, linespacing=_LINE_SPACING, color="#444444"
+        )
+        if estimated:
+            mark = Annotation(
+                f"[{ESTIMATED}]",
+                (0, 1),
+                xycoords=label,
+                va="top",
+                color="#b3001b",
+                fontsize=_CAPTION_POINTS,
+                fontweight="bold",
+                annotation_clip=False,
+            )
+            mark.set_in_layout(False)
+            figure.add_artist(mark)
     return figure
 
 
-def policy_legend(figure: Figure, styles: dict[str, PolicyStyle], lines: bool = True) -> None:
+def policy_legend(figure: Figure, styles: dict[str, PolicyStyle], markers: bool = True) -> None:
     """One legend for all panels, beside them."""
     handles = [
         Line2D(
             [],
             [],
             color=style.color,
-            marker=style.marker if lines else None,
-            linestyle=style.linestyle if lines else "-",
+            marker=style.marker if markers else "",
+            linestyle=style.linestyle,
             label=name,
         )
         for name, style in styles.items()
@@ -133,6 +154,7 @@ def policy_legend(figure: Figure, styles: dict[str, PolicyStyle], lines: bool = 
 def plain_log_ticks(axis: Axes) -> None:
     """Logarithmic y axis labelled with plain numbers."""
     axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_minor_formatter(lambda value, _: "")
 
