@@ -14,7 +14,6 @@ from typing import TypeVar
 
 import torch
 
-from synerdiff.core import InputError
 from synerdiff.diffusion.device import Device, Lane, Work
 
 T = TypeVar("T")
@@ -147,14 +146,11 @@ class CudaLane(Lane):
 
 
 class CudaDevice(Device):
-    """One GPU. Raises InputError when the machine has no such GPU."""
+    """One GPU; made by `open_device`."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
-        device = torch.device(name)
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(f"Device {name} was asked for, but this machine has no such usable CUDA GPU.")
-        self.torch_device = torch.device("cuda", device.index or 0)
+        self.torch_device = device
         torch.cuda.set_device(self.torch_device)
         self._clock = EventClock(self.torch_device)
 

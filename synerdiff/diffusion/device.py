@@ -89,15 +89,29 @@ class Device(ABC):
         self.close()
 
 
-def open_device(name: str) -> Device:
-    """`cpu`, `cuda` or `cuda:N`. Raises InputError, one sentence, for anything else and for a GPU that is not there."""
-    if name == "cpu":
-        return CpuDevice()
-    if name == "cuda" or name.startswith("cuda:"):
-        from synerdiff.diffusion.cuda_device import CudaDevice
+def find_device(name: str | torch.device) -> torch.device:
+    """`cpu`, `cuda` or `cuda:N` as torch names it. Raises InputError, one sentence, when there is no such device."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"There is no device {name}; use cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"There is no support for device {name}; use cpu, cuda or cuda:N.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"Device {name} was asked for, but this machine has no usable CUDA GPU.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"Device {name} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPUs.")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
-        return CudaDevice(name)
-    raise InputError(f"There is no device {name}; use cpu, cuda or cuda:N.")
+
+def open_device(name: str | torch.device) -> Device:
+    """Open the lanes of `cpu`, `cuda` or `cuda:N`. Raises InputError as `find_device` does."""
+    device = find_device(name)
+    if device.type == "cpu":
+        return CpuDevice()
+    from synerdiff.diffusion.cuda_device import CudaDevice
+
+    return CudaDevice(device)
 
 
 class CpuWork(Work[T]):

@@ -13,6 +13,7 @@ from synerdiff.diffusion.architectures import empty_modules, fill_randomly, know
 from synerdiff.diffusion.checkpoint import Parts, read_checkpoint, read_digits
 from synerdiff.diffusion.conditioning import RandomText, pooled_width
 from synerdiff.diffusion.copied_solver import make_solver
+from synerdiff.diffusion.device import find_device
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.schedulers import SCHEDULERS, make_scheduler
 
@@ -38,7 +39,7 @@ def load_model(
     Raises InputError, one plain sentence, for unknown names, unusable folders, an unreachable hub, a missing device
     or sides that the model cannot make.
     """
-    name, place = str(name_or_path), _device(device)
+    name, place = str(name_or_path), find_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     if (Path(name) / "unet").is_dir():
@@ -59,20 +60,6 @@ def load_model(
         resolution = own_resolution
     sides = (resolution, resolution) if isinstance(resolution, int) else resolution
     return DiffusionModel(name, unet, vae, make_solver(_replaced(schedule, scheduler)), prompts, sides)
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"There is no device {device}; use cpu, cuda or cuda:N.") from error
-    if place.type not in ("cpu", "cuda"):
-        raise InputError(f"There is no support for device {device}; use cpu, cuda or cuda:N.")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"Device {device} was asked for, but this machine has no usable CUDA GPU.")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"Device {device} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPUs.")
-    return place
 
 
 def _replaced(schedule: Any, wanted: str | None) -> Any:

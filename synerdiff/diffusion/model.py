@@ -163,6 +163,10 @@ class DiffusionModel:
         steered = guided + sum(mode is REUSE for mode in modes)
         progress, steps_done = [state.progress for state in ordered], [state.step_index for state in ordered]
 
+        if self.device.type == "cuda":
+            # The first latent was made on another stream and is dropped below, before this stream has read it.
+            for state in ordered:
+                state.latent.record_stream(torch.cuda.current_stream(self.device))
         latents = torch.cat([state.latent for state in ordered])
         inputs = assemble(
             self.solver.denoiser_inputs(progress, steps_done, latents).to(self.dtype),

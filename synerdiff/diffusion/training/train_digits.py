@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -28,10 +28,20 @@ UNCONDITIONAL = 10
 TOKENS = 2
 CONDITION_DROPOUT = 0.1
 KL_WEIGHT = 1e-6
-EMA_DECAY = 0.999
 VARIANTS_PER_IMAGE = 16
 CHECKPOINT_EVERY_S = 30.0
-STAGES = {"vae": (2000, 32, 2e-3), "unet": (2600, 64, 1.5e-3)}  # steps, batch, peak learning rate
+
+
+class Stage(NamedTuple):
+    """`averaging`: decay of the moving average of the weights; 0 keeps the last ones."""
+
+    steps: int
+    batch: int
+    peak_rate: float
+    averaging: float
+
+
+STAGES = {"vae": Stage(1400, 32, 2e-3, 0.0), "unet": Stage(2400, 64, 1.5e-3, 0.999)}
 
 
 class OutOfTime(Exception):
@@ -54,13 +64,17 @@ def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed * 10_000_019 + list(STAGES).index(stage) * 1_000_003 + step)
 
 
-def warmed_up_average(average: torch.Tensor, current: torch.Tensor, updates: torch.Tensor | int) -> torch.Tensor:
-    """Exponential moving average whose decay rises to EMA_DECAY, so that the random start is soon forgotten.
+def warmed_up_average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor | int], torch.Tensor]:
+    """Exponential moving average whose decay rises to `decay`, so that the random start is soon forgotten.
 
     A fixed decay of 0.999 would leave a quarter of the untrained weights in after 1,400 steps.
     """
-    decay = min(EMA_DECAY, (1 + int(updates)) / (10 + int(updates)))
-    return average + (1.0 - decay) * (current - average)
+
+    def average(averaged: torch.Tensor, current: torch.Tensor, updates: torch.Tensor | int) -> torch.Tensor:
+        kept = min(decay, (1 + int(updates)) / (10 + int(updates)))
+        return averaged + (1.0 - kept) * (current - averaged)
+
+    return average
 
 
 def train_stage(
@@ -71,12 +85,12 @@ def train_stage(
     seed: int,
     deadline_s: float,
 ) -> nn.Module:
-    """Minimise `loss_of` over the stage's steps and return the model with averaged (EMA) weights; resumes by itself.
+    """Minimise `loss_of` over the stage's steps and return the model with averaged weights; resumes by itself.
 
     Raises OutOfTime when `deadline_s` (monotonic seconds) passes.
     """
-    steps, batch, peak_rate = STAGES[stage]
-    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=warmed_up_average)
+    steps, batch, peak_rate, averaging = STAGES[stage]
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=warmed_up_average(averaging))
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_rate, total_steps=steps, pct_start=0.05)
     parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer, "schedule": schedule}
