@@ -198,7 +198,7 @@ class Sample:
         """The mode in which the next step may be skipped, or None when it must be guided (or is unguided)."""
         if not self.may_skip_at(self.step_index, self.skips_left, self.skip_run):
             return None
-        if self.budget.mode is REUSE and not self.had_guided_step:
+        if self.budget.mode == REUSE and not self.had_guided_step:
             return None
         return self.budget.mode
 
