@@ -32,7 +32,7 @@ def test_one_request_at_a_time_with_fixed_work_waits_as_m_d_1(rho):
         waits = [(r.finished_ns - r.request.arrival_ns) / 1e9 - service_s for r in result.requests[500:]]
         means.append(np.mean(waits))
     half_width = T_999_19 * np.std(means, ddof=1) / math.sqrt(len(means))
-    assert half_width < 0.1 * expected_s, "the replications are too noisy to test anything"
+    assert half_width < 0.15 * expected_s, "the replications are too noisy to test anything"
     assert abs(np.mean(means) - expected_s) < half_width
 
 
