@@ -17,9 +17,7 @@ from synerdiff.core import (
     PPM,
     InputError,
     LaneView,
-    Phase,
     Request,
-    RequestRecord,
     RunResult,
     Sample,
     SkipBudget,
@@ -27,6 +25,7 @@ from synerdiff.core import (
     WorkRecord,
 )
 from synerdiff.profile import Profile
+from synerdiff.samples import make_samples, request_records, sorted_work
 from synerdiff.worker import Worker
 
 PROGRESS_EVERY = 500
@@ -58,42 +57,11 @@ def simulate(
     environment.run()
     return RunResult(
         requests=request_records(requests, samples),
-        work=simulation.sorted_work(),
+        work=sorted_work([*simulation.step_records, *simulation.chunk_records]),
         sample_names=[sample.name for sample in samples],
         end_ns=int(environment.now),
         decisions=simulation.decisions,
     )
-
-
-def make_samples(requests: Sequence[Request], profile: Profile, budget: SkipBudget) -> list[Sample]:
-    """All samples by id, requests in trace order, then images."""
-    text_encode_ns = profile.overhead_ns("text_encode")
-    samples: list[Sample] = []
-    for request in requests:
-        entered_ns = request.arrival_ns + text_encode_ns
-        for image in range(request.images):
-            samples.append(Sample(len(samples), request, image, entered_ns, budget))
-    return samples
-
-
-def request_records(requests: Sequence[Request], samples: Sequence[Sample]) -> list[RequestRecord]:
-    """One record per request; its stages are those of its last-finishing sample, ties to the higher image."""
-    records: list[RequestRecord] = []
-    position = 0
-    for request in requests:
-        images = samples[position : position + request.images]
-        position += request.images
-        phases = {sample.phase for sample in images}
-        skipped = sum(sample.skips_spent for sample in images)
-        modes = tuple([sample.modes for sample in images])
-        if phases == {Phase.DONE}:
-            last = max(images, key=lambda sample: (sample.finished_ns, sample.image))
-            stages = (last.admitted_ns, last.denoised_ns, last.decode_started_ns, last.finished_ns)
-            records.append(RequestRecord(request, *stages, "done", skipped, modes))
-            continue
-        status = next((str(p) for p in (Phase.REJECTED, Phase.FAILED) if p in phases), "unfinished")
-        records.append(RequestRecord(request, -1, -1, -1, -1, status, skipped, modes))
-    return records
 
 
 class _Simulation:
@@ -282,11 +250,3 @@ class _Simulation:
                     f"speed it up without limit (sum of slowdowns {step_ppm} ppm)."
                 )
             step_piece.retime(step_ppm, now_ns)
-
-    def sorted_work(self) -> list[WorkRecord]:
-        """By start, denoise first, lane, end."""
-        merged = self.step_records + self.chunk_records
-        merged.sort(
-            key=lambda record: (record.start_ns, record.kind != "step", len(record.lane), record.lane, record.end_ns)
-        )
-        return merged

@@ -174,7 +174,14 @@ class Worker:
         return False
 
     def fail(self, sample: Sample) -> None:
-        """A sample fails alone. It must hold no lane."""
+        """A sample fails alone, and a decode lane that it holds is free again. It must be in no step."""
+        for lane in self.lanes:
+            if lane.sample is sample:
+                lane.sample = None
+                lane.chunks_left = 0
+                sample.launched = False
+                if lane is self.exclusive_lane:
+                    self.exclusive_lane = None
         for place in (self.waiting, self.active, self.decoding):
             place.pop(sample.id, None)
         self._end(sample, Phase.FAILED)

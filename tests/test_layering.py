@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "traces",
         "synerdiff.diffusion",
         "synerdiff.worker",
+        "synerdiff.samples",
         "synerdiff.metrics",
         "synerdiff.capacity",
         "synerdiff.figures",

@@ -19,6 +19,7 @@ ENGINE_FILES = (
     "synerdiff/core.py",
     "synerdiff/profile.py",
     "synerdiff/profile_files.py",
+    "synerdiff/samples.py",
     "synerdiff/worker.py",
     "synerdiff/records.py",
     "synerdiff/metrics.py",
