@@ -178,7 +178,7 @@ class Experiment(_Section):
 
 def load_experiment(path: Path) -> Experiment:
     """Read an experiment file; InputError names the file and the path of the field that is wrong."""
-    data = read_yaml(path, "experiment file")
+    data = read_yaml(path, "sweep file")
     try:
         return Experiment.model_validate(data)
     except ValidationError as error:

@@ -7,12 +7,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from synerdiff.core import RunResult
 
 RUN_FILES = ("requests.parquet", "work.parquet", "timeline.json", "summary.json")
 """What a run's folder holds; the summary comes last and marks the folder as a run's."""
@@ -47,9 +44,10 @@ def simulate(
     from synerdiff import records
     from synerdiff.commands.texts import decode_lanes, parameter_values, skip_budget, summary_lines, window_of
     from synerdiff.core import InputError
-    from synerdiff.files import require_writable_folder
+    from synerdiff.files import atomic, require_writable_folder
     from synerdiff.profile_files import find_profile, load_profile
     from synerdiff.studies import one_run
+    from synerdiff.timeline import write_timeline
     from traces.native import read_trace
     from traces.scaling import scaled
 
@@ -81,7 +79,8 @@ def simulate(
         result = one_run.run_simulated(requests, measured, setup, on_progress)
     request_table = records.requests_table(result.requests)
     work_table = records.work_table(result.work, result.sample_names)
-    summary = one_run.summary_of(request_table, work_table, requests, measured)
+    request_frame, work_frame = request_table.to_pandas(), work_table.to_pandas()
+    summary = one_run.summary_of(request_frame, work_frame, requests, measured)
     described = {
         "profile": measured.name,
         "provenance": measured.provenance,
@@ -96,7 +95,16 @@ def simulate(
         "dispersion_seed": setup.dispersion_seed,
         "decisions": result.decisions,
     }
-    _write(out, request_table, work_table, {"run": described, **summary}, result if timeline else None)
+    # All files are complete under temporary names before the first takes its place; the summary is the last.
+    with ExitStack() as stack:
+        text = json.dumps({"run": described, **summary}, indent=2, allow_nan=False) + "\n"
+        stack.enter_context(atomic(out / "summary.json")).write_text(text, encoding="utf-8")
+        if timeline:
+            write_timeline(stack.enter_context(atomic(out / "timeline.json")), work_frame, request_frame)
+        records.store(stack.enter_context(atomic(out / "work.parquet")), work_table)
+        records.store(stack.enter_context(atomic(out / "requests.parquet")), request_table)
+    if not timeline:
+        (out / "timeline.json").unlink(missing_ok=True)
     typer.echo(f"{out}: {policy} on {measured.label}, {trace.name}")
     for line in summary_lines(summary, load):
         typer.echo(line)
@@ -112,25 +120,6 @@ def _require_run_folder(out: Path) -> None:
     foreign = [name for name in names if name not in RUN_FILES and not name.endswith(".part")]
     if foreign:
         raise InputError(f"{out}: this folder holds {foreign[0]}, which is no file of a run; give another folder.")
-
-
-def _write(out: Path, requests: Any, work: Any, summary: dict[str, Any], timeline_of: RunResult | None) -> None:
-    """All files are complete under temporary names before the first takes its place; the summary is the last."""
-    from synerdiff.files import atomic
-    from synerdiff.records import store
-
-    texts = {"summary.json": json.dumps(summary, indent=2, allow_nan=False) + "\n"}
-    if timeline_of is not None:
-        from synerdiff.timeline import timeline_text
-
-        texts["timeline.json"] = timeline_text(timeline_of)
-    with ExitStack() as stack:
-        for name, text in texts.items():
-            stack.enter_context(atomic(out / name)).write_text(text, encoding="utf-8")
-        store(stack.enter_context(atomic(out / "work.parquet")), work)
-        store(stack.enter_context(atomic(out / "requests.parquet")), requests)
-    if timeline_of is None:
-        (out / "timeline.json").unlink(missing_ok=True)
 
 
 @contextmanager

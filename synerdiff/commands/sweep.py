@@ -33,7 +33,10 @@ def sweep(
     grid = Grid(experiment, file.parent, folder)
     with _progress(experiment.name) as on_progress:
         results = run_sweep(grid, runner, on_progress)
-    for line in [*batch_lines(results.batches), *result_lines(results.rows)]:
+    for line in [
+        *batch_lines(results.batches),
+        *result_lines(results.rows, [entry.name for entry in experiment.policies]),
+    ]:
         typer.echo(line)
     _finish(folder, results)
     if experiment.figures:

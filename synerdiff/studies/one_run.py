@@ -12,7 +12,7 @@ from synerdiff.core import NO_SKIPS, NS_PER_S, InputError, Request, RunResult, S
 from synerdiff.profile import Profile
 
 if TYPE_CHECKING:
-    import pyarrow
+    import pandas
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +101,11 @@ def run_simulated(
 
 
 def summary_of(
-    requests_table: pyarrow.Table, work_table: pyarrow.Table, requests: Sequence[Request], profile: Profile
+    request_frame: pandas.DataFrame, work_frame: pandas.DataFrame, requests: Sequence[Request], profile: Profile
 ) -> dict[str, Any]:
     """The metrics of a run (``metrics.summarize``), ready for JSON."""
     from synerdiff.metrics import summarize
 
     known: dict[tuple[int, int, bool], int] = {}
     solo_s = [_solo_ns(request, profile, known) / NS_PER_S for request in requests]
-    return summarize(requests_table.to_pandas(), work_table.to_pandas(), solo_s)
+    return summarize(request_frame, work_frame, solo_s)

@@ -86,13 +86,14 @@ def _generated(workload: Workload, seed: int, count: int | None) -> Source:
 
 
 def _trace_path(workload: Workload, base: Path) -> Path:
+    """Relative to the experiment's file; what an environment variable leads to is relative to the working folder."""
     assert workload.trace is not None
     text = os.path.expandvars(workload.trace)
     missing = re.search(r"\$\{?(\w+)", text)
     if missing:
         raise InputError(f"workload '{workload.name}': the environment variable {missing[1]} of its trace is not set.")
     path = Path(text).expanduser()
-    return path if path.is_absolute() else base / path
+    return path if "$" in workload.trace else base / path
 
 
 def _file_hash(path: Path) -> str:

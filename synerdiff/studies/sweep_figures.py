@@ -26,7 +26,9 @@ def draw_figures(experiment: Experiment, folder: Path, dropped: Mapping[str, Map
     from synerdiff.figures.style import save
 
     runs: pandas.DataFrame = read_table(folder / "runs.parquet", {"key": "string"})[0].to_pandas()
-    runs = runs[runs["purpose"] == "grid"].sort_values(["profile", "workload", "load", "seed"], kind="stable")
+    order = {entry.name: place for place, entry in enumerate(experiment.policies)}
+    runs = runs[runs["purpose"] == "grid"].assign(place=runs["policy"].map(order))
+    runs = runs.sort_values(["profile", "workload", "load", "seed", "place"], kind="stable")
     into = folder / FOLDER
     written: list[Path] = []
     curves = [workload for workload in experiment.workloads if not workload.backlog]
@@ -68,7 +70,8 @@ def _backlogs(
             tables[str(run["policy"])] = read_table(folder / "runs" / f"{run['key']}.parquet", {})[0].to_pandas()
             if run["batch"] == run["batch"]:
                 batches.append(f"{run['policy']} {run['batch']:g}")
-        caption = f"{workload.name} on {profile}, mean load {load:g}. "
+        scale = float(group["time_scale"].iloc[0])
+        caption = f"{workload.name} on {profile}, mean load {load:g}, arrival times multiplied by {scale:.3g}. "
         if batches:
             caption += f"Batch sizes: {', '.join(batches)}. "
         figure = backlog_over_time(
@@ -113,7 +116,7 @@ def _drops(workloads: Sequence[Workload], dropped: Mapping[str, Mapping[str, int
             one = workload.parameters.get("checkpoints", "one") == "one"
             bare = workload.parameters.get("adapters", "keep") == "drop"
             merged = " and ".join(["checkpoints"] * one + ["LoRAs"] * bare)
-            texts.append(f"{merged} counted as one model." if merged else "")
+            texts.append(f"{merged[0].upper()}{merged[1:]} counted as one model." if merged else "")
     return " ".join(dict.fromkeys(text for text in texts if text))
 
 

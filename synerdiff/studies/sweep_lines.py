@@ -6,8 +6,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from synerdiff.intervals import paired_log_ratio
+
+REFERENCE = "continuous-serial"
+"""The policy that others are compared with, where it is among them; else the experiment's first."""
+
+_MEAN_LATENCY = "request_latency_mean_s"
 _COLUMNS = (
-    ("mean s", "request_latency_mean_s"),
+    ("mean s", _MEAN_LATENCY),
     ("P99 s", "request_latency_p99_s"),
     ("requests/s", "request_throughput"),
     ("images/s", "image_throughput"),
@@ -15,8 +21,10 @@ _COLUMNS = (
     ("skipped", "skip_fraction"),
 )
 
+Row = Mapping[str, Any]
 
-def batch_lines(batches: Sequence[Mapping[str, Any]]) -> list[str]:
+
+def batch_lines(batches: Sequence[Row]) -> list[str]:
     """The batch sizes that were compared, and the best."""
     if not batches:
         return []
@@ -30,26 +38,45 @@ def batch_lines(batches: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def result_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One table per profile and workload: policy and load, then means over the replicates."""
-    groups: dict[tuple[str, str], dict[tuple[str, float], list[Mapping[str, Any]]]] = {}
+def result_lines(rows: Sequence[Row], policies: Sequence[str]) -> list[str]:
+    """One table per profile and workload: by policy (in the order given) and load, means over the replicates."""
+    reference = REFERENCE if REFERENCE in policies else policies[0]
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        place = groups.setdefault((row["profile"] + (" (estimated)" if row["estimated"] else ""), row["workload"]), {})
-        place.setdefault((row["policy"], row["load"]), []).append(row)
+        profile = f"{row['profile']} (estimated)" if row["estimated"] else str(row["profile"])
+        groups.setdefault((row["workload"], profile), []).append(row)
     lines = []
-    for (profile, workload), cells in groups.items():
-        lines.append(f"{workload} on {profile}, means over {max(len(found) for found in cells.values())} run(s)")
-        table = [["policy", "load", "batch", *(title for title, _ in _COLUMNS)]]
-        for (policy, load), found in sorted(cells.items()):
-            batch = found[0]["batch"]
-            values = [_mean([row[name] for row in found]) for _, name in _COLUMNS]
-            table.append([policy, f"{load:g}", "-" if batch is None else str(batch), *map(_number, values)])
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-        for row in table:
-            cells_text = [row[0].ljust(widths[0])]
-            cells_text += [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
-            lines.append("  " + "  ".join(cells_text))
+    for (workload, profile), members in groups.items():
+        table = [["policy", "load", "batch", *(title for title, _ in _COLUMNS), f"mean / that of {reference}"]]
+        for policy in policies:
+            for load in sorted({row["load"] for row in members}):
+                found = [row for row in members if row["policy"] == policy and row["load"] == load]
+                base = [row for row in members if row["policy"] == reference and row["load"] == load]
+                values = [_mean([row[name] for row in found]) for _, name in _COLUMNS]
+                batch = found[0]["batch"]
+                head = [policy, f"{load:g}", "-" if batch is None else str(batch)]
+                table.append([*head, *map(_number, values), "" if policy == reference else _ratio(found, base)])
+        replicates = len({row["seed"] for row in members})
+        lines.append(f"{workload} on {profile}, means over {replicates} run{'s' if replicates > 1 else ''}")
+        lines += _aligned(table)
     return lines
+
+
+def _ratio(rows: Sequence[Row], reference: Sequence[Row]) -> str:
+    """Paired by replicate, because all policies see the same arrivals; with the 95% interval."""
+    mine, theirs = ({row["seed"]: row[_MEAN_LATENCY] for row in part} for part in (rows, reference))
+    if None in (*mine.values(), *theirs.values()):
+        return "-"
+    found = paired_log_ratio(mine, theirs)
+    return f"{found.ratio:.3f} ({found.low:.3f}-{found.high:.3f})" if found.seeds > 1 else f"{found.ratio:.3f}"
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(cells[column]) for cells in table) for column in range(len(table[0]))]
+    return [
+        "  " + "  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+        for cells in table
+    ]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
