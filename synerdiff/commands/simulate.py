@@ -29,13 +29,11 @@ def simulate(
     dispersion: Annotated[
         bool, typer.Option("--dispersion", help="Draw times between the profile's p10 and p90 instead of medians.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the drawn times.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the drawn times.")] = 0,
     decode_gpus: Annotated[str, typer.Option(help="GPU of each decode lane, separated by commas.")] = "0",
-    skip_fraction: Annotated[
-        float, typer.Option(help="Share of a sample's steps that may skip guidance.", min=0, max=1)
-    ] = 0.0,
-    skip_warmup: Annotated[int, typer.Option(help="First steps that are always guided.", min=0)] = 3,
-    skip_longest_run: Annotated[int, typer.Option(help="Most skips in a row.", min=1)] = 1,
+    skip_fraction: Annotated[float, typer.Option(help="Share of a sample's steps that may skip guidance.")] = 0.0,
+    skip_warmup: Annotated[int, typer.Option(help="First steps that are always guided.")] = 3,
+    skip_longest_run: Annotated[int, typer.Option(help="Most skips in a row.")] = 1,
     skip_mode: Annotated[str, typer.Option(help="What a skip does: reuse or conditional.")] = "reuse",
     timeline: Annotated[bool, typer.Option("--timeline", help="Also write timeline.json for Perfetto.")] = False,
 ) -> None:
@@ -55,6 +53,8 @@ def simulate(
         raise InputError("--load and --time-scale exclude each other; give one of them.")
     if load is not None and not 0 < load <= 100:
         raise InputError(f"--load is {load:g}; a number above 0 and up to 100 is needed.")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"--seed is {seed}; a whole number from 0 to 2^63 - 1 is needed.")
     setup = one_run.Setup(
         policy,
         parameter_values(policy, policy_parameters(policy, Path()), settings or []),

@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 def sweep(
     file: Annotated[Path, typer.Argument(help="An experiment file (YAML).")],
     out: Annotated[Path | None, typer.Option(help="Folder for the results (default: results/NAME).")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes (default: one per core).", min=1, max=4096)] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes (default: one per core).")] = None,
     backend: Annotated[str, typer.Option(help="loky: this machine; ray: a Ray cluster.")] = "loky",
 ) -> None:
     """Compute every run of an experiment that is missing, over all cores, and draw its figures."""
     from synerdiff.config import load_experiment
+    from synerdiff.core import InputError
     from synerdiff.studies.backends import make_backend
     from synerdiff.studies.grid import Grid
     from synerdiff.studies.sweep import claim, run_sweep
     from synerdiff.studies.sweep_lines import batch_lines, result_lines
 
+    if jobs is not None and not 1 <= jobs <= 4096:
+        raise InputError(f"--jobs is {jobs}; a whole number from 1 to 4096 is needed.")
     experiment = load_experiment(file)
     runner = make_backend(backend, jobs or experiment.jobs)
     folder = Path("results") / experiment.name if out is None else out

@@ -64,6 +64,11 @@ def decode_lanes(text: str) -> tuple[int, ...]:
 
 def skip_budget(fraction: float, warmup_steps: int, longest_run: int, mode: str) -> SkipBudget:
     """The budget with its fraction in parts per million."""
+    if not 0 <= fraction <= 1:
+        raise InputError(f"--skip-fraction is {fraction:g}; a number from 0 to 1 is needed.")
+    for name, value, least in (("warmup", warmup_steps, 0), ("longest-run", longest_run, 1)):
+        if value < least:
+            raise InputError(f"--skip-{name} is {value}; a whole number of at least {least} is needed.")
     if mode not in SKIP_MODES:
         raise InputError(f"--skip-mode is '{mode}'; allowed are {' and '.join(SKIP_MODES)}.")
     return SkipBudget(round(fraction * PPM), warmup_steps, longest_run, Mode(mode))
