@@ -48,8 +48,14 @@ def policy_class(name: str, base_folder: Path | None = None) -> type[Any]:
 
 
 def policy_parameters(name: str, base_folder: Path | None = None) -> tuple[Parameter, ...]:
-    """The declared parameters of a policy; a user's class without a declaration has none."""
-    return tuple(getattr(policy_class(name, base_folder), "PARAMETERS", ()))
+    """The declared parameters of a policy; those of an undeclared class are its keyword arguments with a default."""
+    found = policy_class(name, base_folder)
+    declared = getattr(found, "PARAMETERS", None)
+    if declared is not None:
+        return tuple(declared)
+    kinds = (bool, int, float, str)
+    arguments = inspect.signature(found).parameters.values()
+    return tuple([Parameter(a.name, type(a.default), a.default) for a in arguments if type(a.default) in kinds])
 
 
 def build_policy(name: str, parameters: dict[str, Any] | None = None, base_folder: Path | None = None) -> Policy:
