@@ -1,8 +1,8 @@
-"""Small profiles and requests for tests, in readable units."""
+"""Small profiles and requests for tests, in readable units, and a policy that plays a script."""
 
 from __future__ import annotations
 
-from synerdiff.core import NS_PER_S, Request
+from synerdiff.core import Decision, Request
 from synerdiff.profile import Corun, Profile, Spread
 
 MS = 1_000_000
@@ -50,5 +50,18 @@ def requests_at(*arrivals_ms: float, steps: int = 2, **fields) -> list[Request]:
     return [Request(i, round(ms * MS), steps, **fields) for i, ms in enumerate(arrivals_ms)]
 
 
-def seconds(value_ns: int) -> float:
-    return value_ns / NS_PER_S
+class Script:
+    """Plays decisions in order; each may be a function of the view. Remembers when and why it was asked."""
+
+    NAME = "script"
+
+    def __init__(self, *decisions, chunking="whole"):
+        self.decisions, self.chunking, self.asked = list(decisions), chunking, []
+
+    def reset(self, worker, profile):
+        pass
+
+    def decide(self, view):
+        self.asked.append(view.now_ns)
+        decision = self.decisions.pop(0) if self.decisions else Decision()
+        return decision(view) if callable(decision) else decision

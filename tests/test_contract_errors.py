@@ -6,8 +6,7 @@ import pytest
 
 from simulator import simulate
 from synerdiff.core import ChunkLaunch, ContractError, Decision, Request, SkipBudget
-from tests.builders import make_profile
-from tests.test_engine_timelines import Script
+from tests.builders import Script, make_profile
 
 PROFILE = make_profile({2: 100, 4: 150}, {"whole": [40], "c2": [20, 20]})
 G, C, R = "guided", "conditional", "reuse"

@@ -7,24 +7,7 @@ import pytest
 from policies.registry import build_policy
 from simulator import simulate
 from synerdiff.core import ChunkLaunch, Decision, Request
-from tests.builders import make_profile
-
-
-class Script:
-    """Plays decisions in order; each may be a function of the view. Remembers when and why it was asked."""
-
-    NAME = "script"
-
-    def __init__(self, *decisions, chunking="whole"):
-        self.decisions, self.chunking, self.asked = list(decisions), chunking, []
-
-    def reset(self, worker, profile):
-        pass
-
-    def decide(self, view):
-        self.asked.append(view.now_ns)
-        decision = self.decisions.pop(0) if self.decisions else Decision()
-        return decision(view) if callable(decision) else decision
+from tests.builders import Script, make_profile
 
 
 def spans(result, lane=None):
