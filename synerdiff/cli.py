@@ -21,6 +21,7 @@ from synerdiff import __version__
 from synerdiff.core import ContractError, InputError
 
 COMMANDS = {
+    "profile": "synerdiff.commands.profile:profile",
     "estimate": "synerdiff.commands.estimate:estimate",
     "trace": "synerdiff.commands.trace:trace_app",
     "policies": "synerdiff.commands.policies:policies",
@@ -96,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _require_own_packages()
         code = app(args=arguments, prog_name="synerdiff", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # typer turns an interrupt into this code, and says nothing
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except InputError as error:
         return _fail(str(error), 2)

@@ -110,7 +110,7 @@ def work_table(records: Sequence[WorkRecord], sample_names: Sequence[str]) -> py
 def write_table(path: Path, table: pyarrow.Table, run: Mapping[str, Any] | None = None) -> None:
     """Write a table in one step; ``run`` is kept beside it in the file's metadata."""
     if run is not None:
-        table = table.replace_schema_metadata({RUN_KEY: json.dumps(run, sort_keys=True).encode()})
+        table = table.replace_schema_metadata({RUN_KEY: json.dumps(run, allow_nan=False).encode()})
     with atomic(path) as temporary:
         store(temporary, table)
 

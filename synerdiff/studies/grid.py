@@ -43,8 +43,10 @@ class Grid:
             if profile.name in self.profiles:
                 raise InputError(f"profiles: {name} and another one are both named '{profile.name}'.")
             self.profiles[profile.name] = (place, profile)
-        self.sources = {workload.name: sources(workload, experiment, base) for workload in experiment.workloads}
+        self.sources = {workload.name: sources(workload, experiment, self.base) for workload in experiment.workloads}
         self.policy_hashes = {entry.policy: self._checked(index) for index, entry in enumerate(experiment.policies)}
+        self.searches = self._search_runs()
+        """Batch -> run, for every place where a batch size is searched."""
 
     def _checked(self, index: int) -> str:
         """The hash of the policy's source; InputError when it cannot serve a profile with a workload."""
@@ -71,8 +73,8 @@ class Grid:
         replicates = sum(len(self._loads(w)) * len(self.sources[w.name]) for w in self.experiment.workloads)
         return len(self.profiles) * len(self.experiment.policies) * replicates
 
-    def search_runs(self) -> dict[Place, dict[int, Run]]:
-        """Batch -> run, for every place where a batch size is searched. Sizes beyond the profile are left out."""
+    def _search_runs(self) -> dict[Place, dict[int, Run]]:
+        """Sizes beyond a profile's rows are left out; InputError when none is left."""
         found: dict[Place, dict[int, Run]] = {}
         for workload in self.experiment.workloads:
             if workload.batch_from is not None:

@@ -93,7 +93,7 @@ def _trace_path(workload: Workload, base: Path) -> Path:
     if missing:
         raise InputError(f"workload '{workload.name}': the environment variable {missing[1]} of its trace is not set.")
     path = Path(text).expanduser()
-    return path if "$" in workload.trace else base / path
+    return path.absolute() if "$" in workload.trace else base / path
 
 
 def _file_hash(path: Path) -> str:

@@ -67,12 +67,11 @@ def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], No
         results.dropped[workload] = dict(arrivals(replicates[0]).dropped)
     _write_manifest(grid, results, complete=False)
 
-    places = grid.search_runs()
-    search = _distinct([run for runs in places.values() for run in runs.values()])
+    search = _distinct([run for runs in grid.searches.values() for run in runs.values()])
     count = _Count(on_progress, len(search) + grid.size)
     searched = _rows(search, backend, count, results)
     best = {}
-    for place, runs in places.items():
+    for place, runs in grid.searches.items():
         means = {batch: searched[run.key]["request_latency_mean_s"] for batch, run in runs.items()}
         best[place] = best_batch(means)
         results.batches.append({**place._asdict(), "best_batch": best[place], "mean_latency_s": means})
