@@ -1,3 +1,3 @@
-"""The engine that executes a policy on hardware."""
+"""The hardware engine: the same policy object on real lanes, with the same records as the simulator."""
 
 SYNERDIFF = True

@@ -1,0 +1,48 @@
+"""How long lanes stand idle between what made a piece of work possible and its start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from synerdiff.core import NS_PER_S
+
+
+class Dispatch:
+    """Waits of pieces on their lanes, and how long the policy thought, in nanoseconds."""
+
+    def __init__(self) -> None:
+        self.step_ns: list[int] = []
+        """From the end (or arrival) that a step was decided on to its start."""
+        self.chunk_ns: list[int] = []
+        self.decide_ns: list[int] = []
+        self.lag_ns: list[int] = []
+        """From a request's intended arrival to when it was sent."""
+        self.prepare_ns: list[int] = []
+        """From when it was sent to its entry into waiting."""
+        self.copy_ns: list[int] = []
+        """From the end of a decode to its pixels on the host."""
+
+    def summary(self) -> dict[str, Any]:
+        """Per kind: count, mean, p50, p90, p99 and greatest, in seconds."""
+        kinds = {
+            "step_dispatch": self.step_ns,
+            "chunk_dispatch": self.chunk_ns,
+            "decide": self.decide_ns,
+            "sender_lag": self.lag_ns,
+            "text_encode": self.prepare_ns,
+            "result_copy": self.copy_ns,
+        }
+        return {name: _spread(values) for name, values in kinds.items()}
+
+
+def _spread(values_ns: Sequence[int]) -> dict[str, float | int | None]:
+    ordered = sorted(values_ns)
+    count = len(ordered)
+    if not count:
+        return {"count": 0, "mean_s": None, "p50_s": None, "p90_s": None, "p99_s": None, "max_s": None}
+    ranks = {"p50_s": 50, "p90_s": 90, "p99_s": 99}
+    found: dict[str, float | int | None] = {"count": count, "mean_s": sum(ordered) / count / NS_PER_S}
+    for name, percent in ranks.items():
+        found[name] = ordered[min(count - 1, count * percent // 100)] / NS_PER_S
+    return found | {"max_s": ordered[-1] / NS_PER_S}

@@ -1,0 +1,162 @@
+"""A model on a device with its lanes open: what one or many runs use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+import torch
+
+from synerdiff.core import CONDITIONAL, GUIDED, InputError
+from synerdiff.diffusion.chunking import WHOLE, Chunking
+from synerdiff.diffusion.device import Device, Lane, available_cores, open_device
+from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.model import DiffusionModel
+from synerdiff.profile import Profile
+
+ChunkFunctions = tuple[Callable[[torch.Tensor], torch.Tensor], ...]
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Hardware:
+    """One denoise lane, decode lanes, and two places that are no lanes of the worker: ``intake`` and ``results``.
+
+    On a CPU the first lane is pinned to the first core and decode lanes to the others; on a GPU the denoise stream has
+    the higher priority, and with row buckets every step and chunk is a captured graph. Use as a context manager.
+    """
+
+    def __init__(self, model: DiffusionModel, device: Device, decode_lanes: int) -> None:
+        self.model = model
+        self.device = device
+        self.graphed = False
+        self.hung = False
+        """A lane never came back: closing would wait for it for ever."""
+        self.warm_up_ns = 0
+        self._chunks: dict[tuple[int, Chunking], ChunkFunctions] = {}
+        cores = available_cores() if device.torch_device.type == "cpu" else []
+        # Without graphs a launch takes longer than a wait can afford, so each lane launches from its own thread.
+        threads = device.torch_device.type == "cuda" and model.row_buckets is None
+        self.denoise = self._lane("denoise", cores[:1], high_priority=True, launch_thread=threads)
+        others = cores[1:] or cores
+        self.decode = [
+            self._lane(f"decode{i}", others[i % len(others) :][:1] if others else [], launch_thread=threads)
+            for i in range(decode_lanes)
+        ]
+        self.intake = self._lane("intake", [], launch_thread=True)
+        self.results = self._lane("results", [], launch_thread=True)
+
+    def _lane(
+        self, name: str, cores: Sequence[int], *, high_priority: bool = False, launch_thread: bool = False
+    ) -> Lane:
+        if self.device.torch_device.type == "cpu":
+            return self.device.lane(name, high_priority=high_priority, core=cores[0] if cores else None)
+        from synerdiff.diffusion.cuda_device import CudaDevice
+
+        assert isinstance(self.device, CudaDevice)
+        return self.device.lane(name, high_priority=high_priority, launch_thread=launch_thread)
+
+    def chunk_functions(self, lane: int, chunking: Chunking) -> ChunkFunctions:
+        """The chunks of a decode as they run on that decode lane; graphs are captured at the first call."""
+        key = (lane, chunking)
+        if key not in self._chunks:
+            self._chunks[key] = self._capture_chunks(lane, chunking) if self.graphed else self.model.chunks(chunking)
+        return self._chunks[key]
+
+    def _capture_chunks(self, lane: int, chunking: Chunking) -> ChunkFunctions:
+        from synerdiff.diffusion.cuda_device import CudaLane
+        from synerdiff.diffusion.graphs import capture_chunks
+
+        stream_lane = self.decode[lane]
+        assert isinstance(stream_lane, CudaLane)
+        return capture_chunks(self.model, chunking, stream_lane.stream)
+
+    def capture_steps(self, buckets: Sequence[int]) -> None:
+        """One CUDA graph per row bucket, in a pool of their own."""
+        from synerdiff.diffusion.cuda_device import CudaLane
+        from synerdiff.diffusion.graphs import capture_denoiser
+
+        assert isinstance(self.denoise, CudaLane)
+        capture_denoiser(self.model, buckets, self.denoise.stream)
+        self.graphed = True
+
+    def warm_up(self, rows: Sequence[int], chunkings: Sequence[Chunking]) -> None:
+        """Run what will run, on the lanes that will run it, and add the time to ``warm_up_ns``."""
+        began_ns = time.monotonic_ns()
+        model = self.model
+        for count in rows:
+            states = [model.start(i, 3, 4.0) for i in range(count // 2)]
+            states += [model.start(count, 3, 1.0)] * (count % 2)
+            modes = [GUIDED] * (count // 2) + [CONDITIONAL] * (count % 2)
+            for _ in range(2):
+                self.denoise.submit(lambda states=states, modes=modes: model.step(states, modes)).result()  # type: ignore[misc]
+        for chunking in chunkings:
+            for index, lane in enumerate(self.decode):
+                functions = self.chunk_functions(index, chunking)
+                for _ in range(2):
+                    hidden = torch.zeros(model.latent_shape, device=model.device)
+                    for chunk in functions:
+                        hidden = lane.submit(lambda chunk=chunk, hidden=hidden: chunk(hidden)).result()  # type: ignore[misc]
+        self.device.synchronize()
+        self.warm_up_ns += time.monotonic_ns() - began_ns
+
+    def close(self) -> None:
+        if not self.hung:
+            self.device.close()
+
+    def __enter__(self) -> Hardware:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_hardware(
+    model_name: str,
+    device_name: str,
+    profile: Profile,
+    *,
+    decode_lanes: int = 1,
+    dtype: str | None = None,
+    scheduler: str | None = None,
+) -> Hardware:
+    """Load the model as the profile was measured (resolution, dtype, row buckets) and open its lanes.
+
+    Raises InputError when profile and model do not belong together or something cannot be loaded.
+    """
+    made_for = profile.info.get("model")
+    if made_for is not None and str(made_for) != model_name:
+        raise InputError(f"profile '{profile.name}' was made for the model {made_for}, not for {model_name}.")
+    wanted = dtype or profile.info.get("dtype")
+    if wanted is not None and wanted not in DTYPES:
+        raise InputError(f"the dtype is {wanted!r}; allowed are {', '.join(DTYPES)}.")
+    device = open_device(device_name)
+    model = load_model(
+        model_name,
+        device.torch_device,
+        None if wanted is None else DTYPES[wanted],
+        profile.info.get("resolution"),
+        scheduler,
+    )
+    model.row_buckets = profile.row_buckets
+    hardware = Hardware(model, device, decode_lanes)
+    if device.torch_device.type == "cuda" and profile.row_buckets is not None:
+        began_ns = time.monotonic_ns()
+        hardware.capture_steps(profile.row_buckets)
+        hardware.warm_up_ns += time.monotonic_ns() - began_ns
+    return hardware
+
+
+def chunking_of(profile: Profile, name: str) -> Chunking:
+    """Where the profile's chunking cuts the decode; InputError when the profile does not say."""
+    if name == WHOLE.name:
+        return WHOLE
+    cuts = dict(profile.info.get("chunkings") or {}).get(name)
+    if cuts is None:
+        raise InputError(
+            f"profile '{profile.name}' does not say where its chunking {name} cuts the decode, so it cannot be run."
+        )
+    return Chunking(name, tuple(int(cut) for cut in cuts))

@@ -1,0 +1,115 @@
+"""What one piece of work on a lane does: the model layer's step or chunk, its retry, and the check of what came out.
+
+A piece runs on a lane's thread (or is launched into its stream) and keeps what it found for the engine, which looks
+once the piece has ended. What a piece does is what the profiler measures: ``DiffusionModel.step`` and the chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from real_runner.faults import is_out_of_memory, one_line
+from synerdiff.core import Mode, Sample
+from synerdiff.diffusion.model import DiffusionModel, SampleState
+from synerdiff.diffusion.pixels import finite_flag
+from synerdiff.diffusion.solvers import LinearProgress
+
+
+class Image:
+    """A sample's own data: its state before the decode, the decoder's activations during it."""
+
+    __slots__ = ("failure", "hidden", "sample", "state")
+
+    def __init__(self, sample: Sample, state: SampleState) -> None:
+        self.sample = sample
+        self.state = state
+        self.hidden: torch.Tensor | None = None
+        self.failure = ""
+        """Why the sample fails; pieces leave it out from then on."""
+
+
+class StepPiece:
+    """One denoiser step. After an error the step is retried once: in halves when memory ran out, else one by one."""
+
+    def __init__(self, model: DiffusionModel, images: Sequence[Image], modes: Sequence[Mode], pad_rows: int) -> None:
+        self.model, self.images, self.modes, self.pad_rows = model, images, modes, pad_rows
+        self.out_of_memory = ""
+        """What the first attempt said when memory ran out."""
+        self._flags: list[tuple[Image, torch.Tensor]] = []
+
+    def run(self) -> None:
+        """On the lane."""
+        batch = [(image, mode) for image, mode in zip(self.images, self.modes, strict=True) if not image.failure]
+        error = self._attempt(batch, self.pad_rows)
+        if error is not None:
+            self._retry(batch, error)
+        for image, _ in batch:
+            if image.state.done and not image.failure:
+                self._flags.append((image, finite_flag(image.state.latent)))
+
+    def check(self) -> None:
+        """Once the piece has ended: finished latents that are not finite fail."""
+        for image, flag in self._flags:
+            if not bool(flag):
+                image.failure = "its latent is not finite"
+
+    def _attempt(self, batch: Sequence[tuple[Image, Mode]], pad_rows: int = 0) -> Exception | None:
+        if not batch:
+            return None
+        try:
+            self.model.step([image.state for image, _ in batch], [mode for _, mode in batch], pad_rows)
+        except Exception as error:  # whatever it is, it concerns these samples and not the run
+            # The traceback would keep the failed attempt's tensors alive during the retry.
+            return error.with_traceback(None)
+        return None
+
+    def _retry(self, batch: list[tuple[Image, Mode]], error: Exception) -> None:
+        if is_out_of_memory(error):
+            self.out_of_memory = one_line(error)
+            free_memory(self.model.device)
+            middle = (len(batch) + 1) // 2
+            parts = [batch[:middle], batch[middle:]]
+        else:
+            parts = [[one] for one in batch]
+        for part in parts:
+            # A scheduler copied per sample may have moved before the error, so its step cannot be repeated.
+            repeatable = all(isinstance(image.state.progress, LinearProgress) for image, _ in part)
+            again = self._attempt(part) if repeatable else error
+            for image, _ in part:
+                if again is not None:
+                    image.failure = one_line(again)
+
+
+class ChunkPiece:
+    """One chunk of one sample's decode; retried once when memory ran out."""
+
+    def __init__(
+        self, image: Image, chunk: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, device: torch.device
+    ) -> None:
+        self.image, self._chunk, self._hidden, self._device = image, chunk, hidden, device
+        self.out_of_memory = ""
+
+    def run(self) -> None:
+        """On the lane."""
+        error = self._attempt()
+        if error is not None and is_out_of_memory(error):
+            self.out_of_memory = one_line(error)
+            free_memory(self._device)
+            error = self._attempt()
+        if error is not None:
+            self.image.failure = one_line(error)
+
+    def _attempt(self) -> Exception | None:
+        try:
+            self.image.hidden = self._chunk(self._hidden)
+        except Exception as error:  # as above
+            return error.with_traceback(None)
+        return None
+
+
+def free_memory(device: torch.device) -> None:
+    """Give cached blocks back, so that a retry finds one of the size that it needs."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
