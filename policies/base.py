@@ -140,6 +140,18 @@ def fifo_admissions(view: View, active: int, rows: int, batch: int) -> list[Samp
     return taken
 
 
+def fitting(samples: Iterable[Sample], max_rows: int) -> list[Sample]:
+    """The first samples whose rows at full guidance fit; all of them unless ``max_rows`` was lowered."""
+    taken: list[Sample] = []
+    rows = 0
+    for sample in samples:
+        rows += sample.full_rows
+        if rows > max_rows:
+            break
+        taken.append(sample)
+    return taken
+
+
 def full_step(samples: Iterable[Sample]) -> tuple[tuple[SampleId, Mode], ...]:
     """A step of these samples with full guidance."""
     return tuple([sample.full for sample in samples])

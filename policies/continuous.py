@@ -1,49 +1,50 @@
 """Continuous (step-level) batching: samples join and leave the batch at every step.
 
 ``continuous-serial`` decodes between steps, holding the denoise lane; ``continuous-parallel`` runs each whole decode
-beside the steps, naively.
+beside the steps, naively; ``chunked`` does the same with decodes cut into chunks.
 """
 
 from __future__ import annotations
 
-from policies.base import BatchedPolicy, fifo_admissions, full_step
-from synerdiff.core import ChunkLaunch, Decision, Sample, View
+from policies.base import BATCH, BatchedPolicy
+from policies.decode_costs import CHUNKING, chosen_chunking
+from policies.step_batch import StepBatch
+from synerdiff.core import NOTHING, ChunkLaunch, Decision, View, WorkerInfo
+from synerdiff.profile import Profile
 
 
-def continuous_batch(view: View, batch: int) -> tuple[list[Sample], list[Sample]]:
-    """(samples to admit, samples of the coming step): active samples first, then the newly admitted.
+class ContinuousPolicy(BatchedPolicy):
+    """What policies with continuous batching share: the members of the coming step."""
 
-    An active batch that no longer fits (``max_rows`` was lowered) is stepped as far as its first samples fit.
-    """
-    members = list(view.active)
-    rows = sum([sample.full_rows for sample in members])
-    while rows > view.max_rows:
-        rows -= members.pop().full_rows
-    if len(members) < len(view.active):
-        return [], members
-    admitted = fifo_admissions(view, len(members), rows, batch)
-    return admitted, members + admitted
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+        super().reset(worker, profile)
+        self.members = StepBatch(self.batch)
 
 
-class ContinuousSerial(BatchedPolicy):
+class ContinuousSerial(ContinuousPolicy):
     """Admits in the decision that launches a step; every decode holds the denoise lane before the next step."""
 
     NAME = "continuous-serial"
 
     def decide(self, view: View) -> Decision:
         if not view.denoise_free:
-            return Decision()
+            return NOTHING
         if view.decoding:
             first = next(iter(view.decoding))
             return Decision(chunks=(ChunkLaunch(first.id, 1, exclusive=True),))
-        admitted, members = continuous_batch(view, self.batch)
-        return Decision(admit=tuple([sample.id for sample in admitted]), step=full_step(members))
+        members = self.members
+        members.refresh(view)
+        return Decision(admit=members.admit, step=members.step)
 
 
-class ContinuousParallel(BatchedPolicy):
+class ContinuousParallel(ContinuousPolicy):
     """The same admission; each decode runs beside, whole, on the lowest free decode lane. The queue is unbounded."""
 
     NAME = "continuous-parallel"
+
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+        super().reset(worker, profile)
+        self.chunk_count = profile.chunk_count(self.chunking)
 
     def decide(self, view: View) -> Decision:
         launches: tuple[ChunkLaunch, ...] = ()
@@ -51,12 +52,26 @@ class ContinuousParallel(BatchedPolicy):
             free = [lane.index for lane in view.decode_lanes if lane.free]
             if free:
                 ready = (sample for sample in view.decoding if not sample.launched)
-                launches = tuple([ChunkLaunch(sample.id, 1, lane) for lane, sample in zip(free, ready, strict=False)])
+                launches = tuple(
+                    [ChunkLaunch(sample.id, self.chunk_count, lane) for lane, sample in zip(free, ready, strict=False)]
+                )
         if not view.denoise_free:
             return Decision(chunks=launches)
-        admitted, members = continuous_batch(view, self.batch)
-        return Decision(
-            admit=tuple([sample.id for sample in admitted]),
-            step=full_step(members),
-            chunks=launches,
-        )
+        members = self.members
+        members.refresh(view)
+        return Decision(admit=members.admit, step=members.step, chunks=launches)
+
+
+class Chunked(ContinuousParallel):
+    """Continuous batching whose decodes run beside the steps in chunks, back to back; guidance is never skipped.
+
+    It is continuous-parallel with another cut, so it shows what cutting alone does: something only where a chunk
+    contends less with a step than the whole decode does.
+    """
+
+    NAME = "chunked"
+    PARAMETERS = (BATCH, CHUNKING)
+
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+        self.chunking = chosen_chunking(self.parameters["chunking"], profile)
+        super().reset(worker, profile)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from policies.base import BatchedPolicy, fifo_admissions, full_step
+from policies.base import BatchedPolicy, fifo_admissions, fitting, full_step
 from synerdiff.core import ChunkLaunch, Decision, View
 
 
@@ -18,6 +18,6 @@ class Dynamic(BatchedPolicy):
             first = next(iter(view.decoding))
             return Decision(chunks=(ChunkLaunch(first.id, 1, exclusive=True),))
         if view.active:
-            return Decision(step=full_step(view.active))
+            return Decision(step=full_step(fitting(view.active, view.max_rows)))
         batch = fifo_admissions(view, 0, 0, self.batch)
         return Decision(admit=tuple([sample.id for sample in batch]), step=full_step(batch))

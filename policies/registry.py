@@ -9,13 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from policies.base import Parameter, Policy, checked_parameters
-from policies.continuous import ContinuousParallel, ContinuousSerial
+from policies.continuous import Chunked, ContinuousParallel, ContinuousSerial
 from policies.dynamic import Dynamic
+from policies.edf import Edf
+from policies.load_skip import LoadSkip
+from policies.skip_cfg import SkipCfg
 from policies.static import Static
+from policies.synerdiff import SynerDiff, SynerDiffFeedback
 from synerdiff.core import InputError
 
 POLICIES: dict[str, type[Any]] = {
-    policy.NAME: policy for policy in (Static, Dynamic, ContinuousSerial, ContinuousParallel)
+    policy.NAME: policy
+    for policy in (
+        Static,
+        Dynamic,
+        ContinuousSerial,
+        ContinuousParallel,
+        Chunked,
+        SkipCfg,
+        SynerDiff,
+        SynerDiffFeedback,
+        LoadSkip,
+        Edf,
+    )
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from policies.base import BATCH, BatchedPolicy, Parameter, full_step
+from policies.base import BATCH, BatchedPolicy, Parameter, fitting, full_step
 from synerdiff.core import NS_PER_S, ChunkLaunch, Decision, Sample, View
 
 
@@ -25,8 +25,10 @@ class Static(BatchedPolicy):
         if not view.denoise_free:
             return Decision()
         if view.active:
+            members = fitting(view.active, view.max_rows)
+            room = view.max_rows - sum(sample.full_rows for sample in members)
             padding = sum(sample.full_rows for sample in view.decoding)
-            return Decision(step=full_step(view.active), pad_rows=padding)
+            return Decision(step=full_step(members), pad_rows=min(padding, room))
         if view.decoding:
             first = next(iter(view.decoding))
             return Decision(chunks=(ChunkLaunch(first.id, 1, exclusive=True),))

@@ -7,7 +7,7 @@ of samples, always.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import comb
 
@@ -60,16 +60,32 @@ def default_batch(profile: Profile, sample_rows: int = 2) -> int:
     return min(DEFAULT_BATCH, max(1, profile.max_rows // sample_rows))
 
 
+def binomial_rows(batch: int, two_row_share: float) -> dict[int, float]:
+    """Rows of a step -> share of the steps, when each of ``batch`` samples takes two rows with that probability."""
+    shares = {
+        batch + two: comb(batch, two) * two_row_share**two * (1 - two_row_share) ** (batch - two)
+        for two in range(batch + 1)
+    }
+    return {rows: share for rows, share in shares.items() if share > 0}
+
+
 def serial_capacity_samples_per_s(
-    profile: Profile, steps_mean: float, batch: int, two_row_share: float = 1.0, chunking: str = "whole"
+    profile: Profile,
+    steps_mean: float,
+    batch: int,
+    two_row_share: float = 1.0,
+    chunking: str = "whole",
+    rows: Mapping[int, float] | None = None,
 ) -> float:
     """X = 1 / (N * (mean T + step_dispatch) / B + sum(c_i + chunk_dispatch)): every decode holds the denoise lane.
 
     ``two_row_share``: share of sample-steps that take two rows; skipping a fraction sigma of guided steps makes it
-    1 - sigma.
+    1 - sigma. The mean is over ``rows`` (rows of a step -> share of the steps), by default the binomial mix of
+    samples that skip independently of each other; samples that skip together have another one.
     """
+    mix = binomial_rows(batch, two_row_share) if rows is None else rows
     decode_ns = sum(_chunk_ns(profile, chunking, i) for i in range(profile.chunk_count(chunking)))
-    return NS_PER_S / (_denoise_ns(profile, steps_mean, batch, two_row_share) + decode_ns)
+    return NS_PER_S / (_denoise_ns(profile, steps_mean, batch, mix) + decode_ns)
 
 
 def parallel_capacity_samples_per_s(
@@ -79,12 +95,15 @@ def parallel_capacity_samples_per_s(
     two_row_share: float = 1.0,
     chunking: str = "whole",
     lanes: int = 1,
+    rows: Mapping[int, float] | None = None,
 ) -> float:
     """X = min(1 / (N * (mean T + step_dispatch) / B + sum(delta_i)), m / sum(c_i * s_v)): every decode runs beside.
 
     delta_i = c_i * s_v * (1 - 1/s_u) is the denoise time lost by running chunk i beside; c_i includes its dispatch.
-    The decode queue is unbounded. With several lanes the loss is priced as if chunks ran one at a time.
+    The decode queue is unbounded. With several lanes the loss is priced as if chunks ran one at a time. ``rows`` as
+    for ``serial_capacity_samples_per_s``.
     """
+    mix = binomial_rows(batch, two_row_share) if rows is None else rows
     chunks = [(i, _chunk_ns(profile, chunking, i)) for i in range(profile.chunk_count(chunking))]
 
     def lost_ns(rows: int) -> float:
@@ -97,8 +116,8 @@ def parallel_capacity_samples_per_s(
     def decoding_ns(rows: int) -> float:
         return sum(alone_ns * profile.slowdown_ppm(rows, chunking, i)[1] / PPM for i, alone_ns in chunks)
 
-    denoise_ns = _denoise_ns(profile, steps_mean, batch, two_row_share) + _mean(lost_ns, batch, two_row_share)
-    return min(NS_PER_S / denoise_ns, lanes * NS_PER_S / _mean(decoding_ns, batch, two_row_share))
+    denoise_ns = _denoise_ns(profile, steps_mean, batch, mix) + _mean(lost_ns, mix)
+    return min(NS_PER_S / denoise_ns, lanes * NS_PER_S / _mean(decoding_ns, mix))
 
 
 def offered_load(
@@ -144,17 +163,12 @@ def _chunk_ns(profile: Profile, chunking: str, chunk: int) -> int:
     return profile.chunk_ns(chunking, chunk) + profile.overhead_ns("chunk_dispatch")
 
 
-def _denoise_ns(profile: Profile, steps_mean: float, batch: int, two_row_share: float) -> float:
+def _denoise_ns(profile: Profile, steps_mean: float, batch: int, rows: Mapping[int, float]) -> float:
     """Denoise-lane time per sample at full batches."""
-    step_ns = _mean(profile.step_ns, batch, two_row_share) + profile.overhead_ns("step_dispatch")
+    step_ns = _mean(profile.step_ns, rows) + profile.overhead_ns("step_dispatch")
     return steps_mean * step_ns / batch
 
 
-def _mean(value: Callable[[int], float], batch: int, two_row_share: float) -> float:
-    """Mean of value(rows) when each of ``batch`` samples takes two rows with that probability, else one."""
-    total = 0.0
-    for two in range(batch + 1):
-        weight = comb(batch, two) * two_row_share**two * (1 - two_row_share) ** (batch - two)
-        if weight > 0:
-            total += weight * value(batch + two)
-    return total
+def _mean(value: Callable[[int], float], rows: Mapping[int, float]) -> float:
+    """Mean of value(rows) over the shares of the row counts."""
+    return sum(share * value(count) for count, share in rows.items())

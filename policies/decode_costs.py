@@ -1,0 +1,106 @@
+"""What the chunks of a decode cost the denoise lane, beside steps and alone: integers from the profile.
+
+c_i is the solo time of chunk i with its dispatch, T(R) that of a step of R rows with its dispatch, s_u(R,i) and
+s_v(R,i) the slowdowns (ppm) of step and chunk while they run together. Beside a step of R rows chunk i
+
+- runs for wall = ceil(c_i * s_v / 10^6),
+- lets the step progress by floor(wall * 10^6 / s_u),
+- and so costs the denoise lane lost = wall - progress, which is c_i * s_v * (1 - 1/s_u) rounded up.
+
+Run exclusively it costs c_i. A lost time below 0 (the profile says that the step runs faster in company) counts as 0,
+so that no plan counts on it. Whether overlap pays is decided without any rounding.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import NamedTuple
+
+from policies.base import Parameter
+from synerdiff.core import PPM
+from synerdiff.profile import Profile
+
+CHUNKING = Parameter(
+    "chunking",
+    str,
+    None,
+    help="how a decode is cut: a chunking of the profile (default c4 where the profile has it, else whole)",
+)
+
+
+def chosen_chunking(wished: str | None, profile: Profile) -> str:
+    """The wished chunking, c4 by default; InputError when the profile lacks it."""
+    if wished is None:
+        return "c4" if "c4" in profile.chunkings else "whole"
+    profile.chunk_count(wished)
+    return wished
+
+
+class Beside(NamedTuple):
+    """Per chunk, beside steps of one row count, in ns."""
+
+    wall: tuple[int, ...]
+    progress: tuple[int, ...]
+    lost: tuple[int, ...]
+
+
+class DecodeCosts:
+    """The costs of one chunking on one profile; every answer is kept."""
+
+    def __init__(self, profile: Profile, chunking: str) -> None:
+        self._profile = profile
+        self._chunking = chunking
+        self._step_dispatch_ns = profile.overhead_ns("step_dispatch")
+        self.count = profile.chunk_count(chunking)
+        dispatch_ns = profile.overhead_ns("chunk_dispatch")
+        self.solo = tuple([profile.chunk_ns(chunking, i) + dispatch_ns for i in range(self.count)])
+        self._step: dict[int, int] = {}
+        self._beside: dict[int, Beside] = {}
+        self._pays: dict[tuple[int, int], bool] = {}
+
+    def step_ns(self, rows: int) -> int:
+        """T(rows) with its dispatch."""
+        found = self._step.get(rows)
+        if found is None:
+            found = self._step[rows] = self._profile.step_ns(rows) + self._step_dispatch_ns
+        return found
+
+    def beside(self, rows: int) -> Beside:
+        found = self._beside.get(rows)
+        if found is None:
+            found = self._beside[rows] = self._find_beside(rows)
+        return found
+
+    def _find_beside(self, rows: int) -> Beside:
+        wall, progress, lost = [], [], []
+        for chunk, solo_ns in enumerate(self.solo):
+            s_u, s_v = self._profile.slowdown_ppm(rows, self._chunking, chunk)
+            wall_ns = -(-solo_ns * s_v // PPM)
+            done_ns = min(wall_ns, wall_ns * PPM // s_u)
+            wall.append(wall_ns)
+            progress.append(done_ns)
+            lost.append(wall_ns - done_ns)
+        return Beside(tuple(wall), tuple(progress), tuple(lost))
+
+    def overlap_pays(self, rows: int, first: int) -> bool:
+        """Whether sum(delta) <= sum(c) over the chunks from ``first`` on, beside steps of that many rows; exact."""
+        key = (rows, first)
+        found = self._pays.get(key)
+        if found is None:
+            found = self._pays[key] = self._find_pays(rows, range(first, self.count))
+        return found
+
+    def chunk_pays(self, rows: int, chunk: int) -> bool:
+        """The same for one chunk: delta <= c."""
+        key = (rows, -1 - chunk)
+        found = self._pays.get(key)
+        if found is None:
+            found = self._pays[key] = self._find_pays(rows, range(chunk, chunk + 1))
+        return found
+
+    def _find_pays(self, rows: int, chunks: range) -> bool:
+        lost = Fraction(0)
+        for chunk in chunks:
+            s_u, s_v = self._profile.slowdown_ppm(rows, self._chunking, chunk)
+            lost += Fraction(self.solo[chunk] * s_v * (s_u - PPM), PPM * s_u)
+        return lost <= sum(self.solo[chunk] for chunk in chunks)

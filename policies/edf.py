@@ -1,0 +1,128 @@
+"""Earliest deadline first; guidance skipped when a deadline would else be missed."""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush, heapreplace
+
+from policies.base import BATCH, Parameter
+from policies.load_skip import WHOLE, CheapestPlacement, Launches
+from policies.step_batch import StepBatch, skipping_step
+from synerdiff.core import NOTHING, NS_PER_S, Decision, Phase, Sample, View, WorkerInfo
+from synerdiff.profile import Profile
+
+_NEVER_NS = 1 << 62
+"""The deadline of a sample that has none."""
+
+
+def urgency(sample: Sample, now_ns: int) -> tuple[bool, int, int]:
+    """Sorts by deadline; missed deadlines go last (by entry), samples without one before them."""
+    deadline_ns = _NEVER_NS if sample.deadline_ns is None else sample.deadline_ns
+    if deadline_ns <= now_ns:
+        return True, 0, sample.id
+    return False, deadline_ns, sample.id
+
+
+class EarliestBatch(StepBatch):
+    """A step batch whose admissions go by urgency, again without overtaking across batch keys."""
+
+    __slots__ = ("_heap", "_offered")
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self._heap: list[tuple[bool, int, int, Sample]] = []
+        self._offered: list[Sample] = []
+        """Taken for the coming step; they wait again when that step is not launched."""
+
+    def arrive(self, view: View) -> None:
+        """To be told at every decision who has arrived."""
+        for sample in view.arrived:
+            heappush(self._heap, (*urgency(sample, -1), sample))
+
+    def refresh(self, view: View) -> None:
+        for sample in self._offered:
+            if sample.phase is Phase.WAITING:
+                heappush(self._heap, (*urgency(sample, view.now_ns), sample))
+        self._offered = []
+        super().refresh(view)
+
+    def first(self, now_ns: int) -> Sample | None:
+        """The most urgent waiting sample that is not taken; those whose deadline has passed are put last on the way."""
+        heap = self._heap
+        while heap:
+            missed, deadline_ns, _, sample = heap[0]
+            if sample.phase is not Phase.WAITING:
+                heappop(heap)
+            elif not missed and deadline_ns <= now_ns:
+                heapreplace(heap, (*urgency(sample, now_ns), sample))
+            else:
+                return sample
+        return None
+
+    def _admissions(self, view: View, active: int, rows: int) -> list[Sample]:
+        taken = self._offered
+        key = next(iter(view.active)).batch_key if active else None
+        while active + len(taken) < self.limit:
+            sample = self.first(view.now_ns)
+            if sample is None or (key is not None and sample.batch_key != key):
+                break
+            rows += sample.full_rows
+            if rows > view.max_rows:
+                break
+            key = sample.batch_key
+            heappop(self._heap)
+            taken.append(sample)
+        return taken
+
+
+class Edf(CheapestPlacement):
+    """Admits and decodes by earliest deadline, and skips guidance while a deadline is in danger.
+
+    Missed deadlines go last, samples without a deadline before them. A sample is in danger when, at full guidance in
+    the coming batch, it would end later than ``slack_s`` before its deadline; a waiting one starts at the earliest
+    when the first active sample ends. Decodes go where they cost least.
+    """
+
+    NAME = "edf"
+    PARAMETERS = (
+        BATCH,
+        Parameter("slack_s", float, 0.0, 0.0, 3600.0, "s", "skip guidance when less than this is left to a deadline"),
+        WHOLE,
+    )
+
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+        self.chunking = self.parameters["chunking"]
+        super().reset(worker, profile)
+        self.members = self.earliest = EarliestBatch(self.batch)
+        self.slack_ns = round(self.parameters["slack_s"] * NS_PER_S)
+
+    def decide(self, view: View) -> Decision:
+        members = self.earliest
+        members.arrive(view)
+        if not view.denoise_free:
+            return NOTHING
+        members.refresh(view)
+        step, rows = members.step, members.rows
+        if members.members and self.in_danger(view.now_ns):
+            step, rows = skipping_step(members.members)
+        launches: Launches = ()
+        if view.decoding:
+            decoding = sorted(view.decoding, key=lambda sample: urgency(sample, view.now_ns))
+            launches = self.place(view, decoding, rows)
+            if launches and launches[-1].exclusive:
+                return Decision(chunks=launches)
+        return Decision(admit=members.admit, step=step, chunks=launches)
+
+    def in_danger(self, now_ns: int) -> bool:
+        """Whether a member of the coming step, or the most urgent waiting sample, has too little slack."""
+        members = self.members.members
+        step_ns = self.costs.step_ns(self.members.rows)
+        ready_ns = now_ns + sum(self.costs.solo) + self.slack_ns
+        for sample in members:
+            deadline_ns = sample.deadline_ns
+            if deadline_ns is not None and now_ns < deadline_ns < ready_ns + sample.steps_left * step_ns:
+                return True
+        first = self.earliest.first(now_ns)
+        if first is None or first.deadline_ns is None or first.deadline_ns <= now_ns:
+            return False
+        steps = min(sample.steps_left for sample in members) + first.steps
+        return bool(first.deadline_ns < ready_ns + steps * step_ns)

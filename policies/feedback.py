@@ -1,0 +1,57 @@
+"""The controller that moves the throughput threshold with the queue.
+
+e = mean queue / batch - 0.5, 0 inside a dead band of 0.25 and counted from its edge outside; theta = middle + kp * e +
+the sum of ki * e. A long queue raises theta (steps first), a short one lowers it (decodes first). All integers, ppm.
+"""
+
+from __future__ import annotations
+
+from synerdiff.core import PPM
+
+TARGET_PPM = 500_000
+DEAD_BAND_PPM = 250_000
+SMOOTHING_PPM = 100_000
+LONGEST_BATCHES = 2
+
+
+class ThetaController:
+    """PI control with clamps.
+
+    ``low`` and ``high`` bound theta (ppm), and the integrator is bounded so that it alone can just reach them. While
+    theta is held by a bound, or by what decodes can sustain, the integrator does not move further that way.
+    """
+
+    __slots__ = ("_high", "_integral", "_ki", "_kp", "_low", "_middle", "_queue", "theta_ppm")
+
+    def __init__(self, low_ppm: int, high_ppm: int, kp_ppm: int, ki_ppm: int) -> None:
+        self._low, self._high = low_ppm, high_ppm
+        self._kp, self._ki = kp_ppm, ki_ppm
+        self._middle = (low_ppm + high_ppm) // 2
+        self._integral = 0
+        self._queue = 0
+        """Smoothed number of waiting samples, ppm of a sample."""
+        self.theta_ppm = self._middle
+
+    def update(self, waiting: int, batch: int, sustainable_ppm: int) -> int:
+        """One step later: theta for ``waiting`` samples and a batch limit, never above ``sustainable_ppm``."""
+        # Two batches are as long as a queue counts; else the mean would stay high long after it.
+        self._queue += (min(waiting, LONGEST_BATCHES * batch) * PPM - self._queue) * SMOOTHING_PPM // PPM
+        error = self._queue // batch - TARGET_PPM
+        if -DEAD_BAND_PPM <= error <= DEAD_BAND_PPM:
+            error = 0
+        else:
+            error -= DEAD_BAND_PPM if error > 0 else -DEAD_BAND_PPM
+        top = min(self._high, sustainable_ppm)
+        bottom = min(self._low, top)
+        half = (self._high - self._low) // 2
+        proportional = self._middle + self._kp * error // PPM
+        before = self._integral
+        integral = max(-half, min(half, before + self._ki * error // PPM))
+        # Anti-windup: only so much is stored as takes theta to the bound, and nothing is taken away for it.
+        if proportional + integral > top:
+            integral = max(min(before, integral), min(integral, top - proportional))
+        elif proportional + integral < bottom:
+            integral = min(max(before, integral), max(integral, bottom - proportional))
+        self._integral = integral
+        self.theta_ppm = max(bottom, min(top, proportional + integral))
+        return self.theta_ppm

@@ -1,0 +1,181 @@
+"""The three-dimensional dynamic program that plans which chunk runs beside which step, with or without guidance.
+
+State f[j][i][k]: least time elapsed after j steps, with i chunks done and k of the steps skipped. In each step the next
+m >= 0 chunks run beside it, and either all samples that may skip guidance at that step do, or none.
+
+- Chunks that fit, sum(progress) <= T: the step takes T + sum(lost). One chunk that does not fit is priced as one step
+  of its wall time (never less than T), though the next step may begin meanwhile. ``decode_costs`` has these terms.
+- T is that of the batch's own rows; they stay the same over the horizon, less one per skipping sample.
+- Feasible: j * T_full + credit >= theta * f after every step j, exact in integers.
+- Least objective: end of the last planned chunk + penalty * k.
+
+Times are ns, theta is ppm. A plan that has more chunks done in no more time with no more skips dominates; that and a
+bound on the time that the missing chunks take at least keep a plan to a fraction of a millisecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from policies.decode_costs import DecodeCosts
+from synerdiff.core import PPM
+
+Action = tuple[int, bool]
+"""(chunks beside this step, whether eligible samples skip guidance in it)."""
+
+
+class Plan(NamedTuple):
+    """A feasible plan: its actions until the last chunk, and what it costs."""
+
+    actions: tuple[Action, ...]
+    objective_ns: int
+    elapsed_ns: int
+    skips: int
+
+
+class _Node(NamedTuple):
+    """A reached state; ``before`` leads back to the start."""
+
+    elapsed_ns: int
+    skips: int
+    before: _Node | None
+    action: Action
+
+
+_Move = tuple[int, int, int]
+"""(chunks done after it, duration of the step, end of its last chunk counted from its begin)."""
+
+
+class Planner:
+    """Plans for one chunking on one profile. ``horizon``: most steps that a plan spans."""
+
+    def __init__(self, costs: DecodeCosts, horizon: int, penalty_ns: int) -> None:
+        self._costs = costs
+        self._horizon = horizon
+        self._penalty_ns = penalty_ns
+        self._moves: dict[tuple[int, int, int], list[list[_Move]]] = {}
+
+    def plan(
+        self,
+        rows: int,
+        eligible: Sequence[int],
+        first: int,
+        images: int,
+        theta_ppm: int,
+        credit_ns: int,
+        skips: int,
+    ) -> Plan | None:
+        """The best plan, None when none is feasible within the horizon.
+
+        ``rows``: of the batch with full guidance. ``eligible``: samples that may skip, per step of the horizon.
+        ``first``: next chunk of the first pending image; ``images``: pending images, planned one after the other.
+        ``skips``: most steps that may be skipped.
+        """
+        step_ns = self._costs.step_ns(rows)
+        full = self._moves_of(rows, first, images)
+        total = len(full)
+        skipping = [self._skipping(rows, count, step_ns, first, images) for count in eligible[: self._horizon]]
+        least_ns = self._least_left([full, *(moves for moves in skipping if moves is not None)])
+        penalty_ns = self._penalty_ns
+        best: tuple[int, int, int] | None = None
+        best_node: _Node | None = None
+        bound_ns = 1 << 62
+        layer: list[tuple[int, _Node]] = [(0, _Node(0, 0, None, (0, False)))]
+        for j in range(self._horizon):
+            limit_ns = ((j + 1) * step_ns + credit_ns) * PPM // theta_ppm
+            moves_now = skipping[j] if j < len(skipping) else None
+            reached: dict[tuple[int, int], _Node] = {}
+            for done, node in layer:
+                elapsed_ns, spent = node.elapsed_ns, node.skips
+                for skip, moves in ((False, full), (True, moves_now)):
+                    if moves is None or (skip and spent >= skips):
+                        continue
+                    after = spent + skip
+                    for position, duration_ns, end_ns in moves[done]:
+                        then_ns = elapsed_ns + duration_ns
+                        if then_ns > limit_ns:
+                            continue
+                        if position == total:
+                            found = (elapsed_ns + end_ns + penalty_ns * after, after, then_ns)
+                            if best is None or found < best:
+                                best, bound_ns = found, found[0]
+                                best_node = _Node(then_ns, after, node, (position - done, skip))
+                            continue
+                        if then_ns + least_ns[position] + penalty_ns * after >= bound_ns:
+                            continue
+                        key = (position, after)
+                        other = reached.get(key)
+                        if other is None or then_ns < other.elapsed_ns:
+                            reached[key] = _Node(then_ns, after, node, (position - done, skip))
+            layer = _undominated(reached)
+            if not layer:
+                break
+        if best is None or best_node is None:
+            return None
+        return Plan(_actions(best_node), best[0], best[2], best[1])
+
+    def _skipping(self, rows: int, count: int, step_ns: int, first: int, images: int) -> list[list[_Move]] | None:
+        """Moves of a step in which ``count`` samples skip; None when that makes the step no shorter."""
+        if not count or self._costs.step_ns(rows - count) >= step_ns:
+            return None
+        return self._moves_of(rows - count, first, images)
+
+    def _moves_of(self, rows: int, first: int, images: int) -> list[list[_Move]]:
+        """For each number of chunks done: what one step of these rows can do, most chunks first."""
+        key = (rows, first, images)
+        found = self._moves.get(key)
+        if found is None:
+            found = self._moves[key] = self._find_moves(rows, first, images)
+        return found
+
+    def _find_moves(self, rows: int, first: int, images: int) -> list[list[_Move]]:
+        costs = self._costs
+        step_ns = costs.step_ns(rows)
+        wall, progress, lost = costs.beside(rows)
+        chunks = [*range(first, costs.count), *(list(range(costs.count)) * (images - 1))]
+        table = []
+        for done in range(len(chunks)):
+            moves: list[_Move] = [(done, step_ns, 0)]
+            progress_ns = lost_ns = wall_ns = 0
+            for position in range(done, len(chunks)):
+                chunk = chunks[position]
+                progress_ns += progress[chunk]
+                lost_ns += lost[chunk]
+                wall_ns += wall[chunk]
+                if progress_ns > step_ns:
+                    if position == done:
+                        moves.append((done + 1, max(step_ns, wall_ns), wall_ns))
+                    break
+                moves.append((position + 1, step_ns + lost_ns, wall_ns))
+            table.append(moves[::-1])
+        return table
+
+    @staticmethod
+    def _least_left(tables: Sequence[list[list[_Move]]]) -> list[int]:
+        """For each number of chunks done: the least time until the end of the last one."""
+        total = len(tables[0])
+        least = [0] * (total + 1)
+        for done in range(total - 1, -1, -1):
+            single = min(move[2] for table in tables for move in table[done] if move[0] == done + 1)
+            least[done] = least[done + 1] + single
+        return least
+
+
+def _undominated(reached: dict[tuple[int, int], _Node]) -> list[tuple[int, _Node]]:
+    """States that no other one beats or equals in chunks done, time and skips; most chunks first, then fewest skips."""
+    kept: list[tuple[int, _Node]] = []
+    for done, skips in sorted(reached, key=lambda key: (-key[0], key[1])):
+        node = reached[done, skips]
+        if not any(other.elapsed_ns <= node.elapsed_ns and other.skips <= skips for _, other in kept):
+            kept.append((done, node))
+    return kept
+
+
+def _actions(node: _Node) -> tuple[Action, ...]:
+    actions = []
+    at: _Node | None = node
+    while at is not None and at.before is not None:
+        actions.append(at.action)
+        at = at.before
+    return tuple(reversed(actions))
