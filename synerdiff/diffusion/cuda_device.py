@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -112,6 +112,8 @@ class CudaLane(Lane):
         # A lower number is a higher priority; the driver takes it as a hint and never preempts a running kernel.
         self.stream = torch.cuda.Stream(device, priority=-1 if high_priority else 0)  # type: ignore[no-untyped-call]
         self._device, self._clock = device, clock
+        # Graphs of one lane never replay at the same time, so they can share their memory; those of two lanes could.
+        self.graph_pool: Any = torch.cuda.graph_pool_handle()
         # Tensors made on another stream must outlive this stream's reads of them: the allocator knows only the
         # stream that made them. Each piece therefore keeps its function until its end event has been seen.
         self._unfinished: deque[CudaWork[object]] = deque()

@@ -49,7 +49,10 @@ def _steps(axis: Axes, profile: Profile) -> None:
     median = np.array([spread.median for spread in spreads]) / MS
     low = median - np.array([spread.p10 for spread in spreads]) / MS
     high = np.array([spread.p90 for spread in spreads]) / MS - median
-    axis.errorbar(rows, median, yerr=np.array([low, high]), fmt="o-", color=_BLUE, capsize=3, label="median, p10-p90")
+    # With buckets every number of rows takes the time of the next bucket; only an eager profile interpolates.
+    shape = "steps-pre" if profile.row_buckets else "default"
+    axis.plot(rows, median, color=_BLUE, drawstyle=shape)
+    axis.errorbar(rows, median, yerr=np.array([low, high]), fmt="o", color=_BLUE, capsize=3, label="median, p10-p90")
     if profile.held_out_steps:
         held = sorted(profile.held_out_steps)
         axis.plot(
@@ -59,7 +62,7 @@ def _steps(axis: Axes, profile: Profile) -> None:
             color=_RED,
             markersize=7,
             linestyle="none",
-            label="held out of interpolation",
+            label="held out of the lookups",
         )
     labelled = -1.0
     for row, value in zip(rows, median, strict=True):

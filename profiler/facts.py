@@ -1,0 +1,137 @@
+"""What a measurement was made on: device, software, code. Read only; nothing on the machine is changed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from synerdiff.core import InputError
+from synerdiff.diffusion.device import available_cores
+
+ROOT = Path(__file__).resolve().parent.parent
+MEASURED_CODE = ("profiler/*.py", "synerdiff/diffusion", "synerdiff/profile.py", "synerdiff/profile_files.py")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return cpu_name()
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def software() -> dict[str, str]:
+    import diffusers
+
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "diffusers": diffusers.__version__}
+    if torch.version.cuda is not None:
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def host() -> dict[str, Any]:
+    """The processor, how much of it is ours, and how busy it was when asked (1-minute load average)."""
+    busy = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+    return {"processor": cpu_name(), "usable_cores": len(available_cores()), "load_average_at_start": busy}
+
+
+def code_version() -> str | None:
+    """The checkout's commit, with ``+changes`` when the measuring code differs from it; None outside a checkout."""
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        commit = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--", *MEASURED_CODE)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout.strip()
+
+
+class GpuWatch:
+    """Clocks, power, temperature and throttle reasons of one GPU through NVML, read whenever ``look`` is called."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._seen: list[dict[str, int]] = []
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            name = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(name)
+            self._nvml: Any = pynvml
+            self.driver = str(pynvml.nvmlSystemGetDriverVersion())
+        except ModuleNotFoundError:
+            raise InputError(
+                "Profiling a GPU logs its clocks with nvidia-ml-py, which is missing; install it with: "
+                "pip install 'synerdiff[hardware]'"
+            ) from None
+        except pynvml.NVMLError as error:
+            # Containers may hide NVML; the times are still good, and the profile says that clocks are unknown.
+            self._nvml, self.driver = None, f"unknown ({error})"
+
+    def look(self) -> None:
+        if self._nvml is None:
+            return
+        nvml, handle = self._nvml, self._handle
+        readings: dict[str, Callable[[], Any]] = {
+            "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+            "memory_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+            "power_mw": lambda: nvml.nvmlDeviceGetPowerUsage(handle),
+            "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+            "throttle_reasons": lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
+        }
+        seen = {}
+        for name, read in readings.items():
+            try:
+                seen[name] = int(read())
+            except nvml.NVMLError:
+                continue
+        self._seen.append(seen)
+
+    def summary(self) -> dict[str, Any]:
+        """Least, median and largest of each reading, and every throttle reason with how often it was seen."""
+        found: dict[str, Any] = {"looks": len(self._seen)}
+        for name in ("sm_mhz", "memory_mhz", "power_mw", "temperature_c"):
+            values = sorted(seen[name] for seen in self._seen if name in seen)
+            if values:
+                found[name] = {"least": values[0], "median": values[len(values) // 2], "largest": values[-1]}
+        if self._nvml is not None:
+            found["throttled"] = throttle_counts([seen.get("throttle_reasons", 0) for seen in self._seen])
+        return found
+
+
+THROTTLE_REASONS = {
+    0x2: "application clocks setting",
+    0x4: "software power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "hardware power brake",
+    0x100: "display clock setting",
+}
+"""Bits of nvmlClocksThrottleReasons (NVML API reference); bit 0x1, an idle GPU, is no reason."""
+
+
+def throttle_counts(masks: list[int]) -> dict[str, int]:
+    counts = {name: sum(bool(mask & bit) for mask in masks) for bit, name in THROTTLE_REASONS.items()}
+    return {name: count for name, count in counts.items() if count}

@@ -1,0 +1,97 @@
+"""Results kept while a measurement runs, so that an interrupted one goes on where it stopped.
+
+They lie in ``partial.json`` in the output folder, with what they were measured with; the finished profile replaces it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from synerdiff.core import InputError
+from synerdiff.files import atomic, read_text, require_writable_folder
+from synerdiff.profile import Spread
+
+FILE = "partial.json"
+
+
+class Partial:
+    """Tables by name, each filled cell by cell; ``save`` writes all of it in one step.
+
+    ``conditions``: what must be the same for the results to go together, as JSON values by name.
+    """
+
+    def __init__(self, folder: Path, conditions: Mapping[str, Any]) -> None:
+        self._path = folder / FILE
+        self._conditions = dict(conditions)
+        self._since_s = time.monotonic()
+        stored = _stored(self._path)
+        self._check(stored)
+        self._spent_s = float(stored.get("spent_s", 0.0))
+        self.tables: dict[str, dict[str, Any]] = stored.get("tables", {})
+        self.resumed = bool(self.tables)
+
+    def _check(self, stored: Mapping[str, Any]) -> None:
+        before = stored.get("conditions", self._conditions)
+        for name in {**before, **self._conditions}:
+            if before.get(name) != self._conditions.get(name):
+                raise InputError(
+                    f"{self._path.parent}: this folder holds an interrupted measurement with {name} "
+                    f"{_shown(before.get(name))}; now it is {_shown(self._conditions.get(name))}. Repeat the same "
+                    f"command to continue it, or choose another folder."
+                )
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds of measuring, earlier sessions included."""
+        return self._spent_s + time.monotonic() - self._since_s
+
+    def table(self, name: str) -> dict[str, Any]:
+        return self.tables.setdefault(name, {})
+
+    def save(self) -> None:
+        content = {"conditions": self._conditions, "spent_s": round(self.spent_s, 3), "tables": self.tables}
+        with atomic(self._path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+    def remove(self) -> None:
+        self._path.unlink(missing_ok=True)
+
+
+def claim_folder(folder: Path) -> None:
+    """Make the output folder; InputError when it cannot be written or holds something that must not be lost."""
+    if folder.is_dir() and not (folder / FILE).exists():
+        if (folder / "profile.yaml").exists():
+            raise InputError(f"{folder}: this folder already holds a profile; choose another folder, or remove it.")
+        if any(folder.iterdir()):
+            raise InputError(f"{folder}: this folder is not empty and holds no profile; choose another folder.")
+    require_writable_folder(folder)
+
+
+def to_json(spread: Spread) -> list[int]:
+    return [spread.median, spread.p10, spread.p90, spread.n]
+
+
+def from_json(numbers: list[int]) -> Spread:
+    return Spread(*numbers)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(read_text(path, "interrupted measurement"))
+        if isinstance(content["tables"], dict) and isinstance(content["conditions"], dict):
+            return dict(content)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise InputError(f"{path}: this is not what an interrupted measurement leaves; remove it to start again.")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return "not given" if value is None else str(value)

@@ -1,0 +1,101 @@
+"""What to measure: the options of ``synerdiff profile``, checked, and the points that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from synerdiff.core import InputError
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+QUICK_ROWS = (1, 2, 4, 8, 16)
+CORUN_ROWS = (1, 2, 4, 8, 16, 32)
+QUICK_CORUN_ROWS = (1, 4, 16)
+CHUNKS = (4, 8)
+QUICK_CHUNKS = (4,)
+DTYPES = ("float32", "bfloat16", "float16")
+MOST_ROWS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """``rows``: the row buckets, rising. ``resolution``: (height, width) in pixels; None is the model's own."""
+
+    model: str
+    device: str
+    rows: tuple[int, ...]
+    dtype: str | None = None
+    resolution: tuple[int, int] | None = None
+    quick: bool = False
+
+    @property
+    def corun_rows(self) -> tuple[int, ...]:
+        """Buckets at which co-run slowdowns are measured for every chunk: the least and the largest always."""
+        wanted = QUICK_CORUN_ROWS if self.quick else CORUN_ROWS
+        return tuple(rows for rows in self.rows if rows in wanted or rows in (self.rows[0], self.rows[-1]))
+
+    @property
+    def held_out_corun_rows(self) -> tuple[int, ...]:
+        """Buckets at which lookups interpolate the slowdowns: measured for a few chunks, to state the error."""
+        return tuple(rows for rows in self.rows if rows not in self.corun_rows)
+
+    @property
+    def held_out_step_rows(self) -> tuple[int, ...]:
+        """Rows that are padded to a bucket, three at most, spread over the range: the lookup's error is stated."""
+        padded = [rows for rows in range(1, self.rows[-1]) if rows not in self.rows]
+        middle = [rows for rows in (5, 10, 20) if rows in padded]
+        return tuple(middle or padded[len(padded) // 2 : len(padded) // 2 + 1])
+
+    @property
+    def chunk_counts(self) -> tuple[int, ...]:
+        return QUICK_CHUNKS if self.quick else CHUNKS
+
+
+def make_settings(
+    model: str,
+    device: str,
+    dtype: str | None = None,
+    resolution: str | None = None,
+    rows: str | None = None,
+    quick: bool = False,
+) -> Settings:
+    """Check the options' texts. Raises InputError, one sentence, for what is not allowed."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype is '{dtype}'; allowed are {', '.join(DTYPES)}.")
+    chosen = _rows(rows) if rows is not None else QUICK_ROWS if quick else ROWS
+    return Settings(model, device, chosen, dtype, None if resolution is None else _sides(resolution), quick)
+
+
+def _rows(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= MOST_ROWS for part in parts):
+        raise InputError(f"--rows {text}: whole numbers from 1 to {MOST_ROWS} are needed, for example 1,2,4,8.")
+    found = [int(part) for part in parts]
+    if sorted(set(found)) != found:
+        raise InputError(f"--rows {text}: the numbers must rise without repeats.")
+    return tuple(found)
+
+
+def _sides(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and 1 <= int(part) <= 8192 for part in parts):
+        raise InputError(f"--resolution {text}: pixels are needed, one side (512) or HEIGHTxWIDTH (512x768).")
+    return int(parts[0]), int(parts[-1])
+
+
+def command_line(settings: Settings, out: str) -> str:
+    """The command that measures this."""
+    words = ["synerdiff profile", f"--model {settings.model}", f"--device {settings.device}"]
+    if settings.dtype is not None:
+        words.append(f"--dtype {settings.dtype}")
+    if settings.resolution is not None:
+        words.append("--resolution {}x{}".format(*settings.resolution))
+    if settings.rows != (QUICK_ROWS if settings.quick else ROWS):
+        words.append(f"--rows {listed(settings.rows, ',')}")
+    if settings.quick:
+        words.append("--quick")
+    return " ".join([*words, f"--out {out}"])
+
+
+def listed(rows: Sequence[int], separator: str = ", ") -> str:
+    return separator.join(map(str, rows))
