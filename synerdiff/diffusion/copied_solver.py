@@ -38,6 +38,10 @@ class CopiedSolver:
         self._prototype = scheduler
         self._draws = "generator" in inspect.signature(scheduler.step).parameters
 
+    @property
+    def scheduler_name(self) -> str:
+        return type(self._prototype).__name__
+
     def start(self, steps: int, generator: torch.Generator) -> CopiedProgress:
         own = copy.copy(self._prototype)
         for name, value in vars(own).items():

@@ -31,6 +31,10 @@ class Progress(Protocol):
 class Solver(Protocol):
     """Advances many samples at once; `progress[i]` belongs to row i of the (n, C, h, w) tensors."""
 
+    @property
+    def scheduler_name(self) -> str:
+        """The class name of the diffusers scheduler that this one stands for."""
+
     def start(self, steps: int, generator: torch.Generator) -> Progress:
         """A fresh schedule; `generator` feeds schedulers that draw noise. Raises InputError for impossible `steps`."""
 
@@ -87,7 +91,11 @@ class LinearSolver:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._tables: dict[int, Table] = {}
-        self._coefficients_of = _COEFFICIENTS[type(scheduler).__name__]
+        self._coefficients_of = _COEFFICIENTS[self.scheduler_name]
+
+    @property
+    def scheduler_name(self) -> str:
+        return type(self._scheduler).__name__
 
     def start(self, steps: int, generator: torch.Generator) -> LinearProgress:
         if steps not in self._tables:

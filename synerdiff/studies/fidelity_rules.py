@@ -1,0 +1,128 @@
+"""Which steps of an image go without guidance, and what they do instead: the rules that a fidelity study judges."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from synerdiff.core import CONDITIONAL, GUIDED, REUSE, Mode
+
+ALL_PARTS, CORE_PARTS = "all", "core"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One way to run ``run_steps`` steps. Nothing skipped: full guidance, the reference or a rival of fewer steps."""
+
+    name: str
+    run_steps: int
+    mode: Mode = GUIDED
+    schedule: str = "full"
+    warmup_steps: int = 0
+    """First steps that stay guided."""
+    skipped: frozenset[int] = frozenset()
+    threshold: float | None = None
+    """Adaptive: from the first step on after which the two x0 predictions were at least this similar, skip always."""
+    drawn: bool = False
+    """Every image takes its own random half of ``skipped``."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether the skipped steps differ from image to image."""
+        return self.drawn or self.threshold is not None
+
+    @property
+    def rows(self) -> int:
+        """Denoiser rows per image, where they do not vary."""
+        return 2 * self.run_steps - len(self.skipped)
+
+    def own_skips(self, seed: int) -> frozenset[int]:
+        """The steps that the image of this seed skips, where no threshold decides."""
+        if not self.drawn:
+            return self.skipped
+        draw = random.Random(seed)
+        return frozenset(step for step in sorted(self.skipped) if draw.random() < 0.5)
+
+
+def full(steps: int) -> Rule:
+    return Rule(f"full-{steps}", steps)
+
+
+def spread(steps: int, skips: int, warmup_steps: int = 0, mode: Mode = REUSE) -> Rule:
+    """Guided steps at equal distances: the warm-up, then round(first + j * (steps - 1 - first) / (guided - 1)).
+
+    "Every 2nd step", "every 3rd guided only" and so on are cases of it. The first and last step are guided.
+    """
+    guided = list(range(warmup_steps))
+    rest, left = steps - warmup_steps, steps - skips - warmup_steps
+    if left < 1 or rest < 1:
+        raise ValueError(f"{skips} of {steps} steps cannot be skipped after {warmup_steps} guided ones")
+    gaps = max(1, left - 1)
+    guided += [warmup_steps + (2 * j * (rest - 1) + gaps) // (2 * gaps) for j in range(left)]
+    return _fixed("spread", steps, mode, frozenset(range(steps)) - frozenset(guided), warmup_steps)
+
+
+def last(steps: int, skips: int, mode: Mode) -> Rule:
+    return _fixed("last", steps, mode, frozenset(range(steps - skips, steps)), steps - skips)
+
+
+def first(steps: int, skips: int) -> Rule:
+    """Without guidance at the start there is no difference to reuse yet: conditional only."""
+    return _fixed("first", steps, CONDITIONAL, frozenset(range(skips)), 0)
+
+
+def calibrated(steps: int, chosen: Collection[int]) -> Rule:
+    """Steps that a calibration chose; ``reuse``."""
+    return _fixed("calibrated", steps, REUSE, frozenset(chosen), min(chosen, default=0))
+
+
+def adaptive(steps: int, threshold: float, warmup_steps: int = 3) -> Rule:
+    """Sticky: guidance is dropped for good once the x0 predictions with and without the condition agree."""
+    name = f"conditional-adaptive-{threshold:g}"
+    return Rule(name, steps, CONDITIONAL, "adaptive", warmup_steps, threshold=threshold)
+
+
+def random_half(rule: Rule) -> Rule:
+    """What a load-triggered policy does with a rule: it skips some of its steps, in our test each with probability
+    one half."""
+    return replace(rule, name=f"{rule.name}-random-half", schedule="random-half", drawn=True)
+
+
+def _fixed(schedule: str, steps: int, mode: Mode, skipped: frozenset[int], warmup_steps: int) -> Rule:
+    # Spread rules start with a guided step anyway, so only a longer warm-up is part of the name.
+    suffix = f"-w{warmup_steps}" if schedule == "spread" and warmup_steps else ""
+    name = f"{mode}-{schedule}-{len(skipped)}of{steps}{suffix}"
+    return Rule(name, steps, mode, schedule, warmup_steps, skipped)
+
+
+def rivals(steps: int, rules: Sequence[Rule], extra_shares: Sequence[float] = ()) -> list[Rule]:
+    """Full guidance in fewer steps at the cost of each rule (rounded down, so that the rival never costs more), and
+    at ``extra_shares`` of the steps."""
+    counts = {rule.rows // 2 for rule in rules if not rule.varies}
+    counts |= {round(steps * share) for share in extra_shares}
+    return [full(count) for count in sorted(counts, reverse=True) if 2 <= count < steps]
+
+
+def rules_to_judge(steps: int, part: str) -> list[Rule]:
+    """The rules of a study without the calibrated ones: ``all`` of them, or the ``core`` that settles the ranking."""
+    every_other = (steps - 1) // 2
+    shares = [round(steps * share) for share in (0.64, 0.8)]
+    found = [spread(steps, every_other), *(spread(steps, skips) for skips in shares)]
+    found.append(last(steps, round(steps * 0.4), CONDITIONAL))
+    if part == ALL_PARTS:
+        found += [spread(steps, round(steps * share)) for share in (0.24, 0.72)]
+        found.append(spread(steps, shares[0], warmup_steps=3))
+        found.append(last(steps, round(steps * 0.4), REUSE))
+        found.append(spread(steps, every_other, mode=CONDITIONAL))
+        found += [last(steps, round(steps * share), CONDITIONAL) for share in (0.2, 0.6, 0.8, 1.0)]
+        found += [first(steps, round(steps * share)) for share in (0.2, 0.4)]
+        found += [adaptive(steps, threshold) for threshold in (0.99, 0.97)]
+        found.append(random_half(spread(steps, shares[0])))
+    # Few steps can make two shares the same rule.
+    return [rule for rule in dict.fromkeys(found) if rule.skipped or rule.threshold is not None]
+
+
+def skips_to_calibrate(steps: int) -> list[int]:
+    """The numbers of skips at which calibrated and spread schedules are compared."""
+    return sorted({(steps - 1) // 2, round(steps * 0.64), round(steps * 0.8)} - {0})

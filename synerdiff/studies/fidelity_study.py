@@ -1,0 +1,332 @@
+"""What skipping guidance costs in images: every rule and its rivals on the same seeds and prompts, resumable by rule.
+
+A study works through settings (one solver; step counts x guidance scales). Each finished piece is a file in
+``OUT/parts`` named by a hash of everything that it depends on, so a rerun computes only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from synerdiff.core import InputError
+from synerdiff.fidelity import HEAD, FidelityTable, Score, read_fidelity, write_fidelity
+from synerdiff.studies.fidelity_calibration import Calibration, calibrate, choose_skips
+from synerdiff.studies.fidelity_comparisons import Comparison, comparison, read_comparisons, write_comparisons
+from synerdiff.studies.fidelity_rules import (
+    ALL_PARTS,
+    Rule,
+    calibrated,
+    full,
+    rivals,
+    rules_to_judge,
+    skips_to_calibrate,
+    spread,
+)
+from synerdiff.studies.fidelity_sampling import Sampler, Subject, fingerprint
+from synerdiff.studies.fidelity_scores import (
+    MEASURE,
+    Judged,
+    interval_of,
+    load_arrays,
+    paired_difference,
+    save_arrays,
+)
+
+if TYPE_CHECKING:
+    from synerdiff.diffusion.model import DiffusionModel
+
+_T = TypeVar("_T")
+
+LADDER = (4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 35, 40, 50, 60, 80, 100)
+"""Step counts among which the fewest sufficient one is searched."""
+CONVERGED_SSIM = 0.99
+CONVERGED_FACTOR = 4
+CALIBRATION_SEEDS_FROM = 1_000_000
+"""Calibration images take seeds this far beyond the judged ones, and prompts that no held-out image has."""
+EXTRA_RIVALS = (0.64, 0.48, 0.4)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to judge, and on what. ``steps`` empty: the fewest whose SSIM against 4 times as many is 0.99."""
+
+    steps: tuple[int, ...] = ()
+    guidance_scales: tuple[float, ...] = (7.5,)
+    samples: int = 256
+    search_samples: int = 64
+    calibration_samples: int = 64
+    batch: int = 32
+    first_seed: int = 1000
+    prompts: tuple[str, ...] = ()
+    """Used in turn; empty: the model's own default prompt of each seed."""
+    part: str = ALL_PARTS
+
+
+@dataclass(slots=True)
+class SettingResult:
+    """One solver, step count and guidance scale, judged."""
+
+    solver: str
+    steps: int
+    guidance_scale: float
+    rules: list[Rule] = field(default_factory=list)
+    judged: dict[str, Judged] = field(default_factory=dict)
+    scores: list[Score] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    calibration: Calibration | None = None
+
+    @property
+    def setting(self) -> tuple[str, int, float]:
+        return (self.solver, self.steps, self.guidance_scale)
+
+
+@dataclass(slots=True)
+class StudyResult:
+    settings: list[SettingResult]
+    converged: list[dict[str, Any]]
+    """Per guidance scale searched: the fewest sufficient steps and the SSIM of every count that was tried."""
+    table: FidelityTable
+
+
+class Study:
+    """A study of one model in one folder. ``on_progress`` hears (what runs, share of it done)."""
+
+    def __init__(
+        self, model: DiffusionModel, settings: Settings, folder: Path, on_progress: Callable[[str, float], None]
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.folder = folder
+        self._report = on_progress
+        self._working_on = ("", 1)
+        self._rows_done = 0
+        self._samplers: dict[float, Sampler] = {}
+        self.subjects = _subjects(model, settings, settings.first_seed, settings.samples)
+        prompts = list(dict.fromkeys(subject.prompt for subject in self.subjects))
+        self.tuned_prompts = frozenset(prompts[: len(prompts) // 2])
+        seeds = settings.first_seed + CALIBRATION_SEEDS_FROM
+        candidates = _subjects(model, settings, seeds, 64 * settings.calibration_samples)
+        tuned = [subject for subject in candidates if subject.prompt in self.tuned_prompts]
+        # With a prompt of its own per seed no prompt repeats, and the seeds alone keep the two sets apart.
+        self.tuning = (tuned or candidates)[: settings.calibration_samples]
+        self.held_out = [i for i, subject in enumerate(self.subjects) if subject.prompt not in self.tuned_prompts]
+        self.identity: dict[str, Any] = {
+            "weights_sha256": fingerprint(model, self.subjects[0].prompt),
+            "resolution": [model.height, model.width],
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "measure": MEASURE,
+        }
+
+    def run(self, head: dict[str, Any]) -> StudyResult:
+        """Judge every setting, adding it to the table in the folder as soon as it is finished.
+
+        ``head``: what else the table says about its making. Raises InputError when the folder holds the table of
+        another model or measure.
+        """
+        kept = self._existing()
+        head = {**head, **self.identity, "first_seed": self.settings.first_seed}
+        known = {(entry["solver"], entry["guidance_scale"]): entry for entry in kept[1]}
+        rows = {_row_key(row): row for row in kept[0]}
+        found, comparisons = [], read_comparisons(self.folder)
+        for scale in self.settings.guidance_scales:
+            counts = self.settings.steps
+            if not counts:
+                entry = self._fewest_steps(scale)
+                known[entry["solver"], scale] = entry
+                counts = (entry["steps"],)
+            for steps in counts:
+                result = self._setting(steps, scale)
+                found.append(result)
+                rows = {key: row for key, row in rows.items() if key[:3] != result.setting}
+                rows |= {_row_key(row): row for row in result.scores}
+                comparisons = [line for line in comparisons if line.setting != result.setting] + result.comparisons
+                write_comparisons(self.folder, comparisons)
+                write_fidelity(self.folder, {**head, "converged": list(known.values())}, rows.values())
+        return StudyResult(found, list(known.values()), read_fidelity(self.folder))
+
+    def _existing(self) -> tuple[tuple[Score, ...], list[dict[str, Any]]]:
+        if not (self.folder / HEAD).is_file():
+            return (), []
+        table = read_fidelity(self.folder)
+        for name, value in self.identity.items():
+            if table.head.get(name) != value:
+                raise InputError(
+                    f"{self.folder / HEAD}: this is the table of another study ({name} differs); give another folder."
+                )
+        return table.rows, list(table.head.get("converged", []))
+
+    def _fewest_steps(self, scale: float) -> dict[str, Any]:
+        """Bisect the ladder for the fewest steps whose images are those of 4 times as many (SSIM 0.99 or more)."""
+        subjects = self.subjects[: self.settings.search_samples]
+        tried: dict[int, float] = {}
+
+        def enough(steps: int) -> bool:
+            judged = self._judged(full(steps), full(CONVERGED_FACTOR * steps), scale, subjects)
+            tried[steps] = round(interval_of(judged.ssim).value, 5)
+            return tried[steps] >= CONVERGED_SSIM
+
+        low, high = -1, len(LADDER) - 1
+        if not enough(LADDER[high]):
+            raise InputError(
+                f"even {LADDER[high]} steps reach an SSIM of only {tried[LADDER[high]]:.3f} against "
+                f"{CONVERGED_FACTOR} times as many at guidance scale {scale:g}; give --steps."
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if enough(LADDER[middle]) else (middle, high)
+        return {
+            "solver": self.model.solver.scheduler_name,
+            "guidance_scale": scale,
+            "steps": LADDER[high],
+            "n": len(subjects),
+            "ssim_against_4_times_as_many": dict(sorted(tried.items())),
+        }
+
+    def _setting(self, steps: int, scale: float) -> SettingResult:
+        result = SettingResult(self.model.solver.scheduler_name, steps, scale)
+        reference = full(steps)
+        key = self._key("calibration", steps, scale, self.tuning)
+        result.calibration = self._part(
+            f"calibration of {steps} steps, guidance {scale:g}",
+            key,
+            Calibration,
+            2 * steps * len(self.tuning),
+            lambda sampler: calibrate(sampler, steps, self.tuning),
+            scale,
+        )
+        rules = [reference, *rules_to_judge(steps, self.settings.part)]
+        for skips in skips_to_calibrate(steps):
+            rules.append(calibrated(steps, choose_skips(result.calibration.run_cost, skips)))
+        rules += rivals(steps, rules[1:], EXTRA_RIVALS)
+        for rule in rules:
+            result.judged[rule.name] = self._judged(rule, reference, scale, self.subjects)
+            result.rules.append(rule)
+            result.scores.append(self._score(rule, result))
+        result.comparisons = self._comparisons(result)
+        return result
+
+    def _score(self, rule: Rule, result: SettingResult) -> Score:
+        judged = result.judged[rule.name]
+        # A calibrated rule is judged where it was not calibrated; half of the images at most are lost by that.
+        held_out = rule.schedule == "calibrated"
+        chosen = self.held_out if held_out else list(range(len(self.subjects)))
+        ssim, psnr_db = interval_of(judged.ssim[chosen]), interval_of(judged.psnr_db[chosen])
+        return Score(
+            solver=result.solver,
+            steps=result.steps,
+            guidance_scale=result.guidance_scale,
+            rule=rule.name,
+            run_steps=rule.run_steps,
+            mode=rule.mode,
+            schedule=rule.schedule,
+            warmup_steps=rule.warmup_steps,
+            skipped_steps=None if rule.varies else tuple(sorted(rule.skipped)),
+            rows=float(judged.rows.mean()),
+            n=len(chosen),
+            ssim=ssim.value,
+            ssim_low=max(-1.0, ssim.low),
+            ssim_high=min(1.0, ssim.high),
+            psnr_db=psnr_db.value,
+            psnr_low_db=max(0.0, psnr_db.low),
+            psnr_high_db=psnr_db.high,
+            recognised=float(judged.recognised[chosen].mean()) if judged.recognised.size else None,
+            held_out=held_out,
+        )
+
+    def _comparisons(self, result: SettingResult) -> list[Comparison]:
+        """Every rule against the rival of equal cost, and every calibrated schedule against the spread one."""
+        found = []
+        held_out = set(self.held_out)
+        tuned = [i for i in range(len(self.subjects)) if i not in held_out]
+        for rule in result.rules:
+            judged = result.judged[rule.name]
+            pairs: list[tuple[str, str, list[int] | None]] = []
+            if rule.schedule == "calibrated":
+                plain = spread(result.steps, len(rule.skipped)).name
+                pairs = [(plain, "held out", self.held_out), (plain, "tuned prompts", tuned)]
+            rival = f"full-{int(judged.rows.mean()) // 2}"
+            if rule.schedule == "calibrated" and rival in result.judged:
+                pairs.append((rival, "held out", self.held_out))
+            elif rule.schedule != "full" and rival in result.judged:
+                pairs.append((rival, "all", None))
+            for against, images, chosen in pairs:
+                difference = paired_difference(judged, result.judged[against], chosen)
+                found.append(comparison(result.setting, rule.name, against, images, difference))
+        return found
+
+    def _judged(self, rule: Rule, reference: Rule, scale: float, subjects: Sequence[Subject]) -> Judged:
+        latents = self._reference(reference, scale, subjects)
+        key = self._key("judged", rule.run_steps, scale, subjects, rule, reference)
+        return self._part(
+            f"{rule.name} against {reference.name}, guidance {scale:g}",
+            key,
+            Judged,
+            rule.rows * len(subjects),
+            lambda sampler: sampler.judge(rule, subjects, latents, is_reference=rule == reference),
+            scale,
+        )
+
+    def _reference(self, rule: Rule, scale: float, subjects: Sequence[Subject]) -> Path:
+        key = self._key("reference", rule.run_steps, scale, subjects)
+        path = self.folder / "parts" / f"{key}.npy"
+        self._working_on = (f"{rule.name}, guidance {scale:g}", rule.rows * len(subjects))
+        self._rows_done = 0
+        self._sampler(scale).reference(rule, subjects, path)
+        return path
+
+    def _part(
+        self, what: str, key: str, kind: type[_T], rows: int, compute: Callable[[Sampler], _T], scale: float
+    ) -> _T:
+        path = self.folder / "parts" / f"{key}.npz"
+        found = load_arrays(path, kind)
+        if found is None:
+            self._working_on, self._rows_done = (what, rows), 0
+            self._on_rows(0)
+            found = compute(self._sampler(scale))
+            save_arrays(path, found)
+        return found
+
+    def _sampler(self, scale: float) -> Sampler:
+        if scale not in self._samplers:
+            self._samplers[scale] = Sampler(self.model, scale, self.settings.batch, self._on_rows)
+        return self._samplers[scale]
+
+    def _on_rows(self, rows: int) -> None:
+        self._rows_done += rows
+        what, total = self._working_on
+        self._report(what, min(1.0, self._rows_done / max(1, total)))
+
+    def _key(
+        self,
+        kind: str,
+        steps: int,
+        scale: float,
+        subjects: Sequence[Subject],
+        rule: Rule | None = None,
+        reference: Rule | None = None,
+    ) -> str:
+        import torch
+
+        what: list[Any] = [kind, steps, scale, self.identity, self.model.solver.scheduler_name, torch.__version__]
+        what += [[list(subject) for subject in subjects], reference.run_steps if reference else None]
+        if rule is not None:
+            what += [rule.mode, sorted(rule.skipped), rule.threshold, rule.warmup_steps, rule.drawn]
+        return f"{kind}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]}"
+
+
+def _row_key(row: Score) -> tuple[Any, ...]:
+    return (row.solver, row.steps, row.guidance_scale, row.rule)
+
+
+def _subjects(model: DiffusionModel, settings: Settings, first_seed: int, count: int) -> list[Subject]:
+    found = []
+    for i in range(count):
+        seed = first_seed + i
+        prompt = settings.prompts[i % len(settings.prompts)] if settings.prompts else model.prompts.default_prompt(seed)
+        found.append(Subject(seed, prompt))
+    return found
