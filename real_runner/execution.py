@@ -12,11 +12,10 @@ from typing import Any
 from real_runner.dispatch import Dispatch
 from real_runner.faults import FAILED, HUNG, OUT_OF_MEMORY, Fault, LaneHung
 from real_runner.hardware import ChunkFunctions, Hardware
-from real_runner.pieces import ChunkPiece, Image, StepPiece
+from real_runner.pieces import ChunkPiece, Image, Picture, StepPiece, picture_of
 from synerdiff.core import NS_PER_S, PPM, LaneView, Mode, Phase, Sample, SampleId, WorkRecord
 from synerdiff.diffusion.device import Work
 from synerdiff.diffusion.model import SampleState
-from synerdiff.diffusion.pixels import Pixels, to_pixels
 from synerdiff.profile import Profile
 from synerdiff.worker import Worker
 
@@ -27,7 +26,8 @@ LOOK_EVERY_NS = 100_000_000
 WATCHDOG_FACTOR = 100
 """A piece counts as hung after the watchdog's time or so many times its predicted time, whichever is longer."""
 
-OnImage = Callable[[Sample, SampleState, Pixels], None]
+OnImage = Callable[[Sample, SampleState, Any], None]
+"""Gets each finished image (PIL) with its sample and state."""
 
 
 class Running:
@@ -69,7 +69,7 @@ class Execution:
         self.next_step: Running | None = None
         """The committed step, queued behind the running one."""
         self.decodes: list[Running | None] = [None] * len(hardware.decode)
-        self.copies: list[tuple[Image, int, Work[Pixels]]] = []
+        self.copies: list[tuple[Image, int, Work[Picture]]] = []
         """Finished decodes on their way to the host, with the decode's end."""
         self.records: list[WorkRecord] = []
         self.faults: list[Fault] = []
@@ -221,7 +221,7 @@ class Execution:
     def _copy_out(self, image: Image, end_ns: int) -> None:
         decoded = image.hidden
         assert decoded is not None
-        self.copies.append((image, end_ns, self.hardware.results.submit(lambda: to_pixels(decoded))))
+        self.copies.append((image, end_ns, self.hardware.results.submit(lambda: picture_of(decoded))))
         del self.images[image.sample.id]
         image.hidden = None
 
@@ -232,13 +232,13 @@ class Execution:
             sample = image.sample
             sample.finished_ns = max(decoded_ns, work.end_ns - self.zero_ns)
             self.dispatch.copy_ns.append(sample.finished_ns - decoded_ns)
-            pixels = work.result()
-            if not pixels.finite:
+            picture = work.result()
+            if not picture.finite:
                 sample.phase = Phase.FAILED
                 detail = "its decoded image is not finite"
                 self.faults.append(Fault(sample.finished_ns, FAILED, (sample.name,), detail))
             elif self.on_image is not None:
-                self.on_image(sample, image.state, pixels)
+                self.on_image(sample, image.state, picture.image)
 
     def drain(self) -> None:
         """Let what runs end and start nothing new."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 
 import torch
@@ -13,9 +13,10 @@ from synerdiff.diffusion.chunking import WHOLE, Chunking
 from synerdiff.diffusion.device import Device, Lane, available_cores, open_device
 from synerdiff.diffusion.loading import load_model
 from synerdiff.diffusion.model import DiffusionModel
+from synerdiff.diffusion.stages import ChunkFunction, prepare_chunks, prepare_steps
 from synerdiff.profile import Profile
 
-ChunkFunctions = tuple[Callable[[torch.Tensor], torch.Tensor], ...]
+ChunkFunctions = tuple[ChunkFunction, ...]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -27,17 +28,23 @@ class Hardware:
     the higher priority, and with row buckets every step and chunk is a captured graph. Use as a context manager.
     """
 
-    def __init__(self, model: DiffusionModel, device: Device, decode_lanes: int) -> None:
+    def __init__(
+        self, model: DiffusionModel, device: Device, decode_lanes: int, row_buckets: Sequence[int] | None
+    ) -> None:
         self.model = model
         self.device = device
-        self.graphed = False
         self.hung = False
         """A lane never came back: closing would wait for it for ever."""
         self.warm_up_ns = 0
         self._chunks: dict[tuple[int, Chunking], ChunkFunctions] = {}
-        cores = available_cores() if device.torch_device.type == "cpu" else []
-        # Without graphs a launch takes longer than a wait can afford, so each lane launches from its own thread.
-        threads = device.torch_device.type == "cuda" and model.row_buckets is None
+        on_cpu = device.torch_device.type == "cpu"
+        cores = available_cores() if on_cpu else []
+        self._threads_before = torch.get_num_threads()
+        if on_cpu:
+            # What the engine's own thread computes must not spread over the lanes' cores.
+            torch.set_num_threads(1)
+        # Without graphs a launch takes long, so each lane launches from a thread of its own.
+        threads = not on_cpu and row_buckets is None
         self.denoise = self._lane("denoise", cores[:1], high_priority=True, launch_thread=threads)
         others = cores[1:] or cores
         self.decode = [
@@ -46,6 +53,10 @@ class Hardware:
         ]
         self.intake = self._lane("intake", [], launch_thread=True)
         self.results = self._lane("results", [], launch_thread=True)
+        if row_buckets is not None:
+            began_ns = time.monotonic_ns()
+            prepare_steps(model, row_buckets, self.denoise)
+            self.warm_up_ns = time.monotonic_ns() - began_ns
 
     def _lane(
         self, name: str, cores: Sequence[int], *, high_priority: bool = False, launch_thread: bool = False
@@ -58,28 +69,11 @@ class Hardware:
         return self.device.lane(name, high_priority=high_priority, launch_thread=launch_thread)
 
     def chunk_functions(self, lane: int, chunking: Chunking) -> ChunkFunctions:
-        """The chunks of a decode as they run on that decode lane; graphs are captured at the first call."""
+        """The chunks of a decode as they run on that decode lane; on a GPU captured at the first call."""
         key = (lane, chunking)
         if key not in self._chunks:
-            self._chunks[key] = self._capture_chunks(lane, chunking) if self.graphed else self.model.chunks(chunking)
+            self._chunks[key] = prepare_chunks(self.model, chunking, self.decode[lane])
         return self._chunks[key]
-
-    def _capture_chunks(self, lane: int, chunking: Chunking) -> ChunkFunctions:
-        from synerdiff.diffusion.cuda_device import CudaLane
-        from synerdiff.diffusion.graphs import capture_chunks
-
-        stream_lane = self.decode[lane]
-        assert isinstance(stream_lane, CudaLane)
-        return capture_chunks(self.model, chunking, stream_lane.stream)
-
-    def capture_steps(self, buckets: Sequence[int]) -> None:
-        """One CUDA graph per row bucket, in a pool of their own."""
-        from synerdiff.diffusion.cuda_device import CudaLane
-        from synerdiff.diffusion.graphs import capture_denoiser
-
-        assert isinstance(self.denoise, CudaLane)
-        capture_denoiser(self.model, buckets, self.denoise.stream)
-        self.graphed = True
 
     def warm_up(self, rows: Sequence[int], chunkings: Sequence[Chunking]) -> None:
         """Run what will run, on the lanes that will run it, and add the time to ``warm_up_ns``."""
@@ -102,6 +96,7 @@ class Hardware:
         self.warm_up_ns += time.monotonic_ns() - began_ns
 
     def close(self) -> None:
+        torch.set_num_threads(self._threads_before)
         if not self.hung:
             self.device.close()
 
@@ -133,28 +128,23 @@ def open_hardware(
     wanted = dtype or profile.info.get("dtype")
     if wanted is not None and wanted not in DTYPES:
         raise InputError(f"the dtype is {wanted!r}; allowed are {', '.join(DTYPES)}.")
+    sides = profile.info.get("resolution")
     device = open_device(device_name)
     model = load_model(
         model_name,
         device.torch_device,
         None if wanted is None else DTYPES[wanted],
-        profile.info.get("resolution"),
+        tuple(sides) if isinstance(sides, list) else sides,
         scheduler,
     )
-    model.row_buckets = profile.row_buckets
-    hardware = Hardware(model, device, decode_lanes)
-    if device.torch_device.type == "cuda" and profile.row_buckets is not None:
-        began_ns = time.monotonic_ns()
-        hardware.capture_steps(profile.row_buckets)
-        hardware.warm_up_ns += time.monotonic_ns() - began_ns
-    return hardware
+    return Hardware(model, device, decode_lanes, profile.row_buckets)
 
 
 def chunking_of(profile: Profile, name: str) -> Chunking:
     """Where the profile's chunking cuts the decode; InputError when the profile does not say."""
     if name == WHOLE.name:
         return WHOLE
-    cuts = dict(profile.info.get("chunkings") or {}).get(name)
+    cuts = dict(profile.info.get("cuts") or {}).get(name)
     if cuts is None:
         raise InputError(
             f"profile '{profile.name}' does not say where its chunking {name} cuts the decode, so it cannot be run."

@@ -7,14 +7,18 @@ once the piece has ended. What a piece does is what the profiler measures: ``Dif
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from real_runner.faults import is_out_of_memory, one_line
 from synerdiff.core import Mode, Sample
 from synerdiff.diffusion.model import DiffusionModel, SampleState
-from synerdiff.diffusion.pixels import finite_flag
 from synerdiff.diffusion.solvers import LinearProgress
+from synerdiff.diffusion.stages import finished_picture
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 
 class Image:
@@ -107,6 +111,29 @@ class ChunkPiece:
         except Exception as error:  # as above
             return error.with_traceback(None)
         return None
+
+
+class Picture(NamedTuple):
+    """A finished image on the host, and whether every value that the decoder gave was finite."""
+
+    image: PIL.Image.Image
+    finite: bool
+
+
+@torch.inference_mode()
+def picture_of(decoded: torch.Tensor) -> Picture:
+    """Runs on the lane ``results`` and waits for its copy."""
+    return Picture(finished_picture(decoded), bool(decoded.isfinite().all()))
+
+
+@torch.inference_mode()
+def finite_flag(tensor: torch.Tensor) -> torch.Tensor:
+    """A bool (1,) on the host: whether all values are finite; valid once the piece that asks has ended."""
+    flag = tensor.isfinite().all()[None]
+    if tensor.device.type != "cuda":
+        return flag
+    # Into pinned memory, so that the launching thread does not wait.
+    return torch.empty(1, dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
 
 
 def free_memory(device: torch.device) -> None:

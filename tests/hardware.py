@@ -6,13 +6,13 @@ from real_runner.hardware import Hardware, open_hardware
 from synerdiff.profile import Profile
 from tests.builders import affine_profile
 
-CHUNKINGS = {"c4": [3, 6, 9]}
+CUTS = {"c4": [3, 6, 9]}
 
 
 def digits_profile(**more) -> Profile:
     """Times of about the right size; only a validation needs true ones."""
     profile = affine_profile(5, 1.5, 4, **more)
-    profile.info = {"model": "digits", "resolution": 32, "dtype": "float32", "chunkings": CHUNKINGS}
+    profile.info = {"model": "digits", "resolution": 32, "dtype": "float32", "cuts": CUTS}
     return profile
 
 

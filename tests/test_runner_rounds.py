@@ -14,9 +14,9 @@ from policies.registry import POLICIES, build_policy
 from real_runner import engine
 from real_runner.engine import run_real
 from real_runner.intake import Entry
+from real_runner.pieces import Picture
 from simulator import simulate
 from synerdiff.core import REUSE, ContractError, Decision, Request, SkipBudget
-from synerdiff.diffusion.pixels import Pixels
 from tests.builders import make_profile, requests_at
 from tests.test_engine_reference import Whim
 
@@ -55,7 +55,7 @@ class TimedLane:
         start_ns = max(self.clock.now_ns, self.free_at_ns)
         piece = getattr(function, "__self__", None)
         self.free_at_ns = start_ns + (0 if piece is None else self.duration_of(piece))
-        return TimedWork(self.clock, start_ns, self.free_at_ns, Pixels(None, True))
+        return TimedWork(self.clock, start_ns, self.free_at_ns, Picture(None, True))
 
 
 class TimedIntake:
@@ -113,7 +113,7 @@ def uncontended(overheads=None):
     profile = make_profile(
         {1: 100, 2: 130, 4: 200, 8: 350, 16: 600}, {"whole": [170], "c3": [50, 70, 50]}, overheads=overheads
     )
-    profile.info = {"chunkings": {"c3": [1, 2]}}
+    profile.info = {"cuts": {"c3": [1, 2]}}
     return profile
 
 
