@@ -168,3 +168,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InputError, match="this is not text"):
         load_experiment(tmp_path / "b.yaml")
+
+
+def test_every_field_and_column_is_documented() -> None:
+    from synerdiff import config, records
+    from synerdiff.studies.run_keys import ROOT
+
+    text = (ROOT / "docs" / "file-formats.md").read_text(encoding="utf-8")
+    sections = [config.Experiment, config.Workload, config.PolicyEntry, config.BatchSearch, config.SkipBudgetSection]
+    names = {name for section in [*sections, config.Slo, config.Window] for name in section.model_fields}
+    names |= {*records.REQUEST_COLUMNS, *records.WORK_COLUMNS, *config.FIGURES}
+    assert {name for name in names if f"`{name}`" not in text and f"`{name}:" not in text} == set()

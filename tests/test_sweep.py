@@ -622,3 +622,18 @@ def test_a_profile_that_changes_under_a_running_sweep_is_noticed(world: Path) ->
     with pytest.raises(InputError, match="the profile changed while the sweep ran; start the sweep again"):
         grid_run.profile_as_it_was(run.profile_folder, "something else")
     assert replace(run, load=0.7).with_key().key != run.key
+
+
+@pytest.mark.skipif("SYNERDIFF_DATA" not in os.environ, reason="SYNERDIFF_DATA names no folder with GenTD26's files")
+def test_the_experiment_on_gentd26_replays_its_requests(tmp_path: Path) -> None:
+    from synerdiff.studies.sources import arrivals
+
+    path = ROOT / "experiments" / "gentd26.yaml"
+    grid = Grid(load_experiment(path), path.parent, tmp_path / "out")
+    windows = [arrivals(source) for source in grid.sources["gentd26-windows"]]
+    (whole,) = (arrivals(source) for source in grid.sources["gentd26-whole"])
+    assert whole.dropped == {"image-to-image": 2199, "inpainting": 186, "steps or images missing": 25}
+    assert len(whole.requests) == 26_823 - sum(whole.dropped.values())
+    assert [len(window.requests) for window in windows] == [1165, 1032, 943]
+    assert {request.batch_key for request in whole.requests} == {("", None, None, ())}
+    assert {run.source.workload for runs in grid.searches.values() for run in runs.values()} == {"gentd26-windows"}
