@@ -46,6 +46,31 @@ def time_scale_for_load(
     return offered_load(requests, profile, window_s(requests, window)) / load
 
 
+def at_load(
+    requests: Sequence[Request],
+    profile: Profile,
+    load: float | None,
+    time_scale: float | None,
+    window: tuple[float, float] | None,
+) -> tuple[list[Request], float, float | None]:
+    """(requests, time scale, load) at either the load or the time scale that is given, or as they are.
+
+    The load is None when all requests arrive at once and no load is defined. InputError when both are given.
+    """
+    from traces.scaling import scaled
+
+    if load is not None and time_scale is not None:
+        raise InputError("--load and --time-scale exclude each other; give one of them.")
+    if load is not None and not 0 < load <= 100:
+        raise InputError(f"--load is {load:g}; a number above 0 and up to 100 is needed.")
+    scale = 1.0 if time_scale is None else time_scale
+    if load is not None:
+        scale = time_scale_for_load(requests, profile, load, window)
+    elif window is not None or requests[-1].arrival_ns > 0:
+        load = time_scale_for_load(requests, profile, scale, window)
+    return scaled(requests, scale), scale, load
+
+
 def fitted(
     requests: Sequence[Request], profile: Profile, slo_seconds: float | None = None, slo_multiple: float | None = None
 ) -> list[Request]:
