@@ -223,3 +223,32 @@ def test_a_checkpoint_folder_makes_the_images_of_its_own_pipeline(folder, guidan
     other = model.start(9, 6, guidance_scale, "a blue dog")
     assert not torch.equal(other.condition.tokens, state.condition.tokens)
     assert model.decode(state.latent).shape == (1, 3, 64, 64)
+
+
+class Remembering:
+    """A scheduler of the kind that appends to a list made at construction; set_timesteps does not renew it."""
+
+    init_noise_sigma = 1.0
+
+    def __init__(self):
+        self.history = []
+
+    def set_timesteps(self, steps):
+        self.timesteps = torch.arange(steps, 0, -1)
+
+    def scale_model_input(self, latents, timestep):
+        return latents
+
+    def step(self, output, timestep, latents, return_dict):
+        self.history.append(output)
+        return (latents + sum(self.history),)
+
+
+def test_histories_that_a_shallow_copy_would_share_are_separate():
+    solver = CopiedSolver(Remembering())
+    progress = [solver.start(2, torch.Generator()) for _ in range(2)]
+    latents, outputs = torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 10.0]).view(2, 1, 1, 1)
+    for done in range(2):
+        latents = solver.advance(progress, [done, done], latents, outputs)
+    assert latents.flatten().tolist() == [3.0, 30.0]
+    assert solver.start(2, torch.Generator()).scheduler.history == []
