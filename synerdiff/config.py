@@ -38,15 +38,31 @@ class _Section(BaseModel):
 
 
 class SkipBudgetSection(_Section):
-    """How many steps of an image may run without guidance; the fields of ``core.SkipBudget``."""
+    """How many steps of an image may run without guidance: the fields of ``core.SkipBudget``, or a floor on fidelity.
+
+    ``min_ssim`` is looked up in the fidelity table of the folder ``fidelity`` (relative to the experiment's file; by
+    default beside each profile, else the one of its model).
+    """
 
     fraction: float = Field(default=0.0, ge=0, le=1)
     warmup_steps: int = Field(default=3, ge=0, le=10_000)
     longest_run: int = Field(default=1, ge=1, le=10_000)
     mode: Literal["reuse", "conditional"] = "reuse"
+    min_ssim: float | None = Field(default=None, gt=0, lt=1)
+    fidelity: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SkipBudgetSection:
+        if self.min_ssim is None and self.fidelity is not None:
+            raise ValueError("fidelity names the table that min_ssim looks up; min_ssim is missing")
+        parts = self.model_fields_set - {"min_ssim", "fidelity"}
+        if self.min_ssim is not None and parts:
+            raise ValueError(f"min_ssim chooses which steps may be skipped, so it excludes {', '.join(sorted(parts))}")
+        return self
 
     @property
     def budget(self) -> SkipBudget:
+        """The budget by its parts; a floor is looked up where the requests are known."""
         return SkipBudget(round(self.fraction * PPM), self.warmup_steps, self.longest_run, Mode(self.mode))
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
-from synerdiff.core import CONDITIONAL, GUIDED, MODE_LETTER, NO_SKIPS, PPM, REUSE, InputError, Mode, SkipBudget
-from synerdiff.fidelity import FidelityTable, Score
+from synerdiff.core import CONDITIONAL, GUIDED, MODE_LETTER, NO_SKIPS, PPM, REUSE, InputError, Mode, Request, SkipBudget
+from synerdiff.fidelity import FidelityTable, Score, find_fidelity, read_fidelity
+from synerdiff.profile import Profile
 
 SKIP_MODES = (REUSE, CONDITIONAL)
 Kind = tuple[int, float]
@@ -38,6 +40,16 @@ class FloorChoice:
                 text += f"; {rival.run_steps} steps with full guidance would do with {rival.rows_share:.0%}"
             found.append(text)
         return found
+
+
+def floor_for_requests(
+    min_ssim: float, requests: Iterable[Request], profile: Profile, profile_folder: Path, table: Path | None = None
+) -> FloorChoice:
+    """``budget_from_floor`` for what a trace asks for on a profile, by the table given or found (``find_fidelity``)."""
+    model = str(profile.info.get("model"))
+    found = read_fidelity(find_fidelity(table, profile_folder, model))
+    kinds = {(request.steps, request.guidance_scale) for request in requests}
+    return budget_from_floor(found, min_ssim, kinds, model, profile.info.get("resolution"))
 
 
 def budget_from_floor(

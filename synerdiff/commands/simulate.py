@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,14 +29,32 @@ def simulate(
     skip_warmup: Annotated[int, typer.Option(help="First steps that are always guided.")] = 3,
     skip_longest_run: Annotated[int, typer.Option(help="Most skips in a row.")] = 1,
     skip_mode: Annotated[str, typer.Option(help="What a skip does: reuse or conditional.")] = "reuse",
+    min_ssim: Annotated[
+        float | None,
+        typer.Option(
+            help="Floor on image fidelity instead: the cheapest skipping whose mean SSIM stays above it, by the "
+            "fidelity table."
+        ),
+    ] = None,
+    fidelity: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the fidelity table (default: beside the profile, else the one of its model)."),
+    ] = None,
     timeline: Annotated[bool, typer.Option("--timeline", help="Also write timeline.json for Perfetto.")] = False,
 ) -> None:
     """Replay a trace through a policy on a profile, and write requests, work and metrics."""
     from policies.registry import policy_parameters
     from synerdiff import records
     from synerdiff.commands.run_folder import progress_bar, require_run_folder, write_run
-    from synerdiff.commands.texts import decode_lanes, parameter_values, skip_budget, summary_lines, window_of
-    from synerdiff.core import InputError
+    from synerdiff.commands.texts import (
+        decode_lanes,
+        floor_choice,
+        parameter_values,
+        skip_budget,
+        summary_lines,
+        window_of,
+    )
+    from synerdiff.core import PPM, InputError
     from synerdiff.profile_files import find_profile, load_profile
     from synerdiff.studies import one_run
     from traces.native import read_trace
@@ -51,9 +70,13 @@ def simulate(
         Path(),
     )
     span = window_of(window)
-    measured = load_profile(find_profile(profile))
+    profile_folder = find_profile(profile)
+    measured = load_profile(profile_folder)
     require_run_folder(out)
     requests = one_run.fitted(read_trace(trace, window=span), measured)
+    floor = floor_choice(min_ssim, fidelity, setup.budget, requests, measured, profile_folder)
+    if floor is not None:
+        setup = replace(setup, budget=floor.budget)
     requests, scale, load = one_run.at_load(requests, measured, load, time_scale, span)
 
     with progress_bar("simulating", sum(request.images for request in requests)) as on_progress:
@@ -72,11 +95,12 @@ def simulate(
         "policy": policy,
         "parameters": dict(setup.parameters),
         "decode_gpus": list(setup.decode_gpus),
-        "skip_fraction_allowed": skip_fraction,
+        "skip_fraction_allowed": setup.budget.fraction_ppm / PPM,
+        "min_ssim": min_ssim,
         "dispersion_seed": setup.dispersion_seed,
         "decisions": result.decisions,
     }
     write_run(out, (request_table, work_table), (request_frame, work_frame), {"run": described, **summary}, timeline)
     typer.echo(f"{out}: {policy} on {measured.label}, {trace.name}")
-    for line in summary_lines(summary, load):
+    for line in [*(floor.lines() if floor is not None else ()), *summary_lines(summary, load)]:
         typer.echo(line)

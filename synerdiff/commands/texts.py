@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 from synerdiff.core import PPM, InputError, Mode, SkipBudget
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from pathlib import Path
+
     from policies.base import Parameter
+    from synerdiff.core import Request
+    from synerdiff.fidelity_floor import FloorChoice
+    from synerdiff.profile import Profile
 
 SKIP_MODES = (Mode.REUSE, Mode.CONDITIONAL)
 
@@ -72,6 +78,26 @@ def skip_budget(fraction: float, warmup_steps: int, longest_run: int, mode: str)
     if mode not in SKIP_MODES:
         raise InputError(f"--skip-mode is '{mode}'; allowed are {' and '.join(SKIP_MODES)}.")
     return SkipBudget(round(fraction * PPM), warmup_steps, longest_run, Mode(mode))
+
+
+def floor_choice(
+    min_ssim: float | None,
+    table: Path | None,
+    given: SkipBudget,
+    requests: Iterable[Request],
+    profile: Profile,
+    profile_folder: Path,
+) -> FloorChoice | None:
+    """What ``--min-ssim`` chooses from a fidelity table; None without it. It excludes a budget given by its parts."""
+    if min_ssim is None:
+        if table is not None:
+            raise InputError("--fidelity names the table that --min-ssim looks up; give both or neither.")
+        return None
+    from synerdiff.fidelity_floor import floor_for_requests
+
+    if given != SkipBudget():
+        raise InputError("--min-ssim chooses which steps may be skipped, so it excludes the options --skip-...")
+    return floor_for_requests(min_ssim, requests, profile, profile_folder, table)
 
 
 def summary_lines(summary: dict[str, Any], load: float | None) -> list[str]:

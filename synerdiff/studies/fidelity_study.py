@@ -117,7 +117,7 @@ class Study:
         self.held_out = [i for i, subject in enumerate(self.subjects) if subject.prompt not in self.tuned_prompts]
         self.identity: dict[str, Any] = {
             "weights_sha256": fingerprint(model, self.subjects[0].prompt),
-            "resolution": [model.height, model.width],
+            "resolution": model.height if model.height == model.width else [model.height, model.width],
             "dtype": str(model.dtype).removeprefix("torch."),
             "measure": MEASURE,
         }
@@ -276,7 +276,7 @@ class Study:
         path = self.folder / "parts" / f"{key}.npy"
         self._working_on = (f"{rule.name}, guidance {scale:g}", rule.rows * len(subjects))
         self._rows_done = 0
-        self._sampler(scale).reference(rule, subjects, path)
+        self.sampler(scale).reference(rule, subjects, path)
         return path
 
     def _part(
@@ -287,11 +287,12 @@ class Study:
         if found is None:
             self._working_on, self._rows_done = (what, rows), 0
             self._on_rows(0)
-            found = compute(self._sampler(scale))
+            found = compute(self.sampler(scale))
             save_arrays(path, found)
         return found
 
-    def _sampler(self, scale: float) -> Sampler:
+    def sampler(self, scale: float) -> Sampler:
+        """The one sampler of this guidance scale."""
         if scale not in self._samplers:
             self._samplers[scale] = Sampler(self.model, scale, self.settings.batch, self._on_rows)
         return self._samplers[scale]
@@ -312,7 +313,8 @@ class Study:
     ) -> str:
         import torch
 
-        what: list[Any] = [kind, steps, scale, self.identity, self.model.solver.scheduler_name, torch.__version__]
+        own = {**self.identity, "resolution": [self.model.height, self.model.width]}
+        what: list[Any] = [kind, steps, scale, own, self.model.solver.scheduler_name, torch.__version__]
         what += [[list(subject) for subject in subjects], reference.run_steps if reference else None]
         if rule is not None:
             what += [rule.mode, sorted(rule.skipped), rule.threshold, rule.warmup_steps, rule.drawn]

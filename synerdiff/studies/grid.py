@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from synerdiff.capacity import mix_of
 from synerdiff.config import Experiment, PolicyEntry, Workload
-from synerdiff.core import InputError, WorkerInfo
+from synerdiff.core import InputError, SkipBudget, WorkerInfo
+from synerdiff.fidelity_floor import floor_for_requests
 from synerdiff.profile import Profile
 from synerdiff.profile_files import find_profile, load_profile
 from synerdiff.studies.grid_run import Run
@@ -44,6 +45,7 @@ class Grid:
                 raise InputError(f"profiles: {name} and another one are both named '{profile.name}'.")
             self.profiles[profile.name] = (place, profile)
         self.sources = {workload.name: sources(workload, experiment, self.base) for workload in experiment.workloads}
+        self._floors: dict[tuple[str, Source], SkipBudget] = {}
         self.policy_hashes = {entry.policy: self._checked(index) for index, entry in enumerate(experiment.policies)}
         self.searches = self._search_runs()
         """Batch -> run, for every place where a batch size is searched."""
@@ -121,6 +123,17 @@ class Grid:
     def _loads(self, workload: Workload) -> Sequence[float]:
         return workload.loads or self.experiment.loads
 
+    def _budget(self, folder: Path, profile: Profile, source: Source) -> SkipBudget:
+        section = self.experiment.skip_budget
+        if section.min_ssim is None:
+            return section.budget
+        key = (profile.name, source)
+        if key not in self._floors:
+            table = None if section.fidelity is None else self.base / section.fidelity
+            requests = fitted(arrivals(source).requests, profile)
+            self._floors[key] = floor_for_requests(section.min_ssim, requests, profile, folder, table).budget
+        return self._floors[key]
+
     def _run(
         self, folder: Path, profile: Profile, source: Source, load: float, entry: PolicyEntry, batch: int | None
     ) -> Run:
@@ -129,7 +142,7 @@ class Grid:
             entry.policy,
             dict(entry.parameters) if batch is None else {**entry.parameters, "batch": batch},
             experiment.decode_gpus,
-            experiment.skip_budget.budget,
+            self._budget(folder, profile, source),
             source.number if experiment.dispersion else None,
             self.base,
         )

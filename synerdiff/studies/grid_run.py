@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from synerdiff.core import InputError
+from synerdiff.core import InputError, SkipBudget
 from synerdiff.profile import Profile
 from synerdiff.profile_files import load_profile
 from synerdiff.records import REQUEST_COLUMNS, read_table, requests_table, work_table, write_table
@@ -49,11 +49,20 @@ class Run:
             "engine": engine_hash(),
             "policy_source": self.policy_source,
             "decode_gpus": list(self.setup.decode_gpus),
-            "budget": asdict(self.setup.budget),
+            "budget": _plain(self.setup.budget),
             "dispersion_seed": self.setup.dispersion_seed,
             "slo": [self.slo_seconds, self.slo_multiple],
         }
         return replace(self, key=run_key(identity))
+
+
+def _plain(budget: SkipBudget) -> dict[str, Any]:
+    """The budget in values that JSON holds, always in one order."""
+    eligible = budget.eligible_steps
+    if eligible is None:
+        return asdict(budget)
+    steps = {str(count): sorted(found) for count, found in sorted(eligible.items())}
+    return {**asdict(replace(budget, eligible_steps=None)), "eligible_steps": steps}
 
 
 def row_head(run: Run) -> dict[str, Any]:

@@ -101,6 +101,8 @@ def _caption(experiment: Experiment, workloads: Sequence[Workload], dropped: Map
         texts.append("Each policy at the batch size of least mean latency.")
     if experiment.skip_budget.fraction > 0:
         texts.append(f"At most {experiment.skip_budget.fraction:.0%} of an image's steps may skip guidance.")
+    if experiment.skip_budget.min_ssim is not None:
+        texts.append(f"Skips keep the mean SSIM at {experiment.skip_budget.min_ssim:g} or above (fidelity table).")
     return " ".join([*texts, _drops(workloads, dropped)]).strip()
 
 

@@ -1,0 +1,189 @@
+"""Pictures of what skipping guidance costs in images: fidelity against rows, contact sheets, sensitivity by step, and
+latency against fidelity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from synerdiff.fidelity import Score
+from synerdiff.figures.style import finish, new_figure, plain_log_ticks, policy_legend, policy_styles, styled
+
+RIVAL = "fewer steps, full guidance"
+_LEAST_ERROR = 1e-4
+_FAMILIES: dict[tuple[str, str], tuple[str, str, str]] = {
+    ("guided", "full"): (RIVAL, "#000000", "o"),
+    ("reuse", "spread"): ("reuse, spread evenly", "#0072b2", "s"),
+    ("reuse", "calibrated"): ("reuse, calibrated (held-out images)", "#d55e00", "*"),
+    ("reuse", "last"): ("reuse, last steps", "#56b4e9", "v"),
+    ("reuse", "random-half"): ("reuse, random half of a spread rule", "#44aa99", "P"),
+    ("conditional", "spread"): ("conditional, spread evenly", "#cc79a7", "D"),
+    ("conditional", "last"): ("conditional, last steps", "#882255", "^"),
+    ("conditional", "first"): ("conditional, first steps", "#ddaa33", "<"),
+    ("conditional", "adaptive"): ("conditional, adaptive", "#999933", "X"),
+}
+"""(mode, schedule) -> label, colour, marker. Where a line is drawn it joins one family in order of rows."""
+_JOINED = {("guided", "full"), ("reuse", "spread"), ("conditional", "last"), ("reuse", "calibrated")}
+
+
+@styled
+def fidelity_against_rows(
+    settings: Mapping[str, Sequence[Score]], *, title: str = "Fidelity against rows", caption: str = ""
+) -> Figure:
+    """One panel per setting (label -> its rows): mean SSIM with its interval over rows as a share of full guidance.
+
+    The SSIM axis is logarithmic in 1 - SSIM, upside down. Full guidance in all steps (SSIM 1) is left out.
+    """
+    figure = new_figure(4.4 * len(settings) + 2.6, 4.6)
+    axes = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+    shown: dict[tuple[str, str], Any] = {}
+    for axis, (label, rows) in zip(axes, settings.items(), strict=True):
+        for family, (name, color, marker) in _FAMILIES.items():
+            own = [row for row in rows if (str(row.mode), row.schedule) == family and row.ssim < 1]
+            if own:
+                shown[family] = _family(
+                    axis, sorted(own, key=lambda row: row.rows), name, color, marker, family in _JOINED
+                )
+        axis.set_title(label, loc="left")
+        axis.set_xlabel("rows, share of full guidance")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    _error_axis(axes[0])
+    axes[0].set_ylabel("SSIM against full guidance, same seeds")
+    figure.legend(handles=[shown[family] for family in _FAMILIES if family in shown], loc="outside right upper")
+    note = "Means over images, bars: 95% t intervals. Up and to the left is better."
+    return finish(figure, title, f"{note} {caption}", False)
+
+
+def _family(axis: Axes, rows: Sequence[Score], name: str, color: str, marker: str, joined: bool) -> Any:
+    x = [row.rows_share for row in rows]
+    error = [_error(row.ssim) for row in rows]
+    low = [max(0.0, e - _error(row.ssim_high)) for e, row in zip(error, rows, strict=True)]
+    high = [max(0.0, _error(row.ssim_low) - e) for e, row in zip(error, rows, strict=True)]
+    size = 9 if marker == "*" else 5.5
+    return axis.errorbar(
+        x,
+        error,
+        yerr=[low, high],
+        fmt=marker,
+        color=color,
+        label=name,
+        capsize=2,
+        markersize=size,
+        linestyle=("-" if joined and len({*x}) == len(x) else "none"),
+        linewidth=1.0,
+        elinewidth=0.8,
+    )
+
+
+def _error(ssim: float) -> float:
+    return max(1 - ssim, _LEAST_ERROR)
+
+
+def _error_axis(axis: Axes) -> None:
+    axis.set_yscale("log")
+    axis.invert_yaxis()
+    ticks = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
+    axis.set_yticks(ticks, [f"{1 - tick:.4g}" for tick in ticks])
+    axis.minorticks_off()
+
+
+@styled
+def contact_sheet(
+    rows: Sequence[tuple[str, np.ndarray[Any, Any]]], *, title: str = "Same seeds side by side", caption: str = ""
+) -> Figure:
+    """One line of images per rule: (label, uint8 (n, height, width, channels)); the same column is the same seed."""
+    count = max(len(images) for _, images in rows)
+    cell_in = 0.62 if count > 6 else 1.1
+    figure = new_figure(cell_in * count + 3.4, cell_in * len(rows) + 1.1)
+    grid = figure.subplots(len(rows), count, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.04})
+    for axes, (label, images) in zip(grid, rows, strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, image in zip(axes, images, strict=False):
+            axis.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
+        axes[0].text(
+            -0.15, 0.5, label, transform=axes[0].transAxes, ha="right", va="center", fontsize=8, linespacing=1.1
+        )
+    return finish(figure, title, caption, False)
+
+
+@styled
+def sensitivity_by_step(
+    x0_similarity: np.ndarray[Any, Any],
+    drop_error: np.ndarray[Any, Any],
+    reuse_error: np.ndarray[Any, Any],
+    chosen: Mapping[str, Sequence[int]],
+    *,
+    title: str = "How much guidance matters in each step",
+    caption: str = "",
+) -> Figure:
+    """Similarity of the two x0 predictions; errors in x0 of dropping and of reusing the difference (steps, ages); and
+    which steps each named schedule skips."""
+    steps = np.arange(len(x0_similarity))
+    figure = new_figure(9.6, 6.6)
+    grid = figure.subplots(3, 1, sharex=True, height_ratios=[1, 1.5, 0.22 * len(chosen) + 0.25])
+    similarity, error, skips = grid
+    similarity.plot(steps, x0_similarity, "o-", color="#000000", markersize=3)
+    similarity.set_ylabel("x0 cosine")
+    error.plot(steps, drop_error, "D-", color="#cc79a7", markersize=3, label="dropped")
+    for age, color in zip(range(reuse_error.shape[1]), ("#0b3c5d", "#0072b2", "#56b4e9", "#a6d4ee"), strict=False):
+        label = f"reused, {age + 1} step{'s' if age else ''} old"
+        error.plot(steps, reuse_error[:, age], "s-", color=color, markersize=3, label=label)
+    plain_log_ticks(error)
+    error.set_ylabel("error in x0 (RMS, latent units)")
+    figure.legend(*error.get_legend_handles_labels(), loc="outside right center")
+    for line, skipped in enumerate(chosen.values()):
+        kept = sorted(set(steps.tolist()) - set(skipped))
+        skips.plot(kept, [line] * len(kept), "o", color="#000000", markersize=4)
+        skips.plot(list(skipped), [line] * len(skipped), "o", color="#0072b2", markerfacecolor="white", markersize=4)
+    skips.set_yticks(range(len(chosen)), list(chosen))
+    skips.set_ylim(len(chosen) - 0.5, -0.5)
+    skips.set_xlabel("step")
+    return finish(figure, title, f"Full circles: guided; hollow: reused. {caption}", False)
+
+
+@styled
+def latency_against_fidelity(
+    runs: pd.DataFrame,
+    *,
+    metric: str = "request_latency_p99_s",
+    title: str = "Latency, throughput and fidelity",
+    caption: str = "",
+) -> Figure:
+    """P99 latency over fidelity, and achieved requests per second over fidelity; one point per run (or mean of seeds).
+
+    ``runs``: profile, estimated, policy, load, ssim, the metric and request_throughput; a row per (policy, load, seed).
+    Runs of fewer steps are a policy of their own, named ``RIVAL``. Points of one policy are joined in order of SSIM.
+    """
+    loads = sorted(set(runs["load"].tolist()))
+    styles = policy_styles(runs["policy"])
+    figure = new_figure(4.2 * len(loads) + 2.4, 6.6)
+    grid = figure.subplots(2, len(loads), squeeze=False, sharex=True, sharey="row")
+    panels = ((metric, "P99 latency (s)"), ("request_throughput", "achieved requests/s"))
+    for axes, (column, label) in zip(grid, panels, strict=True):
+        for axis, load in zip(axes, loads, strict=True):
+            at_load = runs[runs["load"] == load]
+            for policy, style in styles.items():
+                own = at_load[at_load["policy"] == policy].groupby("variant", sort=False)[["ssim", column]].mean()
+                own = own.sort_values("ssim")
+                error = [_error(value) for value in own["ssim"]]
+                axis.plot(error, own[column], marker=style.marker, color=style.color, linestyle=style.linestyle)
+            axis.set_xscale("log")
+            if axes is grid[0]:
+                axis.set_title(f"load {load:g}", loc="left")
+        axes[0].set_ylabel(label)
+    plain_log_ticks(grid[0][0])
+    grid[0][0].invert_xaxis()
+    for axis in grid[1]:
+        ticks = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+        axis.set_xticks(ticks, [f"{1 - tick:.4g}" for tick in ticks], rotation=60)
+        axis.minorticks_off()
+        axis.set_xlabel("SSIM against full guidance")
+    policy_legend(figure, styles)
+    note = f"To the right is closer to full guidance; SSIM 1 is drawn at {1 - _LEAST_ERROR:g}."
+    return finish(figure, title, f"{note} {caption}", bool(runs["estimated"].any()))
