@@ -34,11 +34,15 @@ class Piece:
         self.end_ns = now_ns - (-self.left_ns * ppm // PPM)
 
 
-class Times:
-    """Solo work of steps and chunks, dispatch included; with a seed, drawn from the measured spread.
+def drawn(spread: Spread, source: random.Random) -> int:
+    """One time from the spread: two-sided lognormal around the median, so that its p10 and p90 are the spread's."""
+    z = source.gauss(0.0, 1.0)
+    ratio = spread.p90 / spread.median if z > 0 else spread.median / spread.p10
+    return max(1, round(spread.median * math.exp(z * math.log(ratio) / 1.2815515655446004)))
 
-    A draw is two-sided lognormal around the median: its p10 and p90 are the profile's.
-    """
+
+class Times:
+    """Solo work of steps and chunks, dispatch included; with a seed, drawn from the measured spread."""
 
     def __init__(self, profile: Profile, chunking: str, seed: int | None) -> None:
         self._profile = profile
@@ -54,15 +58,21 @@ class Times:
         spread = self._step_memo.get(rows)
         if spread is None:
             spread = self._step_memo[rows] = self._profile.step_spread(rows)
-        return self._draw(spread, self._random) + self._step_dispatch_ns
+        return drawn(spread, self._random) + self._step_dispatch_ns
 
     def chunk_ns(self, chunk: int) -> int:
         spread = self._chunk_spreads[chunk]
-        time_ns = spread.median if self._random is None else self._draw(spread, self._random)
+        time_ns = spread.median if self._random is None else drawn(spread, self._random)
         return time_ns + self._chunk_dispatch_ns
 
-    @staticmethod
-    def _draw(spread: Spread, source: random.Random) -> int:
-        z = source.gauss(0.0, 1.0)
-        ratio = spread.p90 / spread.median if z > 0 else spread.median / spread.p10
-        return max(1, round(spread.median * math.exp(z * math.log(ratio) / 1.2815515655446004)))
+
+class Draws:
+    """Adapter times: their medians, or with a seed drawn from their spread as those of steps and chunks are."""
+
+    def __init__(self, seed: int | None) -> None:
+        self._random = None if seed is None else random.Random(seed)
+
+    def draw(self, spread: Spread) -> int:
+        if self._random is None or spread.p10 <= 0:
+            return spread.median
+        return drawn(spread, self._random)

@@ -1,0 +1,120 @@
+"""Which worker serves a request: routers, their protocol and their registry.
+
+A router maps a request and the workers as they are to the index of one worker. Like a policy it knows no clock, no
+random numbers and no engine; it may remember what it did. Ties go to the lowest index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Protocol
+
+from synerdiff.core import InputError, Request
+
+
+class WorkerState:
+    """What a router sees of a worker. Engines write it, routers only read it."""
+
+    __slots__ = ("index", "loras", "samples", "steps_left")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.samples = 0
+        """Samples given to it that have not ended."""
+        self.steps_left = 0
+        """Denoising steps that these have yet to take."""
+        self.loras: Set[str] = frozenset()
+        """Files on its GPU, on their way there, or in its host cache."""
+
+
+class Router(Protocol):
+    """``route`` is asked once per request, at its arrival, before anything else of that instant."""
+
+    def reset(self, workers: int) -> None: ...
+
+    def route(self, request: Request, workers: list[WorkerState]) -> int: ...
+
+
+def lora_file(adapter: str) -> str:
+    """``name@scale`` -> name: the file, whatever the scale at which it is merged."""
+    return adapter.partition("@")[0]
+
+
+class RoundRobin:
+    """One worker after the other."""
+
+    NAME = "round-robin"
+
+    def reset(self, workers: int) -> None:
+        self.last = -1
+
+    def route(self, request: Request, workers: list[WorkerState]) -> int:
+        self.last = (self.last + 1) % len(workers)
+        return self.last
+
+
+class ShortestQueue:
+    """The worker with the fewest samples that have not ended."""
+
+    NAME = "shortest-queue"
+
+    def reset(self, workers: int) -> None:
+        pass
+
+    def route(self, request: Request, workers: list[WorkerState]) -> int:
+        return min(workers, key=_queue).index
+
+
+class LeastWork:
+    """The worker whose samples have the fewest denoising steps left."""
+
+    NAME = "least-work"
+
+    def reset(self, workers: int) -> None:
+        pass
+
+    def route(self, request: Request, workers: list[WorkerState]) -> int:
+        return min(workers, key=lambda worker: (worker.steps_left, worker.index)).index
+
+
+class AdapterAffinity:
+    """The worker that has most of the request's LoRA files, among those whose queue is not much longer.
+
+    A worker with more than ``slack`` samples above the shortest queue is left out, so that a popular LoRA spreads.
+    Without LoRAs, and among equals, the shortest queue.
+    """
+
+    NAME = "adapter-affinity"
+
+    def __init__(self, slack: int = 2) -> None:
+        if isinstance(slack, bool) or not isinstance(slack, int) or slack < 0:
+            raise InputError(f"router '{self.NAME}': slack is {slack!r}; a whole number of at least 0 is allowed.")
+        self.slack = slack
+
+    def reset(self, workers: int) -> None:
+        pass
+
+    def route(self, request: Request, workers: list[WorkerState]) -> int:
+        wanted = {lora_file(adapter) for adapter in request.loras}
+        most = min(worker.samples for worker in workers) + self.slack
+        near = [worker for worker in workers if worker.samples <= most]
+        return min(near, key=lambda worker: (-len(wanted & worker.loras), *_queue(worker))).index
+
+
+def _queue(worker: WorkerState) -> tuple[int, int]:
+    return worker.samples, worker.index
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "round-robin": RoundRobin,
+    "shortest-queue": ShortestQueue,
+    "least-work": LeastWork,
+    "adapter-affinity": AdapterAffinity,
+}
+
+
+def build_router(name: str) -> Router:
+    """A fresh router; InputError lists the known ones."""
+    if name not in ROUTERS:
+        raise InputError(f"there is no router '{name}'; known are {', '.join(ROUTERS)}.")
+    return ROUTERS[name]()

@@ -1,0 +1,100 @@
+"""A worker's loader lanes: LoRA files on their way from storage through the host onto the GPU."""
+
+from __future__ import annotations
+
+from policies.routers import lora_file
+from simulator.caches import Cache
+from simulator.pieces import Draws
+from synerdiff.adapters import Adapters
+from synerdiff.cluster import LoraStorage
+from synerdiff.core import NS_PER_S, SampleId, WorkRecord
+
+
+class Loader:
+    """Loads files in the order in which they are asked for, each on the loader lane that is free first.
+
+    A file stays while a sample needs it, whatever the caches do. Files on the GPU when nobody needs them are those in
+    the device cache; a file in the host cache is copied and not read.
+    """
+
+    def __init__(self, storage: LoraStorage, adapters: Adapters, draws: Draws, gpu: int) -> None:
+        self.storage = storage
+        self.adapters = adapters
+        self.draws = draws
+        self.gpu = gpu
+        self.host = Cache(round(storage.host_cache_mib * (1 << 20)), storage.cache)
+        self.device = Cache(round(storage.device_cache_mib * (1 << 20)), storage.cache)
+        self.lanes_free_ns = [0] * storage.loaders
+        self.ready_ns: dict[str, int] = {}
+        """File -> when it is (or was) on the GPU, for files that some sample needs."""
+        self.users: dict[str, int] = {}
+        self.requested = 0
+        """How often a sample has asked for a LoRA."""
+        self.reads = 0
+        """How often that meant reading the file from storage."""
+        self.copies = 0
+        """How often it meant copying it to the GPU."""
+        self.records: list[WorkRecord] = []
+
+    def need(self, adapters: tuple[str, ...], now_ns: int, present: set[str]) -> None:
+        """A sample needs these from now on; files in ``present`` are in the weights already."""
+        for file in [lora_file(adapter) for adapter in adapters]:
+            self.requested += 1
+            self.users[file] = self.users.get(file, 0) + 1
+            if file in self.ready_ns:
+                self.device.use(file)
+                self.host.use(file)
+            elif file in present:
+                self.ready_ns[file] = now_ns
+
+    def fetch(self, adapter: str, sample: SampleId, now_ns: int) -> int:
+        """Start to load a needed file unless that has been done; the instant at which it is on the GPU."""
+        file = lora_file(adapter)
+        ready_ns = self.ready_ns.get(file)
+        if ready_ns is None:
+            ready_ns = now_ns if self.device.use(file) else self._load(file, sample, now_ns)
+            self.ready_ns[file] = ready_ns
+        return ready_ns
+
+    def release(self, adapters: tuple[str, ...]) -> None:
+        """A sample needs these no more."""
+        for file in [lora_file(adapter) for adapter in adapters]:
+            self.users[file] -= 1
+            if not self.users[file]:
+                del self.users[file]
+                self.ready_ns.pop(file, None)
+
+    def size(self, adapter: str) -> int:
+        """Bytes of the adapter's file."""
+        return self.storage.bytes_of(lora_file(adapter))
+
+    @property
+    def known(self) -> set[str]:
+        """Files that are on the GPU, coming, or in the host cache."""
+        return {*self.ready_ns, *self.device.names, *self.host.names}
+
+    def _load(self, file: str, sample: SampleId, now_ns: int) -> int:
+        size = self.storage.bytes_of(file)
+        work_ns = self.draws.draw(self.adapters.spread("lora_copy", size))
+        self.copies += 1
+        if not self.host.use(file):
+            self.reads += 1
+            work_ns += self._read_ns(size)
+            self.host.put(file, size)
+        self.device.put(file, size)
+        lane = self.lanes_free_ns.index(min(self.lanes_free_ns))
+        start_ns = max(now_ns, self.lanes_free_ns[lane])
+        end_ns = self.lanes_free_ns[lane] = start_ns + work_ns
+        name = "loader" if len(self.lanes_free_ns) == 1 else f"loader{lane}"
+        self.records.append(WorkRecord(self.gpu, name, "load", start_ns, end_ns, 0, 0, (sample,), "", -1, False, False))
+        return end_ns
+
+    def _read_ns(self, size: int) -> int:
+        if self.storage.storage_gb_per_s is not None:
+            return round(size / self.storage.storage_gb_per_s)  # 1 GB/s is one byte a nanosecond
+        return self.draws.draw(self.adapters.spread("lora_read", size))
+
+
+def transfer_ns(size: int, bytes_per_s: int, latency_ns: int) -> int:
+    """latency + size / bandwidth, rounded up."""
+    return latency_ns - (-size * NS_PER_S // bytes_per_s)

@@ -1,0 +1,214 @@
+"""What one step consists of, by strategy: weights made ready, ControlNets, the denoiser's forward, its two halves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from policies.routers import lora_file
+from simulator.caches import Cache
+from simulator.loading import Loader, transfer_ns
+from simulator.pieces import Draws, Times
+from simulator.segments import Plan, Segment
+from simulator.services import ControlNetServices
+from synerdiff.adapters import Adapters
+from synerdiff.cluster import Cluster, Link, WorkerEntry
+from synerdiff.core import NS_PER_S
+from synerdiff.profile import Profile
+from synerdiff.worker import Step
+
+Begin = Callable[[int], int]
+"""The instant at which something starts -> the instant at which it ends."""
+
+
+class StepPlanner:
+    """Plans the steps of one worker, and keeps what its weights hold.
+
+    ``weights``: adapters (``name@scale``) in the weights when the planned step has begun, in the order in which they
+    were merged. ``restored_ns``: until then adapters are being taken out and no step may run.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        cluster: Cluster,
+        entry: WorkerEntry,
+        adapters: Adapters,
+        services: ControlNetServices,
+        times: Times,
+        draws: Draws,
+        loader: Loader,
+    ) -> None:
+        self.profile = profile
+        self.adapters = adapters
+        self.services = services
+        self.times = times
+        self.draws = draws
+        self.loader = loader
+        self.gpu = entry.denoise_gpu
+        strategies = cluster.strategies
+        self.guidance_gpu = entry.guidance_gpu if strategies.guidance == "two-gpus" else None
+        self.as_service = strategies.controlnets == "service"
+        self.asynchronous = strategies.loras == "asynchronous"
+        self.bound_steps = strategies.lora_bound_steps
+        self.slots = None if entry.controlnet_slots is None else Cache(entry.controlnet_slots)
+        self.controlnet_loads = 0
+        self.global_ids: list[int] = []
+        """The worker's own sample id -> the id that records of shared services carry."""
+        self.weights: list[str] = []
+        self.restored_ns = 0
+        self.dispatch_ns = profile.overhead_ns("step_dispatch")
+        self.link_latency_ns = 0
+        self.link_bytes_per_s = 0
+        self.incoming_free_ns: dict[int, int] = {}
+        """GPU -> when its incoming link is free: residuals of several ControlNets come one after the other."""
+        if self.as_service or self.guidance_gpu is not None:
+            self._set_link(cluster.link)
+
+    def _set_link(self, link: Link) -> None:
+        given_us, given_gb_per_s = link.latency_us, link.gb_per_s
+        self.link_latency_ns = self.adapters.constant("link_latency") if given_us is None else round(given_us * 1000)
+        self.link_bytes_per_s = (
+            self.adapters.constant("link_bytes_per_s") if given_gb_per_s is None else round(given_gb_per_s * NS_PER_S)
+        )
+
+    @property
+    def files_in_weights(self) -> set[str]:
+        return {lora_file(adapter) for adapter in self.weights}
+
+    def plan(self, step: Step, now_ns: int) -> Plan:
+        """The segments of a step that starts now."""
+        plan = Plan()
+        ready = self._weights_ready(plan, step, now_ns)
+        if self.slots is not None and not self.as_service:
+            ready = self._controlnets_loaded(plan, step, self.slots, ready)
+        if self.guidance_gpu is None:
+            self._forward(plan, step, self.gpu, step.rows, _controlnet_rows(step, 2, 1), ready)
+            return plan
+        second = sum(letter == "g" for letter in step.modes)
+        first_rows = len(step.samples) + (step.pad_rows + 1) // 2
+        self._forward(plan, step, self.gpu, first_rows, _controlnet_rows(step, 1, 1), ready)
+        if second:
+            rows = second + step.pad_rows // 2
+            last = self._forward(plan, step, self.guidance_gpu, rows, _controlnet_rows(step, 1, 0), ready)
+            plan.add(Segment("gather", begin=self._transfer("prediction_bytes", rows)), last)
+        return plan
+
+    # --- LoRAs --------------------------------------------------------------------------------------------------
+
+    def restore_ns(self, adapter: str) -> int:
+        return self.draws.draw(self.adapters.spread("lora_restore", self.loader.size(adapter)))
+
+    def _merge_ns(self, adapter: str) -> int:
+        size = self.loader.size(adapter)
+        more_ns = len(self.weights) * self.adapters.ns("lora_merge_more", size)
+        return self.draws.draw(self.adapters.spread("lora_merge", size)) + more_ns
+
+    def _weights_ready(self, plan: Plan, step: Step, now_ns: int) -> Segment | None:
+        """Take foreign adapters out, merge those that are there, and at the bound wait for the rest."""
+        last: Segment | None = None
+        if self.restored_ns > now_ns:
+            last = plan.add(Segment("wait", begin=_until(self.restored_ns)))
+        wanted = step.samples[0].request.loras
+        for adapter in [adapter for adapter in self.weights if adapter not in wanted]:
+            last = plan.add(Segment("restore", gpu=self.gpu, work_ns=self.restore_ns(adapter)), last)
+            self.weights.remove(adapter)
+        must_wait = max(sample.step_index for sample in step.samples) >= self.bound_steps
+        for adapter in wanted:
+            if adapter in self.weights:
+                continue
+            if not self.asynchronous:
+                # One thing after the other: the next file is not read before this one is merged.
+                last = plan.add(Segment("wait", begin=self._fetch(adapter, step)), last)
+            elif self.loader.ready_ns[lora_file(adapter)] > now_ns:
+                if not must_wait:
+                    continue
+                last = plan.add(Segment("wait", begin=_until(self.loader.ready_ns[lora_file(adapter)])), last)
+            last = plan.add(Segment("merge", gpu=self.gpu, work_ns=self._merge_ns(adapter)), last)
+            self.weights.append(adapter)
+        return last
+
+    def _fetch(self, adapter: str, step: Step) -> Begin:
+        return lambda now_ns: max(now_ns, self.loader.fetch(adapter, step.samples[0].id, now_ns))
+
+    # --- ControlNets and the forward ----------------------------------------------------------------------------
+
+    def _controlnets_loaded(self, plan: Plan, step: Step, slots: Cache, before: Segment | None) -> Segment | None:
+        """Bring ControlNets onto the worker's own GPU that it does not hold; the denoise lane waits."""
+        last = before
+        for name in _controlnet_rows(step, 1, 1):
+            if not slots.use(name):
+                slots.put(name)
+                self.controlnet_loads += 1
+                load_ns = self.adapters.ns("controlnet_load", self.adapters.constant("controlnet_bytes"))
+                last = plan.add(Segment("load", gpu=self.gpu, begin=_later(load_ns)), last)
+        return last
+
+    def _forward(
+        self, plan: Plan, step: Step, gpu: int, rows: int, controlnets: Mapping[str, int], before: Segment | None
+    ) -> Segment:
+        """The denoiser's forward of ``rows`` rows on one GPU; its last segment. ``controlnets``: name -> rows."""
+        if controlnets and self.as_service:
+            return self._forward_with_services(plan, step, gpu, rows, controlnets, before)
+        last = before
+        for its_rows in controlnets.values():
+            work_ns = self.draws.draw(self.adapters.spread("controlnet_forward", its_rows))
+            work_ns += self.adapters.ns("residual_add", its_rows)
+            last = plan.add(Segment("controlnet", gpu=gpu, rows=its_rows, work_ns=work_ns), last)
+        return plan.add(Segment("step", gpu=gpu, rows=rows, work_ns=self.times.step_ns(rows)), last)
+
+    def _forward_with_services(
+        self, plan: Plan, step: Step, gpu: int, rows: int, controlnets: Mapping[str, int], before: Segment | None
+    ) -> Segment:
+        """Encoder and mid block beside the ControlNet services; the decoder waits for all residuals."""
+        adapters = self.adapters
+        bucket = self.profile.bucket(rows)
+        scale = (self.times.step_ns(rows) - self.dispatch_ns, self.profile.step_ns(rows))
+        encoder_ns = adapters.ns("denoise_encoder", bucket) * scale[0] // scale[1] + self.dispatch_ns
+        decoder_ns = adapters.ns("denoise_decoder", bucket) * scale[0] // scale[1]
+        encoder = plan.add(Segment("encoder", gpu=gpu, rows=rows, work_ns=encoder_ns), before)
+        arrivals = []
+        for name, its_rows in controlnets.items():
+            decoder_ns += adapters.ns("residual_add", its_rows)
+            sent = plan.add(Segment("send", begin=self._transfer("latent_bytes", its_rows)), before)
+            called = plan.add(Segment("call", begin=self._call(name, its_rows, step)), sent)
+            arrivals.append(plan.add(Segment("receive", begin=self._receive(gpu, its_rows)), called))
+        return plan.add(Segment("decoder", gpu=gpu, rows=rows, work_ns=decoder_ns), encoder, *arrivals)
+
+    def _call(self, name: str, rows: int, step: Step) -> Begin:
+        users = tuple([self.global_ids[sample.id] for sample in step.samples if name in sample.request.controlnets])
+        return lambda now_ns: self.services.call(name, rows, users, now_ns)
+
+    def _transfer(self, quantity: str, rows: int) -> Begin:
+        size = self.adapters.bytes_of(quantity, rows)
+        return _later(transfer_ns(size, self.link_bytes_per_s, self.link_latency_ns))
+
+    def _receive(self, gpu: int, rows: int) -> Begin:
+        time_ns = transfer_ns(
+            self.adapters.bytes_of("residual_bytes", rows), self.link_bytes_per_s, self.link_latency_ns
+        )
+
+        def begin(now_ns: int) -> int:
+            end_ns = max(now_ns, self.incoming_free_ns.get(gpu, 0)) + time_ns
+            self.incoming_free_ns[gpu] = end_ns
+            return end_ns
+
+        return begin
+
+
+def _later(time_ns: int) -> Begin:
+    return lambda now_ns: now_ns + time_ns
+
+
+def _until(instant_ns: int) -> Begin:
+    return lambda now_ns: max(now_ns, instant_ns)
+
+
+def _controlnet_rows(step: Step, guided_rows: int, other_rows: int) -> dict[str, int]:
+    """ControlNet -> rows of the step's samples that use it, in the order in which they come."""
+    found: dict[str, int] = {}
+    for sample, letter in zip(step.samples, step.modes, strict=True):
+        rows = guided_rows if letter == "g" else other_rows
+        if rows:
+            for name in sample.request.controlnets:
+                found[name] = found.get(name, 0) + rows
+    return found

@@ -1,0 +1,171 @@
+"""A cluster as a YAML file: workers and their GPUs, ControlNet services, links, LoRA storage and caches, strategies.
+
+The fields are described in ``docs/swiftdiffusion.md``; an unknown field is an error that lists the known ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+
+from synerdiff.core import InputError
+from synerdiff.files import read_yaml
+
+_T = TypeVar("_T")
+Listed = Annotated[tuple[_T, ...], Strict(False)]
+Gpu = Annotated[int, Field(ge=0, le=4095)]
+MIB = 1 << 20
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_fields(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            raise ValueError(f"named fields are needed: {', '.join(cls.model_fields)}")
+        for key in data:
+            if key not in cls.model_fields:
+                raise ValueError(f"there is no field '{key}'; known are {', '.join(cls.model_fields)}")
+        return data
+
+
+class Strategies(_Part):
+    """How adapters and guidance are served; each choice stands alone."""
+
+    controlnets: Literal["inline", "service"] = "inline"
+    loras: Literal["synchronous", "asynchronous"] = "synchronous"
+    lora_bound_steps: int = Field(default=20, ge=0, le=10_000)
+    """asynchronous: steps that a sample may take before all its LoRAs are merged."""
+    guidance: Literal["one-gpu", "two-gpus"] = "one-gpu"
+
+
+class WorkerEntry(_Part):
+    """One worker. Decode lanes on the denoise GPU (the default: one) contend with its steps, others do not."""
+
+    denoise_gpu: Gpu
+    decode_gpus: Listed[Gpu] | None = Field(default=None, min_length=1, max_length=64)
+    guidance_gpu: Gpu | None = None
+    """two-gpus: where the unconditional half runs."""
+    controlnet_slots: int | None = Field(default=None, ge=1, le=10_000)
+    """inline: how many ControlNets its GPU holds (least recently used goes); without it, all."""
+
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        return (self.denoise_gpu,) if self.decode_gpus is None else self.decode_gpus
+
+    @property
+    def gpus(self) -> set[int]:
+        return {self.denoise_gpu, *self.lanes} | ({self.guidance_gpu} if self.guidance_gpu is not None else set())
+
+
+class Service(_Part):
+    """One GPU that runs ControlNets for all workers, one call at a time."""
+
+    gpu: Gpu
+    controlnets: Listed[str] = ()
+    """Those that it holds at the start; without ``slots`` these and no others."""
+    slots: int | None = Field(default=None, ge=1, le=10_000)
+    """How many it holds at once: it then loads any other that is asked of it, in place of the least recently used."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Service:
+        if self.slots is None and not self.controlnets:
+            raise ValueError("name the controlnets that it holds, or give slots")
+        if self.slots is not None and len(self.controlnets) > self.slots:
+            raise ValueError(f"{len(self.controlnets)} controlnets do not fit {self.slots} slots")
+        return self
+
+
+class Link(_Part):
+    """Between GPUs; what is left out is taken from the profile's adapters.csv."""
+
+    gb_per_s: float | None = Field(default=None, gt=0, le=1e6)
+    latency_us: float | None = Field(default=None, ge=0, le=1e6)
+
+
+class LoraStorage(_Part):
+    """LoRA files, their way to a worker, and what each worker keeps of them."""
+
+    mib: float = Field(default=400, gt=0, le=1e6)
+    """Size of a LoRA that sizes_mib does not name."""
+    sizes_mib: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = {}
+    loaders: int = Field(default=1, ge=1, le=64)
+    """Files that one worker reads at a time."""
+    storage_gb_per_s: float | None = Field(default=None, gt=0, le=1e6)
+    """Of each loader; without it, lora_read of the profile."""
+    host_cache_mib: float = Field(default=0, ge=0, le=1e9)
+    device_cache_mib: float = Field(default=0, ge=0, le=1e9)
+    cache: Literal["lru", "lfu"] = "lru"
+
+    def bytes_of(self, name: str) -> int:
+        return round(self.sizes_mib.get(name, self.mib) * MIB)
+
+
+class Cluster(_Part):
+    """Workers, services and how they work together."""
+
+    workers: Listed[WorkerEntry] = Field(min_length=1, max_length=4096)
+    strategies: Strategies = Strategies()
+    controlnet_services: Listed[Service] = ()
+    link: Link = Link()
+    loras: LoraStorage = LoraStorage()
+
+    @model_validator(mode="after")
+    def _gpus_are_their_own(self) -> Cluster:
+        owner: dict[int, str] = {}
+        for index, worker in enumerate(self.workers):
+            if self.strategies.guidance == "two-gpus" and worker.guidance_gpu is None:
+                raise ValueError(f"workers[{index}] has no guidance_gpu, which guidance on two GPUs needs")
+            if worker.guidance_gpu == worker.denoise_gpu:
+                raise ValueError(f"workers[{index}]: guidance_gpu and denoise_gpu are both {worker.denoise_gpu}")
+            for gpu in sorted(worker.gpus):
+                _take(owner, gpu, f"workers[{index}]")
+        for index, service in enumerate(self.controlnet_services):
+            _take(owner, service.gpu, f"controlnet_services[{index}]")
+        if self.strategies.controlnets == "service" and not self.controlnet_services:
+            raise ValueError("controlnets are a service, and controlnet_services is empty")
+        return self
+
+    @property
+    def gpus(self) -> set[int]:
+        """Every GPU that the cluster has, used or not."""
+        workers: set[int] = set().union(*(worker.gpus for worker in self.workers))
+        return workers | {service.gpu for service in self.controlnet_services}
+
+
+def _take(owner: dict[int, str], gpu: int, place: str) -> None:
+    if gpu in owner:
+        raise ValueError(f"GPU {gpu} belongs to {owner[gpu]} and to {place}; every GPU has one owner")
+    owner[gpu] = place
+
+
+def load_cluster(path: Path) -> Cluster:
+    """Read a cluster file; InputError names the file and the field that is wrong."""
+    return cluster_of(read_yaml(path, "cluster file"), str(path))
+
+
+def cluster_of(fields: dict[str, Any], where: str = "cluster") -> Cluster:
+    """A cluster from its fields, checked; InputError starts with ``where``."""
+    try:
+        return Cluster.model_validate(fields)
+    except ValidationError as error:
+        raise InputError(f"{where}: {_sentence(error)}.") from None
+
+
+def _sentence(error: ValidationError) -> str:
+    """The first problem: where, what was found, what is allowed."""
+    first = error.errors()[0]
+    place = ""
+    for part in first["loc"]:
+        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else part
+    if first["type"] == "missing":
+        return f"{place} is missing"
+    if first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+        return f"{place}: {message}" if place else message
+    message = first["msg"].replace("Input should be", "must be").replace("valid tuple", "list")
+    return f"{place} is {first['input']!r}; it {message[0].lower()}{message[1:]}"
