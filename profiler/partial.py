@@ -32,7 +32,6 @@ class Partial:
         self._check(stored)
         self._spent_s = float(stored.get("spent_s", 0.0))
         self.tables: dict[str, dict[str, Any]] = stored.get("tables", {})
-        self.resumed = bool(self.tables)
 
     def _check(self, stored: Mapping[str, Any]) -> None:
         before = stored.get("conditions", self._conditions)
@@ -71,12 +70,9 @@ def claim_folder(folder: Path) -> None:
     require_writable_folder(folder)
 
 
-def to_json(spread: Spread) -> list[int]:
+def numbers(spread: Spread) -> list[int]:
+    """As JSON keeps it: median, p10, p90, n."""
     return [spread.median, spread.p10, spread.p90, spread.n]
-
-
-def from_json(numbers: list[int]) -> Spread:
-    return Spread(*numbers)
 
 
 def _stored(path: Path) -> dict[str, Any]:

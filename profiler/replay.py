@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 
 from synerdiff.diffusion.device import Lane, Work
 
-LEAD_NS = 20_000_000
-TOP_UP_S = 0.004
+LEAD_NS = 30_000_000
+TOP_UP_S = 0.008
 LARGEST_GAP_NS = 500_000
 
 

@@ -37,7 +37,7 @@ class Rule:
 
 
 FULL_GPU = Rule(least=10, most=50, width=0.01, cap_s=4.0)
-FULL_CPU = Rule(least=10, most=50, width=0.03, cap_s=4.0)
+FULL_CPU = Rule(least=10, most=50, width=0.03, cap_s=3.0)
 QUICK = Rule(least=5, most=10, width=0.1, cap_s=0.5)
 
 

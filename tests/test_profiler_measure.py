@@ -6,14 +6,15 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
+from profiler import bench
 from profiler import measure as measuring
 from profiler.measure import measure_profile
-from profiler.sampling import Rule
+from profiler.sampling import Rule, spread_of
 from profiler.settings import make_settings
 from synerdiff.cli import main
 from synerdiff.core import GUIDED, InputError
 from synerdiff.diffusion.loading import load_model
-from synerdiff.profile import OVERHEADS
+from synerdiff.profile import OVERHEADS, Spread
 from synerdiff.profile_files import load_profile
 
 FEW = Rule(least=3, most=3, width=1.0, cap_s=6.0)
@@ -22,7 +23,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machi
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch):
-    monkeypatch.setattr(measuring, "QUICK", FEW)
+    monkeypatch.setattr(bench, "QUICK", FEW)
 
 
 def settings(rows="1,2,4", **other):
@@ -34,7 +35,7 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profiles") / "small"
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "QUICK", FEW)
+        patch.setattr(bench, "QUICK", FEW)
         profile = measure_profile(settings(), folder, lambda *point: seen.append(point))
     return folder, profile, seen
 
@@ -118,15 +119,18 @@ class Stop(Exception):
 def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
     folder = tmp_path / "p"
 
-    def stop(bench):
-        raise KeyboardInterrupt
+    def stop_at(point):
+        def stop(*progress):
+            if progress[0] == point:
+                raise Stop
 
-    with monkeypatch.context() as patch:
-        patch.setattr(measuring, "measure_atoms", stop)
-        with pytest.raises(KeyboardInterrupt):
-            measure_profile(settings("1,2"), folder)
+        return stop
+
+    with pytest.raises(Stop):
+        measure_profile(settings("1,2"), folder, stop_at(2))
     kept = json.loads((folder / "partial.json").read_text())
-    assert set(kept["tables"]["steps"]) == {"1", "2", "unguided 2"}
+    assert not kept["tables"]["corun"]
+    assert len(kept["tables"]["solo"]["step 1"][0]) == 5
     assert not (folder / "profile.yaml").exists()
 
     with pytest.raises(InputError, match=r"an interrupted measurement with rows 1, 2; now it is 1, 4"):
@@ -134,26 +138,21 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypat
     with pytest.raises(InputError, match="with dtype not given; now it is bfloat16"):
         measure_profile(settings("1,2", dtype="bfloat16"), folder)
 
-    def stop_late(bench, step, chunk, calls=[]):  # noqa: B006 - counts over calls
-        calls.append(1)
-        if len(calls) > 2:
-            raise Stop
-        return corun(bench, step, chunk)
-
-    corun = measuring.measure_corun
-    with monkeypatch.context() as patch:
-        patch.setattr(measuring, "measure_corun", stop_late)
-        with pytest.raises(Stop):
-            measure_profile(settings("1,2"), folder)
+    with pytest.raises(Stop):
+        measure_profile(settings("1,2"), folder, stop_at(4))
     later = json.loads((folder / "partial.json").read_text())
     assert len(later["tables"]["corun"]) == 2
+    assert later["tables"]["solo"] == kept["tables"]["solo"]
     assert later["spent_s"] > kept["spent_s"]
 
     profile = measure_profile(settings("1,2"), folder)
-    assert [profile.steps[rows].median for rows in (1, 2)] == [kept["tables"]["steps"][row][0] for row in ("1", "2")]
-    first = next(iter(later["tables"]["corun"].items()))
-    name, chunk, rows = first[0].split()
-    assert profile.corun[name, int(chunk)][int(rows)].step.median == first[1][0][0]
+    for rows in (1, 2):
+        assert profile.steps[rows] == spread_of(kept["tables"]["solo"][f"step {rows}"][0])
+    for key, (step, chunk) in later["tables"]["corun"].items():
+        name, index, rows = key.split()
+        cell = profile.corun[name, int(index)][int(rows)]
+        n = min(step[3], chunk[3])
+        assert (cell.step, cell.chunk) == (Spread(*step[:3], n), Spread(*chunk[:3], n)), "the table has one n for both"
     with pytest.raises(InputError, match="already holds a profile"):
         measure_profile(settings("1,2"), folder)
 
@@ -172,14 +171,14 @@ def test_the_command_measures_reports_and_draws(tmp_path, capsys):
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
-    def stop(bench):
+    def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measuring, "measure_atoms", stop)
+    monkeypatch.setattr(measuring, "measure_corun", stop)
     folder = tmp_path / "p"
     assert main(["profile", "--model", "digits", "--rows", "1", "--quick", "--out", str(folder)]) == 130
     assert "what was measured is kept; the same command goes on from there" in capsys.readouterr().err
-    assert json.loads((folder / "partial.json").read_text())["tables"]["steps"]
+    assert json.loads((folder / "partial.json").read_text())["tables"]["solo"]
 
 
 @pytest.mark.parametrize(

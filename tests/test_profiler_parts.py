@@ -8,6 +8,7 @@ import pytest
 from profiler.facts import throttle_counts
 from profiler.findings import decode_slowdowns, findings
 from profiler.partial import FILE, Partial, claim_folder
+from profiler.plan import Plan
 from profiler.replay import Side, _inside, active_times, alone, in_turn, together
 from profiler.sampling import Rule, median_width, spread_of, warm_up
 from profiler.settings import command_line, make_settings
@@ -139,11 +140,10 @@ def test_the_command_line_gives_the_same_settings():
 
 def test_results_are_kept_and_only_continued_under_the_same_conditions(tmp_path):
     first = Partial(tmp_path, {"model": "digits", "rows": [1, 2]})
-    assert not first.resumed
+    assert first.tables == {}
     first.table("steps")["1"] = [5, 4, 6, 10]
     first.save()
     again = Partial(tmp_path, {"model": "digits", "rows": [1, 2]})
-    assert again.resumed
     assert again.tables == {"steps": {"1": [5, 4, 6, 10]}}
     assert again.spent_s >= json.loads((tmp_path / FILE).read_text())["spent_s"]
     with pytest.raises(InputError, match=r"with rows 1, 2; now it is 1, 4\. Repeat the same command"):
@@ -169,6 +169,23 @@ def test_folders_that_must_not_be_written(tmp_path):
         claim_folder(tmp_path / "notes" / "a.txt" / "deeper")
     claim_folder(tmp_path / "new")
     assert (tmp_path / "new").is_dir()
+
+
+def test_the_plan_follows_from_settings_and_atoms():
+    plan = Plan(make_settings("digits", "cpu"), [5, 1, 1, 1, 1, 1, 1, 9])
+    assert {cut.name: len(cut) for cut in plan.chunkings} == {"whole": 1, "c4": 4, "c8": 8}
+    assert plan.longest == {"whole": 0, "c4": 3, "c8": 7}
+    held_out = [cell for cell in plan.cells if plan.held_out(cell)]
+    assert {(cell.chunking, cell.chunk) for cell in held_out} == {("whole", 0), ("c4", 3), ("c8", 7)}
+    assert {cell.rows for cell in held_out} == {3, 6, 12, 24}
+    assert len(plan.cells) == len(set(plan.cells)) == 13 * 6 + 3 * 4
+    due = [plan.round_due(done, 10) for done in range(len(plan.cells))]
+    assert due == sorted(due)
+    assert (due[0], due[-1]) == (1, 10)
+    assert [due.count(k) for k in range(1, 11)] == [9] * 10, "evenly spread"
+    few = Plan(make_settings("digits", "cpu", rows="1"), [3, 1, 1, 1, 1])
+    assert [cut.name for cut in few.chunkings] == ["whole", "c4"], "eight chunks need eight atoms"
+    assert [few.round_due(done, 10) for done in range(5)] == [1, 3, 5, 7, 9]
 
 
 def made_profile():

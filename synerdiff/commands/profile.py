@@ -92,6 +92,7 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Drawing twice a second keeps the bar's own thread out of the measurement.
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2, speed_estimate_period=120) as bar:
-        task = bar.add_task("profile", total=None)
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, refresh_per_second=2, speed_estimate_period=120, transient=True) as bar:
+        task = bar.add_task("loading", total=None)
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
