@@ -21,37 +21,54 @@ class ThetaController:
     theta is held by a bound, or by what decodes can sustain, the integrator does not move further that way.
     """
 
-    __slots__ = ("_high", "_integral", "_ki", "_kp", "_low", "_middle", "_queue", "theta_ppm")
+    __slots__ = ("_half", "_high", "_integral", "_ki", "_kp", "_low", "_middle", "_queue", "_rest", "theta_ppm")
 
     def __init__(self, low_ppm: int, high_ppm: int, kp_ppm: int, ki_ppm: int) -> None:
         self._low, self._high = low_ppm, high_ppm
         self._kp, self._ki = kp_ppm, ki_ppm
         self._middle = (low_ppm + high_ppm) // 2
+        self._half = (high_ppm - low_ppm) // 2
         self._integral = 0
         self._queue = 0
         """Smoothed number of waiting samples, ppm of a sample."""
+        self._rest: tuple[int, int, int] | None = None
+        """The input that last changed nothing: it will not do so again."""
         self.theta_ppm = self._middle
 
     def update(self, waiting: int, batch: int, sustainable_ppm: int) -> int:
         """One step later: theta for ``waiting`` samples and a batch limit, never above ``sustainable_ppm``."""
+        given = (waiting, batch, sustainable_ppm)
+        if given == self._rest:
+            return self.theta_ppm
+        state = (self._queue, self._integral, self.theta_ppm)
         # Two batches are as long as a queue counts; else the mean would stay high long after it.
-        self._queue += (min(waiting, LONGEST_BATCHES * batch) * PPM - self._queue) * SMOOTHING_PPM // PPM
+        most = LONGEST_BATCHES * batch
+        self._queue += ((waiting if waiting < most else most) * PPM - self._queue) * SMOOTHING_PPM // PPM
         error = self._queue // batch - TARGET_PPM
-        if -DEAD_BAND_PPM <= error <= DEAD_BAND_PPM:
-            error = 0
+        if error > DEAD_BAND_PPM:
+            error -= DEAD_BAND_PPM
+        elif error < -DEAD_BAND_PPM:
+            error += DEAD_BAND_PPM
         else:
-            error -= DEAD_BAND_PPM if error > 0 else -DEAD_BAND_PPM
-        top = min(self._high, sustainable_ppm)
-        bottom = min(self._low, top)
-        half = (self._high - self._low) // 2
-        proportional = self._middle + self._kp * error // PPM
+            error = 0
+        top = self._high if self._high < sustainable_ppm else sustainable_ppm
+        bottom = self._low if self._low < top else top
         before = self._integral
-        integral = max(-half, min(half, before + self._ki * error // PPM))
+        integral = before + self._ki * error // PPM
+        if integral > self._half:
+            integral = self._half
+        elif integral < -self._half:
+            integral = -self._half
+        proportional = self._middle + self._kp * error // PPM
+        theta_ppm = proportional + integral
         # Anti-windup: only so much is stored as takes theta to the bound, and nothing is taken away for it.
-        if proportional + integral > top:
-            integral = max(min(before, integral), min(integral, top - proportional))
-        elif proportional + integral < bottom:
-            integral = min(max(before, integral), max(integral, bottom - proportional))
+        if theta_ppm > top:
+            integral = max(min(before, integral), top - proportional)
+            theta_ppm = top
+        elif theta_ppm < bottom:
+            integral = min(max(before, integral), bottom - proportional)
+            theta_ppm = bottom
         self._integral = integral
-        self.theta_ppm = max(bottom, min(top, proportional + integral))
+        self.theta_ppm = theta_ppm
+        self._rest = given if state == (self._queue, self._integral, self.theta_ppm) else None
         return self.theta_ppm

@@ -55,6 +55,33 @@ class Planner:
         self._horizon = horizon
         self._penalty_ns = penalty_ns
         self._moves: dict[tuple[int, int, int], list[list[_Move]]] = {}
+        self._at_once: dict[tuple[int, int, int], int] = {}
+
+    def at_once_ns(self, rows: int, first: int, images: int) -> int:
+        """How long a fully guided step with all pending chunks beside it takes, -1 when another plan may be better.
+
+        It is the best plan, when feasible, if the chunks fit and no number of skipping samples shortens them by more
+        than the penalty: this spares most plans.
+        """
+        key = (rows, first, images)
+        found = self._at_once.get(key)
+        if found is None:
+            found = self._at_once[key] = self._find_at_once(rows, first, images)
+        return found
+
+    def _find_at_once(self, rows: int, first: int, images: int) -> int:
+        chunks = self._chunks(first, images)
+        position, duration_ns, end_ns = self._moves_of(rows, first, images)[0][0]
+        if position < len(chunks):
+            return -1
+        for fewer in range((rows + 1) // 2, rows):
+            wall = self._costs.beside(fewer).wall
+            if sum([wall[chunk] for chunk in chunks]) + self._penalty_ns < end_ns:
+                return -1
+        return duration_ns
+
+    def _chunks(self, first: int, images: int) -> list[int]:
+        return [*range(first, self._costs.count), *(list(range(self._costs.count)) * (images - 1))]
 
     def plan(
         self,
@@ -133,7 +160,7 @@ class Planner:
         costs = self._costs
         step_ns = costs.step_ns(rows)
         wall, progress, lost = costs.beside(rows)
-        chunks = [*range(first, costs.count), *(list(range(costs.count)) * (images - 1))]
+        chunks = self._chunks(first, images)
         table = []
         for done in range(len(chunks)):
             moves: list[_Move] = [(done, step_ns, 0)]

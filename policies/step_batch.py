@@ -18,7 +18,7 @@ class StepBatch:
     batch's own admissions, so an unchanged count means unchanged members.
     """
 
-    __slots__ = ("_count", "admit", "limit", "members", "rows", "step", "steps_sum")
+    __slots__ = ("_count", "admit", "limit", "members", "rows", "step", "steps_sum", "version")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -31,6 +31,8 @@ class StepBatch:
         """The step with full guidance."""
         self.steps_sum = 0
         """Steps that the members take in all, from their first to their last."""
+        self.version = 0
+        """Counts the changes, so that others can keep what they derive from the members."""
         self._count = -1
 
     def refresh(self, view: View) -> None:
@@ -57,6 +59,7 @@ class StepBatch:
 
     def _keep(self, members: list[Sample], admit: tuple[SampleId, ...], rows: int, count: int) -> None:
         self.members, self.admit, self.rows, self._count = members, admit, rows, count
+        self.version += 1
         self.step = full_step(members)
         self.steps_sum = sum([sample.steps for sample in members])
 

@@ -13,16 +13,15 @@ step comes, chunks are launched one by one, so that a new step meets one of them
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import ClassVar
 
 from policies.base import BATCH, Parameter
 from policies.continuous import ContinuousPolicy
 from policies.decode_costs import CHUNKING, DecodeCosts, chosen_chunking
 from policies.feedback import ThetaController
-from policies.planner import Planner
+from policies.planner import Action, Planner
 from policies.step_batch import StepModes, skipping_step
-from synerdiff.core import NOTHING, NS_PER_S, PPM, REUSE, ChunkLaunch, Decision, LaneView, Sample, View, WorkerInfo
+from synerdiff.core import NOTHING, NS_PER_S, PPM, REUSE, ChunkLaunch, Decision, Sample, SampleId, View, WorkerInfo
 from synerdiff.profile import Profile
 
 Launches = tuple[ChunkLaunch, ...]
@@ -37,16 +36,6 @@ _FIELD = (1 << _FIELD_BITS) - 1
 HORIZON = Parameter("horizon", int, 8, 1, 64, "steps", "most steps that a plan spans")
 SKIP_PENALTY = Parameter("skip_penalty_s", float, 0.02, 0.0, 60.0, "s", "decode delay that a skipped step must save")
 MAX_DECODE_WAIT = Parameter("max_decode_wait_s", float, 1.0, 0.0, 3600.0, "s", "a decode is forced after this wait")
-
-
-class _Action:
-    """What a plan says for the coming step; None chunks: no plan is feasible."""
-
-    __slots__ = ("chunks", "skip")
-
-    def __init__(self, chunks: int | None, skip: bool) -> None:
-        self.chunks = chunks
-        self.skip = skip
 
 
 class SynerDiff(ContinuousPolicy):
@@ -82,7 +71,7 @@ class SynerDiff(ContinuousPolicy):
         self.step_full_ns = 0
         self.owed: tuple[Sample, int] | None = None
         """A second image's chunks of the plan, launched when the first one's end."""
-        self.actions: dict[tuple[int, ...], _Action] = {}
+        self.actions: dict[tuple[int, ...], Action] = {}
         self.patterns: dict[tuple[int, int, int, bool], int] = {}
 
     def first_theta_ppm(self) -> int:
@@ -90,37 +79,33 @@ class SynerDiff(ContinuousPolicy):
         return round(theta * PPM)
 
     def decide(self, view: View) -> Decision:
-        elsewhere = self.launch_elsewhere(view) if self.other_lanes and view.decoding else ()
         if not view.denoise_free:
-            return Decision(chunks=elsewhere + self.launch_owed(view)) if view.decoding else NOTHING
+            if self.owed is None and not self.other_lanes:
+                return NOTHING
+            return Decision(chunks=self.launch_elsewhere(view) or self.launch_owed(view))
         self.owed = None
+        now_ns = view.now_ns
         members = self.members
         if view.step_done:
-            self.account(view.now_ns)
+            self.account(now_ns)
         members.refresh(view)
-        if members.step:
+        step = members.step
+        if step:
             self.adjust(view)
-        step, launches = members.step, elsewhere
+        launches: Launches = ()
         forced = False
-        if view.decoding and self.home_lanes:
-            lane = view.decode_lanes[self.home_lanes[0]]
-            if lane.free:
-                taken = {launch.sample for launch in elsewhere}
-                waiting = (s for s in view.decoding if not s.launched and s.id not in taken)
-                pending = list(islice(waiting, 2))
-                if pending:
-                    step, planned = self.place(view, lane, pending)
-                    if planned and planned[0].exclusive:
-                        return Decision(chunks=elsewhere + planned)
-                    forced = bool(planned) and planned[0].forced
-                    launches = elsewhere + planned
-            else:
-                forced = lane.forced
+        if view.decoding:
+            elsewhere = self.launch_elsewhere(view) if self.other_lanes else ()
+            step, launches = self.place(view, {launch.sample for launch in elsewhere})
+            if launches and launches[0].exclusive:
+                return Decision(chunks=elsewhere + launches)
+            forced = launches[0].forced if launches else self.forced_runs(view)
+            launches = elsewhere + launches
         if step:
             early = self.lead_ns and view.step_done
-            self.step_since_ns = -1 if forced else view.now_ns + (self.lead_ns if early else 0)
+            self.step_since_ns = -1 if forced else now_ns + (self.lead_ns if early else 0)
             self.step_full_ns = self.costs.step_ns(members.rows)
-        return Decision(admit=members.admit, step=step, chunks=launches)
+        return Decision(members.admit, (), step, 0, launches)
 
     def adjust(self, view: View) -> None:
         """Move theta, for policies that do."""
@@ -136,6 +121,10 @@ class SynerDiff(ContinuousPolicy):
         self.credit_ns = max(-most_ns, min(most_ns, credit_ns))
         self.step_since_ns = -1
 
+    def forced_runs(self, view: View) -> bool:
+        lanes = [view.decode_lanes[i] for i in self.home_lanes]
+        return any(lane.forced and not lane.free for lane in lanes)
+
     def launch_elsewhere(self, view: View) -> Launches:
         """Lanes on other GPUs contend with nothing: they take whole decodes as soon as they are free."""
         lanes = [i for i in self.other_lanes if view.decode_lanes[i].free]
@@ -145,62 +134,79 @@ class SynerDiff(ContinuousPolicy):
 
     def launch_owed(self, view: View) -> Launches:
         """The rest of the plan's chunks for the running step, once the lane is free."""
-        if self.owed is None:
+        if self.owed is None or not self.home_lanes or not view.decode_lanes[self.home_lanes[0]].free:
             return ()
         sample, chunks = self.owed
-        lane = view.decode_lanes[self.home_lanes[0]]
-        if not lane.free:
-            return ()
         self.owed = None
         if sample.launched or sample not in view.decoding:
             return ()
-        return (ChunkLaunch(sample.id, chunks, lane.index),)
+        return (ChunkLaunch(sample.id, chunks, self.home_lanes[0]),)
 
-    def place(self, view: View, lane: LaneView, pending: list[Sample]) -> tuple[StepModes, Launches]:
-        """The coming step and what runs beside it; an exclusive launch excludes the step."""
+    def place(self, view: View, taken: set[SampleId]) -> tuple[StepModes, Launches]:
+        """The coming step and what runs beside it; an exclusive launch excludes the step.
+
+        ``taken``: samples that other lanes decode from now on.
+        """
         members = self.members
-        first = pending[0]
-        left = self.costs.count - first.chunks_done
+        first: Sample | None = None
+        second: Sample | None = None
+        if self.home_lanes and view.decode_lanes[self.home_lanes[0]].free:
+            for sample in view.decoding:
+                if not sample.launched and sample.id not in taken:
+                    if first is not None:
+                        second = sample
+                        break
+                    first = sample
+        if first is None:
+            return members.step, ()
+        lane = self.home_lanes[0]
+        done = first.chunks_done
         if not members.step:
-            return (), (ChunkLaunch(first.id, 1, lane.index),)
+            return (), (ChunkLaunch(first.id, 1, lane),)
         rows = members.rows
+        left = self.costs.count - done
         if 0 <= first.denoised_ns <= view.now_ns - self.max_wait_ns:
-            exclusive = not self.costs.overlap_pays(rows, first.chunks_done)
-            return members.step, (ChunkLaunch(first.id, left, lane.index, exclusive, forced=True),)
-        action = self.action(rows, first.chunks_done, len(pending))
-        if action.chunks is None:
+            exclusive = not self.costs.overlap_pays(rows, done)
+            return members.step, (ChunkLaunch(first.id, left, lane, exclusive, forced=True),)
+        chunks, skip = self.action(rows, done, 1 if second is None else 2)
+        if chunks < 0:
             if self.credit_ns * PPM < -(PPM - self.theta_ppm) * self.costs.step_ns(rows):
                 return members.step, ()
-            exclusive = not self.costs.chunk_pays(rows, first.chunks_done)
-            return members.step, (ChunkLaunch(first.id, 1, lane.index, exclusive, forced=True),)
-        step = skipping_step(members.members)[0] if action.skip else members.step
-        if not action.chunks:
+            exclusive = not self.costs.chunk_pays(rows, done)
+            return members.step, (ChunkLaunch(first.id, 1, lane, exclusive, forced=True),)
+        step = skipping_step(members.members)[0] if skip else members.step
+        if not chunks:
             return step, ()
-        if action.chunks > left:
-            self.owed = (pending[1], action.chunks - left)
-        return step, (ChunkLaunch(first.id, min(left, action.chunks), lane.index),)
+        if chunks > left and second is not None:
+            self.owed = (second, chunks - left)
+            chunks = left
+        return step, (ChunkLaunch(first.id, chunks, lane),)
 
     # --- the plan, remembered -----------------------------------------------------------------------------------
 
-    def action(self, rows: int, first: int, images: int) -> _Action:
-        """The first action of the best plan; theta is rounded up and the credit down, so that no plan gains by it."""
-        packed, skips = self.eligibility()
+    def action(self, rows: int, first: int, images: int) -> Action:
+        """The first action of the best plan, (-1, False) when none is feasible.
+
+        Theta is rounded up and the credit down to a grid, so that no plan gains by the rounding.
+        """
         theta_ppm = min(PPM, -(-self.theta_ppm // THETA_GRID_PPM) * THETA_GRID_PPM)
-        grid_ns = (self.costs.step_ns(rows) >> CREDIT_GRID_BITS) + 1
-        credit = self.credit_ns // grid_ns
-        key = (rows, packed, first, images, theta_ppm, credit, skips)
+        step_ns = self.costs.step_ns(rows)
+        grid_ns = (step_ns >> CREDIT_GRID_BITS) + 1
+        credit_ns = self.credit_ns // grid_ns * grid_ns
+        at_once_ns = self.planner.at_once_ns(rows, first, images)
+        if at_once_ns >= 0 and (step_ns + credit_ns) * PPM >= theta_ppm * at_once_ns:
+            return self.costs.count * images - first, False
+        packed, skips = self.eligibility()
+        key = (rows, packed, first, images, theta_ppm, credit_ns, skips)
         found = self.actions.get(key)
         if found is None:
             if len(self.actions) >= MEMO_SIZE:
                 self.actions.clear()
             eligible = [packed >> _FIELD_BITS * j & _FIELD for j in range(self.horizon)] if packed else []
-            plan = None
-            for count in range(images, 0, -1):
-                plan = self.planner.plan(rows, eligible, first, count, theta_ppm, credit * grid_ns, skips)
-                if plan is not None:
-                    break
-            found = _Action(None, False) if plan is None else _Action(*plan.actions[0])
-            self.actions[key] = found
+            plan = self.planner.plan(rows, eligible, first, images, theta_ppm, credit_ns, skips)
+            if plan is None and images > 1:
+                plan = self.planner.plan(rows, eligible, first, 1, theta_ppm, credit_ns, skips)
+            found = self.actions[key] = (-1, False) if plan is None else plan.actions[0]
         return found
 
     def eligibility(self) -> tuple[int, int]:
@@ -259,26 +265,26 @@ class SynerDiffFeedback(SynerDiff):
     def first_theta_ppm(self) -> int:
         low, high, kp, ki = (round(self.parameters[name] * PPM) for name in ("theta_low", "theta_high", "kp", "ki"))
         self.controller = ThetaController(min(low, high), high, kp, ki)
-        self.limits: dict[tuple[int, int, int], int] = {}
+        self.limit_version, self.limit_ppm = -1, PPM
+        self.trail_size: int = self.parameters["trail"]
         self.trail: list[tuple[int, int, int]] = []
         """(now_ns, theta_ppm, waiting) at every step, as many as the parameter ``trail`` says."""
         return self.controller.theta_ppm
 
     def adjust(self, view: View) -> None:
         waiting = len(view.waiting)
-        self.theta_ppm = self.controller.update(waiting, self.batch, self.sustainable_ppm())
-        if len(self.trail) < self.parameters["trail"]:
+        if self.limit_version != self.members.version:
+            self.limit_version = self.members.version
+            self.limit_ppm = self.sustainable_ppm()
+        self.theta_ppm = self.controller.update(waiting, self.batch, self.limit_ppm)
+        if len(self.trail) < self.trail_size:
             self.trail.append((view.now_ns, self.theta_ppm, waiting))
 
     def sustainable_ppm(self) -> int:
-        """The largest theta at which decodes keep up, rounded down to the planner's grid."""
+        """The largest theta at which decodes keep up with the coming step's batch, rounded down to the theta grid."""
         members = self.members
-        key = (members.rows, len(members.members), members.steps_sum)
-        found = self.limits.get(key)
-        if found is None:
-            count = len(members.members)
-            denoise_ns = members.steps_sum * self.costs.step_ns(members.rows)
-            lost_ns = count * count * sum(self.costs.beside(members.rows).lost) if self.home_lanes else 0
-            limit_ppm = denoise_ns * PPM // (denoise_ns + lost_ns)
-            found = self.limits[key] = max(1, limit_ppm // THETA_GRID_PPM) * THETA_GRID_PPM
-        return found
+        count = len(members.members)
+        denoise_ns = members.steps_sum * self.costs.step_ns(members.rows)
+        lost_ns = count * count * sum(self.costs.beside(members.rows).lost) if self.home_lanes else 0
+        limit_ppm = denoise_ns * PPM // (denoise_ns + lost_ns)
+        return max(1, limit_ppm // THETA_GRID_PPM) * THETA_GRID_PPM

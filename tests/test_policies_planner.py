@@ -113,6 +113,20 @@ def test_the_plan_is_the_best_there_is(instance):
         assert not skip or eligible[j] > 0
 
 
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(instances())
+def test_all_chunks_at_once_is_known_without_planning(instance):
+    profile, rows, eligible, first, images, theta_ppm, credit_ns, skips, horizon, penalty_ns = instance
+    planner = Planner(DecodeCosts(profile, "cut"), horizon, penalty_ns)
+    at_once_ns = planner.at_once_ns(rows, first, images)
+    step_ns = DecodeCosts(profile, "cut").step_ns(rows)
+    if at_once_ns < 0 or (step_ns + credit_ns) * PPM < theta_ppm * at_once_ns:
+        return
+    plan = planner.plan(rows, eligible, first, images, theta_ppm, credit_ns, skips)
+    assert plan.actions == ((profile.chunk_count("cut") * images - first, False),)
+    assert plan.elapsed_ns == at_once_ns
+
+
 def test_chunks_wait_for_credit_and_skips_earn_it():
     """T = 42 ms at 16 rows, 26 at 8. A chunk takes 20 ms beside and costs 10; theta 0.9 earns 4.2 a step."""
     profile = make_profile(

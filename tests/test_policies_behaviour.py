@@ -1,0 +1,136 @@
+"""Single rules of the simpler policies, on tiny fixtures with exact times."""
+
+from __future__ import annotations
+
+import pytest
+
+from policies.registry import build_policy
+from simulator import simulate
+from synerdiff.core import PPM, InputError, Request, SkipBudget
+from tests.builders import MS, affine_profile, make_profile, requests_at
+
+PAYS, LOSES = (1_900_000, 1_900_000), (2_100_000, 2_100_000)
+
+
+def both(pair):
+    return {1: pair, 32: pair}
+
+
+def chunks_of(result):
+    return [w for w in result.work if w.kind == "chunk"]
+
+
+def steps_of(result):
+    return [w for w in result.work if w.kind == "step"]
+
+
+def test_chunked_runs_the_chunks_of_a_decode_back_to_back_beside_steps():
+    result = simulate([Request(0, 0, 1), Request(1, 0, 9)], build_policy("chunked"), affine_profile())
+    first = [c for c in chunks_of(result) if c.samples == (0,)]
+    assert [c.chunk for c in first] == [0, 1, 2, 3]
+    assert [c.start_ns for c in first] == [18 * MS + i * 7_500_000 for i in range(4)]
+    assert not any(c.exclusive for c in first)
+
+
+def test_an_unknown_chunking_is_named_with_the_known_ones():
+    for name in ("chunked", "load-skip", "edf", "synerdiff", "synerdiff-feedback"):
+        with pytest.raises(InputError, match="profile 'test' has no chunking 'c9'; it has whole, c4"):
+            simulate(requests_at(0), build_policy(name, {"chunking": "c9"}), affine_profile())
+
+
+def test_skip_cfg_spreads_the_budget_over_the_steps_after_the_warm_up():
+    """6 of 24 steps, the first 4 guided: one skip in every 20/6 steps."""
+    budget = SkipBudget(250_000, warmup_steps=4, longest_run=1)
+    result = simulate(requests_at(0, steps=24), build_policy("skip-cfg"), affine_profile(), budget=budget)
+    modes = result.requests[0].modes[0]
+    assert [i for i, mode in enumerate(modes) if mode == "r"] == [7, 10, 13, 17, 20, 23]
+
+
+def test_skip_cfg_makes_up_for_what_the_longest_run_forbids():
+    """All 10 steps may be skipped, but only every other one: 5 are, not one less."""
+    budget = SkipBudget(PPM, warmup_steps=0, longest_run=1)
+    result = simulate(requests_at(0, steps=10), build_policy("skip-cfg"), affine_profile(), budget=budget)
+    assert result.requests[0].modes == ("grgrgrgrgr",)
+
+
+@pytest.mark.parametrize(("slowdown", "exclusive"), [(PAYS, False), (LOSES, True)])
+@pytest.mark.parametrize("name", ["load-skip", "edf"])
+def test_a_decode_goes_where_it_costs_less(name, slowdown, exclusive):
+    profile = affine_profile(slowdowns=both(slowdown))
+    result = simulate([Request(0, 0, 1), Request(1, 0, 9)], build_policy(name), profile)
+    first = chunks_of(result)[0]
+    assert (first.start_ns, first.exclusive) == (18 * MS, exclusive)
+    if exclusive:
+        assert steps_of(result)[1].start_ns == first.end_ns == 48 * MS
+    # No step comes after the last denoising, so the last decode holds nothing.
+    assert not chunks_of(result)[-1].exclusive
+
+
+def test_placement_looks_at_the_rows_of_the_coming_step():
+    """At 2 rows overlap pays, at 8 it does not; the arrival at 20 ms makes the difference."""
+    slowdowns = {1: PAYS, 2: PAYS, 8: LOSES, 32: LOSES}
+    profile = affine_profile(slowdowns=slowdowns)
+    for images, exclusive in ((0, False), (3, True)):
+        more = [Request(2, 10 * MS, 9, images=images)] if images else []
+        result = simulate([Request(0, 0, 1), Request(1, 0, 9), *more], build_policy("load-skip"), profile)
+        assert chunks_of(result)[0].exclusive is exclusive
+
+
+def test_load_skip_skips_while_enough_samples_wait():
+    """Batch 2, skip_queue 3: with 7 samples there are 5, then 3, then 1 waiting."""
+    budget = SkipBudget(PPM, warmup_steps=0, longest_run=1)
+    policy = build_policy("load-skip", {"batch": 2, "skip_queue": 3})
+    result = simulate(requests_at(*[0] * 7, steps=4), policy, affine_profile(), budget=budget)
+    modes = [record.modes[0] for record in result.requests]
+    assert modes == ["grgr", "grgr", "grgr", "grgr", "gggg", "gggg", "gggg"]
+    assert build_policy("load-skip").parameters["skip_queue"] == 8
+
+
+def test_edf_admits_by_deadline_and_missed_ones_last():
+    """One at a time, 20 ms each: C is due first, A's deadline passes while it waits, and D has none."""
+    profile = make_profile({1: 10 * MS, 2: 10 * MS}, {"whole": [MS]})
+    slos = {"first": 1_000, "A": 15, "B": 900, "C": 200, "D": None}
+    requests = [Request(i, 0, 2, slo_ns=None if ms is None else ms * MS) for i, ms in enumerate(slos.values())]
+    requests[0] = Request(0, 0, 2, slo_ns=10 * MS)
+    result = simulate(requests, build_policy("edf", {"batch": 1}), profile)
+    order = sorted(range(5), key=lambda i: result.requests[i].admitted_ns)
+    assert [list(slos)[i] for i in order] == ["first", "C", "B", "D", "A"]
+
+
+def test_edf_skips_guidance_only_while_a_deadline_is_in_danger():
+    """10 steps of 14 ms and a decode of 30 ms end at 170 ms: a deadline at 171 is safe, one at 169 is not."""
+    budget = SkipBudget(500_000, warmup_steps=1, longest_run=1)
+    for slo_ms, skipped in ((171, 0), (169, 1), (0.5, 0)):
+        requests = [Request(0, 0, 10, slo_ns=round(slo_ms * MS))]
+        result = simulate(requests, build_policy("edf"), affine_profile(), budget=budget)
+        # Each skip saves 2 ms, so one is enough; a deadline that has passed puts nothing in danger.
+        assert result.requests[0].skipped_steps == skipped, slo_ms
+
+
+def test_edf_skips_for_a_waiting_sample_too():
+    budget = SkipBudget(500_000, warmup_steps=1, longest_run=1)
+    requests = [Request(0, 0, 10), Request(1, 0, 10, slo_ns=300 * MS)]
+    tight = simulate(requests, build_policy("edf", {"batch": 1}), affine_profile(), budget=budget)
+    assert tight.requests[1].admitted_ns == 0
+    late = [Request(0, 0, 10, slo_ns=5_000 * MS), Request(1, 1, 10, slo_ns=300 * MS)]
+    result = simulate(late, build_policy("edf", {"batch": 1}), affine_profile(), budget=budget)
+    assert result.requests[0].skipped_steps > 0
+
+
+def test_static_and_dynamic_step_what_fits_when_rows_are_lowered():
+    class Lowered:
+        def __init__(self, inner):
+            self.inner, self.NAME = inner, inner.NAME
+            self.chunking = "whole"
+
+        def reset(self, worker, profile):
+            self.inner.reset(worker, profile)
+
+        def decide(self, view):
+            view.max_rows = 32 if view.now_ns == 0 else 4
+            return self.inner.decide(view)
+
+    for name in ("static", "dynamic"):
+        result = simulate(requests_at(0, 0, 0, steps=3), Lowered(build_policy(name)), affine_profile())
+        assert [len(step.samples) for step in steps_of(result)][:2] == [3, 2]
+        assert max(step.rows for step in steps_of(result)[1:]) == 4
