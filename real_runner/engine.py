@@ -20,6 +20,7 @@ from real_runner.hardware import Hardware, chunking_of
 from real_runner.intake import Entry, Intake
 from real_runner.pieces import Image
 from synerdiff.core import NO_SKIPS, NS_PER_S, InputError, Request, RunResult, Sample, SkipBudget, WorkerInfo
+from synerdiff.diffusion.chunking import Chunking
 from synerdiff.profile import Profile
 from synerdiff.samples import make_samples, request_records, sorted_work
 from synerdiff.worker import Worker
@@ -58,13 +59,15 @@ def run_real(
 
     ``stop`` ends the run early: what runs is finished, the rest is unfinished. ``on_progress`` is told how many samples
     have ended; ``on_image`` gets every finished image. Raises InputError for what model or profile cannot serve; an
-    error after the start is in the result.
+    error after the start is in the result. What has never run on this hardware is warmed up first.
     """
     require_served(requests, hardware)
     samples = make_samples(requests, profile, budget)
     sample_rows = max((sample.full_rows for sample in samples), default=1)
     policy.reset(WorkerInfo(profile.max_rows, GPU, (GPU,) * len(hardware.decode), sample_rows), profile)
-    run = _Run(requests, samples, policy, profile, hardware, sample_rows, round(watchdog_s * NS_PER_S))
+    cut = chunking_of(profile, getattr(policy, "chunking", "whole"))
+    hardware.warm_up(profile.row_buckets or tuple(profile.steps), cut)
+    run = _Run(requests, samples, policy, profile, hardware, cut, sample_rows, round(watchdog_s * NS_PER_S))
     run.execution.on_image = on_image
     error: Exception | None = None
     try:
@@ -120,13 +123,12 @@ class _Run:
         policy: Policy,
         profile: Profile,
         hardware: Hardware,
+        cut: Chunking,
         sample_rows: int,
         watchdog_ns: int,
     ) -> None:
         self.policy, self.samples, self.device = policy, samples, hardware.device
         self.lead_ns = profile.overhead_ns("decision_lead")
-        chunking = getattr(policy, "chunking", "whole")
-        cut = chunking_of(profile, chunking)
         chunks = [hardware.chunk_functions(lane, cut) for lane in range(len(hardware.decode))]
         name = getattr(policy, "NAME", "") or type(policy).__name__
         self.worker = Worker(samples, name, len(cut), profile.max_rows, (GPU,) * len(hardware.decode))
@@ -136,7 +138,7 @@ class _Run:
         self.entered = 0
         """Samples that have entered waiting or failed on the way; the rest have yet to arrive."""
         zero_ns = time.monotonic_ns() + HEAD_START_NS
-        self.execution = Execution(self.worker, hardware, profile, chunking, chunks, zero_ns, sample_rows, watchdog_ns)
+        self.execution = Execution(self.worker, hardware, profile, cut.name, chunks, zero_ns, sample_rows, watchdog_ns)
         self.cancel = threading.Event()
         self.intake = Intake(hardware.intake, hardware.model, requests, zero_ns, self.cancel)
 

@@ -8,7 +8,9 @@ from types import TracebackType
 
 import torch
 
-from synerdiff.core import CONDITIONAL, GUIDED, InputError
+from real_runner.faults import is_out_of_memory
+from real_runner.pieces import picture_of
+from synerdiff.core import InputError
 from synerdiff.diffusion.chunking import WHOLE, Chunking
 from synerdiff.diffusion.device import Device, Lane, available_cores, open_device
 from synerdiff.diffusion.loading import load_model
@@ -36,6 +38,7 @@ class Hardware:
         self.hung = False
         """A lane never came back: closing would wait for it for ever."""
         self.warm_up_ns = 0
+        self._warm_rows: set[int] = set()
         self._chunks: dict[tuple[int, Chunking], ChunkFunctions] = {}
         on_cpu = device.torch_device.type == "cpu"
         cores = available_cores() if on_cpu else []
@@ -75,25 +78,44 @@ class Hardware:
             self._chunks[key] = prepare_chunks(self.model, chunking, self.decode[lane])
         return self._chunks[key]
 
-    def warm_up(self, rows: Sequence[int], chunkings: Sequence[Chunking]) -> None:
-        """Run what will run, on the lanes that will run it, and add the time to ``warm_up_ns``."""
+    def warm_up(self, rows: Sequence[int], chunking: Chunking) -> None:
+        """Run what will run, on the lanes that will run it, unless it has run; adds the time to ``warm_up_ns``.
+
+        Raises InputError when steps of so many rows do not fit into memory.
+        """
         began_ns = time.monotonic_ns()
-        model = self.model
         for count in rows:
-            states = [model.start(i, 3, 4.0) for i in range(count // 2)]
-            states += [model.start(count, 3, 1.0)] * (count % 2)
-            modes = [GUIDED] * (count // 2) + [CONDITIONAL] * (count % 2)
-            for _ in range(2):
-                self.denoise.submit(lambda states=states, modes=modes: model.step(states, modes)).result()  # type: ignore[misc]
-        for chunking in chunkings:
-            for index, lane in enumerate(self.decode):
-                functions = self.chunk_functions(index, chunking)
-                for _ in range(2):
-                    hidden = torch.zeros(model.latent_shape, device=model.device)
-                    for chunk in functions:
-                        hidden = lane.submit(lambda chunk=chunk, hidden=hidden: chunk(hidden)).result()  # type: ignore[misc]
+            if count in self._warm_rows:
+                continue
+            try:
+                self._warm_step(count)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise InputError(
+                    f"a step of {count} rows, which the profile allows, does not fit into the memory of this device."
+                ) from None
+            self._warm_rows.add(count)
+        for lane in range(len(self.decode)):
+            if (lane, chunking) not in self._chunks:
+                self._warm_decode(lane, chunking)
         self.device.synchronize()
         self.warm_up_ns += time.monotonic_ns() - began_ns
+
+    def _warm_step(self, rows: int) -> None:
+        model = self.model
+        states = [model.start(seed, 2, 4.0) for seed in range(rows // 2)]
+        states += [model.start(seed, 2, 1.0) for seed in range(rows % 2)]
+        for _ in range(2):
+            self.denoise.submit(lambda: model.step(states)).result()
+
+    def _warm_decode(self, lane: int, chunking: Chunking) -> None:
+        latent = self.model.start(0, 2).latent
+        for _ in range(2):
+            hidden = latent
+            for chunk in self.chunk_functions(lane, chunking):
+                hidden = self.decode[lane].submit(lambda chunk=chunk, hidden=hidden: chunk(hidden)).result()  # type: ignore[misc]
+        self.results.submit(lambda: picture_of(hidden)).result()
 
     def close(self) -> None:
         torch.set_num_threads(self._threads_before)

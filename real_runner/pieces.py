@@ -35,7 +35,7 @@ class Image:
 
 
 class StepPiece:
-    """One denoiser step. After an error the step is retried once: in halves when memory ran out, else one by one."""
+    """One denoiser step. A step that finds no memory is retried once, in halves; a sample that raises fails alone."""
 
     def __init__(self, model: DiffusionModel, images: Sequence[Image], modes: Sequence[Mode], pad_rows: int) -> None:
         self.model, self.images, self.modes, self.pad_rows = model, images, modes, pad_rows
@@ -46,9 +46,7 @@ class StepPiece:
     def run(self) -> None:
         """On the lane."""
         batch = [(image, mode) for image, mode in zip(self.images, self.modes, strict=True) if not image.failure]
-        error = self._attempt(batch, self.pad_rows)
-        if error is not None:
-            self._retry(batch, error)
+        self._step(batch, self.pad_rows, may_halve=True)
         for image, _ in batch:
             if image.state.done and not image.failure:
                 self._flags.append((image, finite_flag(image.state.latent)))
@@ -59,31 +57,30 @@ class StepPiece:
             if not bool(flag):
                 image.failure = "its latent is not finite"
 
-    def _attempt(self, batch: Sequence[tuple[Image, Mode]], pad_rows: int = 0) -> Exception | None:
+    def _step(self, batch: list[tuple[Image, Mode]], pad_rows: int, may_halve: bool) -> None:
         if not batch:
-            return None
+            return
         try:
             self.model.step([image.state for image, _ in batch], [mode for _, mode in batch], pad_rows)
-        except Exception as error:  # whatever it is, it concerns these samples and not the run
+            return
+        except Exception as found:  # whatever it is, it concerns these samples and not the run
             # The traceback would keep the failed attempt's tensors alive during the retry.
-            return error.with_traceback(None)
-        return None
-
-    def _retry(self, batch: list[tuple[Image, Mode]], error: Exception) -> None:
-        if is_out_of_memory(error):
+            error = found.with_traceback(None)
+        no_memory = is_out_of_memory(error)
+        # A scheduler copied per sample may have moved before the error, so its step cannot be repeated.
+        repeatable = all(isinstance(image.state.progress, LinearProgress) for image, _ in batch)
+        if no_memory and may_halve and repeatable:
             self.out_of_memory = one_line(error)
             free_memory(self.model.device)
             middle = (len(batch) + 1) // 2
-            parts = [batch[:middle], batch[middle:]]
+            for half in (batch[:middle], batch[middle:]):
+                self._step(half, 0, may_halve=False)
+        elif not no_memory and len(batch) > 1 and repeatable:
+            for one in batch:
+                self._step([one], 0, may_halve)
         else:
-            parts = [[one] for one in batch]
-        for part in parts:
-            # A scheduler copied per sample may have moved before the error, so its step cannot be repeated.
-            repeatable = all(isinstance(image.state.progress, LinearProgress) for image, _ in part)
-            again = self._attempt(part) if repeatable else error
-            for image, _ in part:
-                if again is not None:
-                    image.failure = one_line(again)
+            for image, _ in batch:
+                image.failure = one_line(error)
 
 
 class ChunkPiece:

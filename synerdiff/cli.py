@@ -26,7 +26,9 @@ COMMANDS = {
     "trace": "synerdiff.commands.trace:trace_app",
     "policies": "synerdiff.commands.policies:policies",
     "simulate": "synerdiff.commands.simulate:simulate",
+    "run": "synerdiff.commands.run:run",
     "sweep": "synerdiff.commands.sweep:sweep",
+    "fidelity": "synerdiff.commands.fidelity:fidelity",
 }
 """Command -> the function, or the typer app, that does it. Its module is imported when it is needed."""
 

@@ -98,6 +98,7 @@ def rehearse(requests, policy, profile, decode_lanes=1, budget=None, stop=None):
         decode=[TimedLane(clock, chunk_ns) for _ in range(decode_lanes)],
         intake=TimedLane(clock, None),
         results=TimedLane(clock, None),
+        warm_up=lambda rows, cut: None,
         chunk_functions=lambda lane, cut: [None] * len(cut),
         hung=False,
     )

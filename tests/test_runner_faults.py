@@ -1,0 +1,219 @@
+"""What goes wrong on hardware: a sample fails alone, a step without memory is retried, a lane that hangs is named."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from policies.registry import POLICIES, build_policy
+from real_runner.engine import run_real
+from real_runner.faults import LaneHung, is_out_of_memory
+from real_runner.hardware import chunking_of, open_hardware
+from synerdiff.core import REUSE, InputError, SkipBudget
+from synerdiff.diffusion.model import SampleState
+from tests.builders import requests_at
+from tests.faulty import Faults, faulty, watched_chunks
+from tests.hardware import digits_hardware, digits_profile
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def hardware():
+    profile = digits_profile()
+    with digits_hardware(profile) as opened:
+        for name in profile.chunkings:
+            opened.warm_up(profile.row_buckets, chunking_of(profile, name))
+        yield opened
+
+
+def burst(count: int, steps: int = 3, **more):
+    """Requests with seeds 0, 1, ... that arrive 2 ms apart."""
+    return requests_at(*(2 * i for i in range(count)), steps=steps, guidance_scale=4.0, **more)
+
+
+def run_with(hardware, faults, requests, policy="continuous-parallel", profile=None, **more):
+    with faulty(hardware, faults), watched_chunks():
+        return run_real(requests, build_policy(policy), profile or digits_profile(), hardware, **more)
+
+
+def statuses(run):
+    return {record.request.request_id: record.status for record in run.result.requests}
+
+
+def test_a_step_without_memory_is_retried_in_halves_and_later_steps_are_smaller(hardware):
+    faults, made = Faults(), {}
+    faults.largest_rows = 9
+    requests = requests_at(*[0] * 10, steps=3, guidance_scale=4.0)
+    run = run_with(
+        hardware,
+        faults,
+        requests,
+        "static",
+        on_image=lambda sample, state, image: made.update({sample.id: state.latent}),
+    )
+    assert run.error is None
+    assert set(statuses(run).values()) == {"done"}
+    assert [fault.kind for fault in run.faults] == ["out of memory"]
+    assert "a step of 16 rows; at most 8 from now on (CUDA out of memory at 16 rows)" in run.faults[0].detail
+    assert len(run.faults[0].samples) == 8
+    assert run.max_rows == 8
+    steps = [record for record in run.result.work if record.kind == "step"]
+    assert steps[0].rows == 16
+    assert max(record.rows for record in steps[1:]) == 8
+    for sample_id, latent in made.items():
+        alone = hardware.model.start(sample_id, 3, 4.0)
+        while not alone.done:
+            hardware.model.step([alone])
+        assert float((latent - alone.latent).abs().max()) < 1e-4
+
+
+def test_a_sample_that_never_finds_memory_fails_after_one_retry(hardware):
+    faults = Faults()
+    faults.never_enough_memory = {1}
+    run = run_with(hardware, faults, requests_at(0, 120, 240, steps=2, guidance_scale=4.0))
+    assert statuses(run) == {0: "done", 1: "failed", 2: "done"}
+    assert [fault.kind for fault in run.faults] == ["out of memory", "failed"]
+    assert run.max_rows == 2, "never below what one sample needs"
+
+
+@pytest.mark.parametrize("lead_ms", [0, 3])
+def test_samples_that_break_fail_alone(hardware, lead_ms):
+    faults, made = Faults(), set()
+    faults.raises, faults.not_a_number, faults.unprepared = {2}, {4}, {6}
+    faults.bad_decode, faults.nan_decode, faults.short_of_memory_once = {8}, {9}, {10}
+    run = run_with(
+        hardware,
+        faults,
+        burst(14),
+        profile=digits_profile(overheads={"decision_lead": lead_ms * 1_000_000}),
+        on_image=lambda sample, state, image: made.add(sample.request.request_id),
+    )
+    assert run.error is None
+    failed = {2, 4, 6, 8, 9}
+    assert statuses(run) == {i: "failed" if i in failed else "done" for i in range(14)}
+    assert made == set(range(14)) - failed
+    reasons = {fault.samples[0]: fault.detail for fault in run.faults if fault.kind == "failed"}
+    assert reasons == {
+        "2.0": "an adapter of other shapes",
+        "4.0": "its latent is not finite",
+        "6.0": "the adapter's file is broken",
+        "8.0": "a decode that cannot be",
+        "9.0": "its decoded image is not finite",
+    }
+    assert [fault.samples for fault in run.faults if fault.kind == "out of memory"] == [("10.0",)]
+
+
+def test_one_failed_image_fails_its_request_and_spares_the_others(hardware):
+    faults = Faults()
+    faults.bad_decode = {0}
+    run = run_with(hardware, faults, burst(2, images=2))
+    assert statuses(run) == {0: "failed", 1: "done"}
+    assert [fault.samples for fault in run.faults] == [("0.0",)], "its second image has a seed of its own and is made"
+
+
+@pytest.mark.parametrize("lead_ms", [0, 2])
+@pytest.mark.parametrize("name", POLICIES)
+def test_no_request_is_lost_under_any_policy(hardware, name, lead_ms):
+    faults = Faults()
+    faults.largest_rows = 11
+    faults.raises, faults.not_a_number, faults.unprepared = {3}, {5, 11}, {7}
+    faults.bad_decode, faults.nan_decode, faults.short_of_memory_once = {13}, {14}, {15}
+    run = run_with(
+        hardware,
+        faults,
+        burst(24, steps=2),
+        name,
+        digits_profile(overheads={"decision_lead": lead_ms * 1_000_000}),
+        budget=SkipBudget(500_000, 1, 1, REUSE),
+    )
+    assert run.error is None
+    failed = {3, 5, 7, 11, 13, 14}
+    assert statuses(run) == {i: "failed" if i in failed else "done" for i in range(24)}
+
+
+def test_nothing_stays_in_memory(hardware):
+    def alive():
+        gc.collect()
+        return sum(type(found) is SampleState for found in gc.get_objects())
+
+    before = alive()
+    faults = Faults()
+    faults.raises, faults.not_a_number, faults.bad_decode = {20, 21}, {50}, {80, 81}
+    during = []
+    run = run_with(
+        hardware,
+        faults,
+        burst(120, steps=1),
+        on_image=lambda sample, state, image: during.append(alive()) if sample.id % 20 == 0 else None,
+    )
+    assert sum(status == "done" for status in statuses(run).values()) == 116
+    assert alive() <= before + 2, "the last pieces on the lanes may still hold their samples"
+    # Requests are prepared as they arrive: what is alive is what waits or runs, never what has left.
+    assert len(during) == 4
+    assert during == sorted(during, reverse=True)
+    assert during[-1] <= before + 40
+
+
+def test_a_lane_that_hangs_is_named_and_what_was_finished_is_kept():
+    profile = digits_profile()
+    opened = digits_hardware(profile)
+    faults = Faults()
+    faults.hangs = {2}
+    # The predicted chunk time is far below the watchdog's patience here, so that counts.
+    with faulty(opened, faults), watched_chunks():
+        run = run_real(
+            requests_at(0, 1, 400, 401, steps=1, guidance_scale=4.0),
+            build_policy("continuous-serial"),
+            profile,
+            opened,
+            watchdog_s=0.05,
+        )
+        assert isinstance(run.error, LaneHung)
+        assert "lane decode0 has been running chunk 0 of a decode for" in str(run.error)
+        assert "(samples 2.0)" in str(run.error)
+        assert statuses(run) == {0: "done", 1: "done", 2: "unfinished", 3: "unfinished"}
+        assert run.faults[-1].kind == "hung lane"
+        assert opened.hung
+    opened.hung = False  # released by now
+    opened.close()
+
+
+def test_what_cannot_be_run_is_refused_before_the_start(hardware):
+    def refused(match, requests, **more):
+        with pytest.raises(InputError, match=match):
+            run_real(requests, build_policy("static"), more.get("profile", digits_profile()), hardware)
+
+    refused("request 0 asks for LoRAs", requests_at(0, loras=("a",)))
+    refused("request 0 asks for LoRAs or ControlNets", requests_at(0, controlnets=("a",)))
+    refused("asks for 2 base models", [*requests_at(0), *requests_at(0, base_model="b")])
+
+
+def test_the_scheduler_must_make_one_call_a_step():
+    with (
+        open_hardware("digits", "cpu", digits_profile(), scheduler="HeunDiscreteScheduler") as heun,
+        pytest.raises(InputError, match="makes 3 denoiser calls for 2 steps"),
+    ):
+        run_real(requests_at(0, steps=2), build_policy("static"), digits_profile(), heun)
+
+
+def test_a_profile_with_steps_too_large_for_the_device_is_refused():
+    faults = Faults()
+    faults.largest_rows = 20
+    with (
+        digits_hardware() as opened,
+        faulty(opened, faults),
+        pytest.raises(InputError, match="a step of 24 rows, which the profile allows, does not fit"),
+    ):
+        run_real(requests_at(0), build_policy("static"), digits_profile(), opened)
+
+
+def test_out_of_memory_is_recognised():
+    assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert is_out_of_memory(MemoryError())
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(found.value)
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
