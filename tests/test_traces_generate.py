@@ -205,6 +205,11 @@ def test_mixes_and_loras_of_other_kinds() -> None:
         assert {(request.steps, request.guidance_scale) for request in requests} == {(steps, 1.0)}
         assert Counter(request.images for request in requests)[1] / 4000 == pytest.approx(0.578, abs=0.04)
         assert all(request.loras == () for request in requests)
+    guided = generate("poisson", requests=4000, mix="guided-20-50")
+    steps = Counter(request.steps for request in guided)
+    assert (min(steps), max(steps), len(steps)) == (20, 50, 31)
+    assert {request.guidance_scale for request in guided} == {7.5}
+    assert sum(request.steps for request in guided) / 4000 == pytest.approx(35, abs=0.6)
     with_loras = generate("poisson", requests=4000, loras="gentd26")
     assert sum(bool(request.loras) for request in with_loras) / 4000 == pytest.approx(0.168, abs=0.03)
     names = [[name.partition("@")[0] for name in request.loras] for request in with_loras]

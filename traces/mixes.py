@@ -14,6 +14,8 @@ from traces.spec import TraceSpec
 
 Integers = NDArray[np.int64]
 UNGUIDED_STEPS = {"unguided-4": 4, "unguided-8": 8}
+GUIDED_RANGES = {"guided-20-50": (20, 50)}
+"""Steps drawn evenly from a range, both ends included."""
 
 
 def draw_steps_images(
@@ -33,6 +35,9 @@ def draw_steps_images(
     drawn = _draw(rng, fitted.steps_images, n)[_source(rng, sessions, fitted.repeat_steps_images)]
     if spec.mix in UNGUIDED_STEPS:
         return np.full(n, UNGUIDED_STEPS[spec.mix]), pairs[drawn, 1], 1.0
+    if spec.mix in GUIDED_RANGES:
+        low, high = GUIDED_RANGES[spec.mix]
+        return rng.integers(low, high, n, endpoint=True), pairs[drawn, 1], 7.5
     return pairs[drawn, 0], pairs[drawn, 1], 7.5
 
 

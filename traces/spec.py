@@ -13,7 +13,7 @@ from traces.gentd26_parameters import gentd26_parameters
 
 MAX_REQUESTS = 2_000_000
 Kind = Literal["poisson", "gamma", "mmpp", "gentd26-like"]
-Mix = Literal["gentd26", "fixed", "unguided-4", "unguided-8"]
+Mix = Literal["gentd26", "fixed", "guided-20-50", "unguided-4", "unguided-8"]
 Loras = Literal["none", "gentd26"]
 
 Steps = Annotated[int, Field(ge=STEPS[0], le=STEPS[1])]
@@ -58,7 +58,8 @@ class TraceSpec(BaseModel):
     """mmpp: mean length of a burst in seconds (default 60)."""
     mix: Mix = "gentd26"
     """gentd26: its joint frequencies of steps and images, guidance 7.5; fixed: the next three fields;
-    unguided-4, unguided-8: 4 or 8 steps, guidance 1, the numbers of images of GenTD26."""
+    guided-20-50: 20 to 50 steps, evenly, guidance 7.5; unguided-4, unguided-8: 4 or 8 steps, guidance 1; all three
+    with the numbers of images of GenTD26."""
     steps: Steps | None = None
     """fixed: default 30."""
     images: Images | None = None

@@ -93,7 +93,8 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same trace.")] = 0,
     mix: Annotated[
-        str, typer.Option(help="Steps and images: gentd26, fixed, unguided-4 or unguided-8 (4 or 8 steps, guidance 1).")
+        str,
+        typer.Option(help="Steps and images: gentd26, fixed, guided-20-50, unguided-4 or unguided-8 (4 or 8 steps)."),
     ] = "gentd26",
     steps: Annotated[int | None, typer.Option(help="Steps per image; with --mix fixed (default 30).")] = None,
     images: Annotated[int | None, typer.Option(help="Images per request; with --mix fixed (default 1).")] = None,
