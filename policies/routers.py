@@ -7,6 +7,7 @@ random numbers and no engine; it may remember what it did. Ties go to the lowest
 from __future__ import annotations
 
 from collections.abc import Set
+from hashlib import blake2b
 from typing import Protocol
 
 from synerdiff.core import InputError, Request
@@ -81,7 +82,9 @@ class AdapterAffinity:
     """The worker that has most of the request's LoRA files, among those whose queue is not much longer.
 
     A worker with more than ``slack`` samples above the shortest queue is left out, so that a popular LoRA spreads.
-    Without LoRAs, and among equals, the shortest queue.
+    Among equals the home of the first LoRA: the worker whose number, hashed with the file's name, comes out highest
+    (rendezvous hashing), so that files divide up among caches and not all go to the first idle worker. Without LoRAs
+    the shortest queue.
     """
 
     NAME = "adapter-affinity"
@@ -95,10 +98,17 @@ class AdapterAffinity:
         pass
 
     def route(self, request: Request, workers: list[WorkerState]) -> int:
-        wanted = {lora_file(adapter) for adapter in request.loras}
+        if not request.loras:
+            return min(workers, key=_queue).index
+        files = [lora_file(adapter) for adapter in request.loras]
+        wanted = set(files)
         most = min(worker.samples for worker in workers) + self.slack
         near = [worker for worker in workers if worker.samples <= most]
-        return min(near, key=lambda worker: (-len(wanted & worker.loras), *_queue(worker))).index
+        return max(near, key=lambda worker: (len(wanted & worker.loras), _score(files[0], worker.index))).index
+
+
+def _score(file: str, worker: int) -> bytes:
+    return blake2b(f"{worker}/{file}".encode(), digest_size=8).digest()
 
 
 def _queue(worker: WorkerState) -> tuple[int, int]:
