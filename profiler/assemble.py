@@ -16,7 +16,7 @@ from profiler.settings import command_line
 from synerdiff.profile import OVERHEADS, Corun, Profile, Spread
 
 Tables = Mapping[str, Mapping[str, Any]]
-"""``atoms``: name -> spread; ``solo``: point -> columns of samples; ``corun``: cell -> spreads of step and chunk."""
+"""``atoms``: name -> spread; ``solo``: point -> columns of samples; ``corun``: cell -> samples of step and chunk."""
 
 
 def assemble(plan: Plan, tables: Tables, bench: Bench, watch: GpuWatch | None, spent_s: float, out: str) -> Profile:
@@ -24,7 +24,7 @@ def assemble(plan: Plan, tables: Tables, bench: Bench, watch: GpuWatch | None, s
     settings, solo = plan.settings, tables["solo"]
     corun: dict[tuple[str, int], dict[int, Corun]] = {}
     for cell in plan.cells:
-        step, chunk = (Spread(*numbers) for numbers in tables["corun"][cell.key])
+        step, chunk = (spread_of(samples) for samples in tables["corun"][cell.key])
         corun.setdefault((cell.chunking, cell.chunk), {})[cell.rows] = Corun(step, chunk, plan.held_out(cell))
     profile = Profile(
         name=Path(out).resolve().name,
@@ -71,7 +71,7 @@ def _facts(plan: Plan, tables: Tables, bench: Bench, watch: GpuWatch | None) -> 
         "quick": plan.settings.quick,
         "sampling": (
             f"{rule.least} to {rule.most} samples a point until the 95% interval of the median is below "
-            f"{100 * rule.width:g}%; a co-run at most about {rule.cap_s:g} s"
+            f"{100 * rule.width:g}%; a pair of step and chunk about {rule.cap_s:g} s at most"
         ),
         "cuts": {cut.name: list(cut.cuts) for cut in plan.chunkings},
         "atoms_ns": {name: numbers[0] for name, numbers in tables["atoms"].items()},

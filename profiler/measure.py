@@ -14,7 +14,7 @@ import torch
 
 from profiler.assemble import assemble
 from profiler.bench import Bench, open_bench
-from profiler.corun import chunk_pieces, measure_corun
+from profiler.corun import VISITS, chunk_pieces, measure_corun
 from profiler.facts import GpuWatch, device_name, software
 from profiler.partial import Partial, claim_folder, numbers
 from profiler.pieces import StepPiece
@@ -96,12 +96,15 @@ class _Session:
         samplers = self._samplers(functions, steps[self.settings.rows[0]])
         warm_up_all(self.bench, samplers)
         chunks = {name: chunk_pieces(self.bench, parts) for name, parts in functions.items()}
-        for done, cell in enumerate(self.plan.cells):
-            self._solo_rounds(samplers, self.plan.round_due(done, self._rounds))
-            if cell.key not in corun:
-                pair = measure_corun(self.bench, steps[cell.rows], chunks[cell.chunking][cell.chunk])
-                corun[cell.key] = [numbers(spread) for spread in pair]
-                self._keep("pairs")
+        for visit in range(1, VISITS + 1):
+            visited = self.partial.table(f"visit {visit}")
+            for cell in self.plan.cells:
+                self._solo_rounds(samplers, self.plan.round_due(self._visits_done(), self._rounds))
+                if cell.key not in visited:
+                    piece = chunks[cell.chunking][cell.chunk]
+                    corun[cell.key] = measure_corun(self.bench, steps[cell.rows], piece, corun.get(cell.key, ([], [])))
+                    visited[cell.key] = 1
+                    self._keep("pairs")
 
     def _samplers(self, functions: dict[str, Any], step: StepPiece) -> dict[str, Sampler]:
         rows = (*self.settings.rows, *self.settings.held_out_step_rows)
@@ -125,6 +128,9 @@ class _Session:
     def _rounds_done(self) -> int:
         return len(self.partial.table("solo").get("chunks whole", [[]])[0]) // BATCH
 
+    def _visits_done(self) -> int:
+        return sum(len(self.partial.table(f"visit {visit}")) for visit in range(1, VISITS + 1))
+
     def _solo_enough(self) -> bool:
         solo = self.partial.table("solo")
         # Gaps and host times are too uneven ever to be known to 1%.
@@ -136,9 +142,9 @@ class _Session:
         if self._watch is not None:
             self._watch.look()
         if self._on_progress is not None:
-            total = 1 + self._rounds + len(self.plan.cells)
+            total = 1 + self._rounds + VISITS * len(self.plan.cells)
             rounds = self._rounds if self._solo_enough() else self._rounds_done()
-            self._on_progress(1 + rounds + len(self.partial.table("corun")), total, what)
+            self._on_progress(1 + rounds + self._visits_done(), total, what)
 
 
 def _conditions(settings: Settings, device: torch.device) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from profiler.corun import VISITS
 from profiler.settings import Settings
 from synerdiff.diffusion.chunking import WHOLE, Chunking, choose_cuts
 
@@ -44,9 +45,9 @@ class Plan:
         """Whether lookups do without this cell: it shows how well they interpolate."""
         return cell.rows not in self.settings.corun_rows
 
-    def round_due(self, cells_done: int, rounds: int) -> int:
-        """How many of ``rounds`` solo rounds belong before the next co-run, spread evenly over all of them."""
-        return min(rounds, 1 + cells_done * rounds // max(1, len(self.cells)))
+    def round_due(self, visits_done: int, rounds: int) -> int:
+        """How many of ``rounds`` solo rounds belong before the next visit of a pair, spread evenly over all of them."""
+        return min(rounds, 1 + visits_done * rounds // (VISITS * len(self.cells)))
 
 
 def _longest(cut: Chunking, atoms_ns: Sequence[int]) -> int:

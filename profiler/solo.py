@@ -19,7 +19,7 @@ from synerdiff.diffusion.chunking import Chunking
 from synerdiff.diffusion.stages import ChunkFunction, finished_picture, prepare_chunks
 from synerdiff.profile import Spread
 
-BATCH = 5
+BATCH = 2
 
 Columns = list[list[int]]
 """Samples (ns) of one point, or of the points that can only be measured together (the chunks of a decode)."""

@@ -179,13 +179,13 @@ def test_the_plan_follows_from_settings_and_atoms():
     assert {(cell.chunking, cell.chunk) for cell in held_out} == {("whole", 0), ("c4", 3), ("c8", 7)}
     assert {cell.rows for cell in held_out} == {3, 6, 12, 24}
     assert len(plan.cells) == len(set(plan.cells)) == 13 * 6 + 3 * 4
-    due = [plan.round_due(done, 10) for done in range(len(plan.cells))]
+    due = [plan.round_due(done, 10) for done in range(2 * len(plan.cells))]
     assert due == sorted(due)
     assert (due[0], due[-1]) == (1, 10)
-    assert [due.count(k) for k in range(1, 11)] == [9] * 10, "evenly spread"
+    assert [due.count(k) for k in range(1, 11)] == [18] * 10, "evenly spread"
     few = Plan(make_settings("digits", "cpu", rows="1"), [3, 1, 1, 1, 1])
     assert [cut.name for cut in few.chunkings] == ["whole", "c4"], "eight chunks need eight atoms"
-    assert [few.round_due(done, 10) for done in range(5)] == [1, 3, 5, 7, 9]
+    assert [few.round_due(done, 10) for done in range(10)] == list(range(1, 11))
 
 
 def made_profile():

@@ -62,6 +62,8 @@ def _atoms(vae: Any) -> tuple[Atom, ...]:
     blocks = [type(block).__name__ for block in decoder.up_blocks]
     if set(blocks) != {"UpDecoderBlock2D"} or vae.use_tiling or vae.use_slicing:
         raise InputError(f"Only plain untiled AutoencoderKL decoders can be cut into chunks, not {', '.join(blocks)}.")
+    # diffusers' `dtype` walks over all parameters, half a millisecond with the interpreter held: ask once.
+    dtype: torch.dtype = vae.dtype
     scale, shift = float(vae.config.scaling_factor), float(getattr(vae.config, "shift_factor", None) or 0.0)
 
     def conv_in(latents: torch.Tensor) -> torch.Tensor:
@@ -69,7 +71,7 @@ def _atoms(vae: Any) -> tuple[Atom, ...]:
         hidden = latents / scale
         if shift:
             hidden = hidden + shift
-        hidden = hidden.to(vae.dtype)
+        hidden = hidden.to(dtype)
         if vae.post_quant_conv is not None:
             hidden = vae.post_quant_conv(hidden)
         convolved: torch.Tensor = decoder.conv_in(hidden)
