@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
@@ -34,12 +32,26 @@ def lane_chart(
     ``work``: the columns of work.parquet. Steps are shaded by rows and name rows and skipping samples; chunks name
     their sample and number, alternate in shade by sample, are hatched when exclusive and outlined red when forced.
     """
+    figure = new_figure(12, 0.62 * len(lanes_of(work)) + 2.0)
+    most_rows = largest_step(work)
+    shown = draw_lanes(figure.subplots(), work, start_s, end_s, most_rows)
+    lane_legend(figure, shown, most_rows)
+    note = (
+        "Steps: rows, shaded by rows; +p: padding; c and r: samples that skip guidance (conditional only, difference "
+        f"reused). Chunks: sample, chunk number. {caption}"
+    )
+    return finish(figure, title, note, estimated)
+
+
+def draw_lanes(axis: Axes, work: pd.DataFrame, start_s: float, end_s: float, most_rows: int) -> pd.DataFrame:
+    """Draw the chart of ``lane_chart`` into an axis 10.2 inches wide and return the work that is in it.
+
+    ``most_rows``: rows of the darkest step.
+    """
     shown = work[(work["end_ns"] > start_s * NS_PER_S) & (work["start_ns"] < end_s * NS_PER_S)]
-    lanes = _lanes(work)
-    figure = new_figure(12, 0.62 * len(lanes) + 2.0)
-    axis = figure.subplots()
+    lanes = lanes_of(work)
     axis.grid(visible=False, axis="y")
-    shades = Normalize(0, max(1, int(work.loc[work["kind"] == "step", "rows"].max() or 1)))
+    shades = Normalize(0, most_rows)
     colormap = matplotlib.colormaps["Blues"]
     samples = {name: i for i, name in enumerate(dict.fromkeys(shown.loc[shown["kind"] == "chunk", "sample_ids"]))}
     inches_per_s = 10.2 / (end_s - start_s)
@@ -68,12 +80,13 @@ def lane_chart(
     axis.set_ylim(len(lanes) - 0.4, -0.6)
     axis.set_xlim(start_s, end_s)
     axis.set_xlabel("time (s)")
-    _legend(figure, shown, shades, colormap(0.65))
-    note = (
-        "Steps: rows, shaded by rows; +p: padding; c and r: samples that skip guidance (conditional only, difference "
-        f"reused). Chunks: sample, chunk number. {caption}"
-    )
-    return finish(figure, title, note, estimated)
+    return shown
+
+
+def largest_step(work: pd.DataFrame) -> int:
+    """Rows of the largest step, 1 without any."""
+    steps = work.loc[work["kind"] == "step", "rows"]
+    return int(steps.max()) if len(steps) else 1
 
 
 def step_label(rows: int, pad_rows: int, modes: str) -> str:
@@ -85,7 +98,7 @@ def step_label(rows: int, pad_rows: int, modes: str) -> str:
     return "\n".join(parts)
 
 
-def _lanes(work: pd.DataFrame) -> dict[tuple[int, str], int]:
+def lanes_of(work: pd.DataFrame) -> dict[tuple[int, str], int]:
     """Lines of the chart: by GPU, the denoise lane first."""
     found = {(int(gpu), str(lane)) for gpu, lane in zip(work["gpu"], work["lane"], strict=True)}
     ordered = sorted(found, key=lambda key: (key[0], key[1] != "denoise", key[1]))
@@ -99,9 +112,10 @@ def _label(axis: Axes, x_s: float, place: int, text: str, width_in: float, light
         axis.text(x_s, place, text, ha="center", va="center", fontsize=6.5, color=color, linespacing=0.95, clip_on=True)
 
 
-def _legend(figure: Figure, shown: pd.DataFrame, shades: Normalize, step_color: Any) -> None:
+def lane_legend(figure: Figure, shown: pd.DataFrame, most_rows: int) -> None:
+    """What the colours of ``draw_lanes`` mean."""
     handles = [
-        Patch(facecolor=step_color, label=f"step (darkest: {int(shades.vmax or 1)} rows)"),
+        Patch(facecolor=matplotlib.colormaps["Blues"](0.65), label=f"step (darkest: {most_rows} rows)"),
         Patch(facecolor=_CHUNK_COLORS[0], edgecolor="#7a5c00", label="decode chunk"),
     ]
     if shown["exclusive"].any():
