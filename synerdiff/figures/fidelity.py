@@ -39,8 +39,13 @@ def fidelity_against_rows(
 
     The SSIM axis is logarithmic in 1 - SSIM, upside down. Full guidance in all steps (SSIM 1) is left out.
     """
-    figure = new_figure(4.4 * len(settings) + 2.6, 4.6)
-    axes = figure.subplots(1, len(settings), squeeze=False, sharey=True)[0]
+    columns = min(len(settings), 3)
+    lines = -(-len(settings) // columns)
+    figure = new_figure(3.6 * columns + 2.6, 3.4 * lines + 1.2)
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    axes = grid.flatten()[: len(settings)]
+    for spare in grid.flatten()[len(settings) :]:
+        spare.set_axis_off()
     shown: dict[tuple[str, str], Any] = {}
     for axis, (label, rows) in zip(axes, settings.items(), strict=True):
         for family, (name, color, marker) in _FAMILIES.items():
@@ -52,8 +57,10 @@ def fidelity_against_rows(
         axis.set_title(label, loc="left")
         axis.set_xlabel("rows, share of full guidance")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        axis.tick_params(labelbottom=True)
     _error_axis(axes[0])
-    axes[0].set_ylabel("SSIM against full guidance, same seeds")
+    for axis in grid[:, 0]:
+        axis.set_ylabel("SSIM, same seeds")
     figure.legend(handles=[shown[family] for family in _FAMILIES if family in shown], loc="outside right upper")
     note = "Means over images, bars: 95% t intervals. Up and to the left is better."
     return finish(figure, title, f"{note} {caption}", False)

@@ -1,8 +1,10 @@
 """How much guidance matters in each step, from one pass with full guidance; and which steps to skip, given how many.
 
 The noise of a guided step is eps_c + (w - 1) d with d = eps_c - eps_u. Reusing an older difference d' instead puts an
-error (w - 1)(d' - d) into it, which the solver, being linear in the noise, carries to the end with a known factor (the
-denoiser's own reaction is left out). The cost of a run of skips is the size of the sum of its errors at the end.
+error (w - 1)(d' - d) into it, which the solver, being linear in the noise, puts into the latent with a known factor.
+From there to the end an error keeps its size when latents are scaled to unit variance: exactly so for data that are
+themselves of unit variance and Gaussian, which latents are scaled to resemble. A run of skips costs the mean square
+of the sum of its errors; runs add up. (1 - SSIM is quadratic in small errors.)
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from synerdiff.core import InputError
 from synerdiff.studies.fidelity_sampling import Sampler, Subject
 
 if TYPE_CHECKING:
     import numpy
     import torch
 
+    from synerdiff.diffusion.model import DiffusionModel
     from synerdiff.diffusion.solvers import Coefficients
 
 OLDEST = 4
@@ -36,11 +38,18 @@ class Calibration:
     reuse_error: numpy.ndarray[Any, Any]
     """(steps, 4): the same when the difference is 1 to 4 steps old; NaN where there is none."""
     run_cost: numpy.ndarray[Any, Any]
-    """(steps, steps): [g, l] = cost of l skips in a row after a guided step g, at the end of all steps."""
+    """(steps, steps): [g, l] = mean square error in the final latent of l skips in a row after a guided step g."""
+
+
+def can_calibrate(model: DiffusionModel) -> bool:
+    """Whether the model runs DDIM, Euler or DPM-Solver++ 2M, whose steps are known linear functions of the noise."""
+    from synerdiff.diffusion.solvers import LinearSolver
+
+    return isinstance(model.solver, LinearSolver)
 
 
 def calibrate(sampler: Sampler, steps: int, subjects: Sequence[Subject]) -> Calibration:
-    """One pass with full guidance over the subjects. InputError for a scheduler whose steps are not linear."""
+    """One pass with full guidance over the subjects. Only for schedulers that ``can_calibrate`` allows."""
     import numpy
     import torch
 
@@ -52,10 +61,7 @@ def calibrate(sampler: Sampler, steps: int, subjects: Sequence[Subject]) -> Cali
     for start in range(0, len(subjects), sampler.batch):
         states = sampler.start(steps, subjects[start : start + sampler.batch])
         progress = states[0].progress
-        if not isinstance(progress, LinearProgress):
-            raise InputError(
-                f"a calibration needs DDIM, Euler or DPM-Solver++ 2M; found {sampler.model.solver.scheduler_name}."
-            )
+        assert isinstance(progress, LinearProgress)
         table = progress.table.rows
         timesteps = list(progress.timesteps)
         differences, similarity = [], []
@@ -64,7 +70,7 @@ def calibrate(sampler: Sampler, steps: int, subjects: Sequence[Subject]) -> Cali
             kept = [state.last_difference for state in states if state.last_difference is not None]
             differences.append(torch.cat(kept).flatten(1))
             similarity.append([sampler.model.x0_similarity(state) for state in states])
-        d = torch.stack(differences) * weight
+        d = torch.stack(differences).cpu() * weight
         found = _batch(d, table)
         found["x0_similarity"] = numpy.array(similarity).sum(axis=1)
         for name, values in found.items():
@@ -88,7 +94,7 @@ def _batch(d: torch.Tensor, table: Sequence[Coefficients]) -> dict[str, Any]:
     cost = torch.zeros(steps, steps)
     for guided in range(steps - 1):
         error = (d[guided] - d[guided + 1 :]) * gain[guided + 1 :, None, None]
-        cost[guided, 1 : steps - guided] = (error.cumsum(dim=0).norm(dim=2) / root).sum(dim=1)
+        cost[guided, 1 : steps - guided] = error.cumsum(dim=0).square().mean(dim=2).sum(dim=1)
     return {
         name: value.double().numpy()
         for name, value in (("drop_error", drop), ("reuse_error", reuse), ("run_cost", cost))
@@ -96,13 +102,18 @@ def _batch(d: torch.Tensor, table: Sequence[Coefficients]) -> dict[str, Any]:
 
 
 def end_gains(table: Sequence[Coefficients]) -> list[float]:
-    """By step: what a unit error in its noise becomes in the final latent when nothing else changes."""
+    """By step: what a unit error in its noise becomes in the final latent.
+
+    The error enters the next latent and, with a multistep solver, through x0 also the one after; each is brought to
+    unit variance by that step's ``input_scale`` (1 for DDIM and DPM-Solver++, whose latents have it anyway).
+    """
+    scales = [row.input_scale for row in table] + [1.0, 1.0]
     gains = []
     for step, row in enumerate(table):
-        latent, x0 = row.output, row.x0_output
-        for after in table[step + 1 :]:
-            latent, x0 = after.latent * latent + after.previous * x0, after.x0_latent * latent
-        gains.append(latent)
+        gain = row.output * scales[step + 1]
+        if step + 1 < len(table):
+            gain += table[step + 1].previous * row.x0_output * scales[step + 2]
+        gains.append(gain)
     return gains
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from synerdiff.fidelity import Score
 from synerdiff.studies.fidelity_calibration import choose_skips
+from synerdiff.studies.fidelity_results import SettingResult
 from synerdiff.studies.fidelity_rules import skips_to_calibrate, spread
-from synerdiff.studies.fidelity_study import SettingResult, StudyResult
+from synerdiff.studies.fidelity_study import StudyResult
 
 _SHEET_RULES = 9
 
@@ -52,13 +54,16 @@ def _setting_lines(setting: SettingResult) -> list[str]:
 
 
 def draw(result: StudyResult, folder: Path) -> list[Path]:
-    """One picture of fidelity against rows for all settings, and per setting a contact sheet and its sensitivity."""
+    """One picture of fidelity against rows for the whole table; per setting just judged a contact sheet, and how much
+    guidance matters by step."""
     from synerdiff.figures import fidelity as pictures
     from synerdiff.figures.style import save
 
     head = result.table.head
     device = f"{result.table.model} on {head['device']}, {head['dtype']}, {head['date']}."
-    panels = {_label(setting): setting.scores for setting in result.settings}
+    panels: dict[str, list[Score]] = {}
+    for row in result.table.rows:
+        panels.setdefault(_label(row), []).append(row)
     written = save(pictures.fidelity_against_rows(panels, caption=device), folder, "fidelity-rows")
     for setting in result.settings:
         suffix = f"{_short(setting.solver)}-{setting.steps}-{setting.guidance_scale:g}"
@@ -68,7 +73,7 @@ def draw(result: StudyResult, folder: Path) -> list[Path]:
         calibration = setting.calibration
         if calibration is not None:
             chosen = {}
-            for skips in skips_to_calibrate(setting.steps):
+            for skips in skips_to_calibrate(setting.rules):
                 chosen[f"{skips} spread"] = sorted(spread(setting.steps, skips).skipped)
                 chosen[f"{skips} calibrated"] = list(choose_skips(calibration.run_cost, skips))
             figure = pictures.sensitivity_by_step(
@@ -90,7 +95,7 @@ def _sheet(setting: SettingResult) -> Sequence[tuple[str, str]]:
     return [(ordered[i].rule, f"{ordered[i].rows_share:.0%} of rows, SSIM {ordered[i].ssim:.3f}") for i in picked]
 
 
-def _label(setting: SettingResult) -> str:
+def _label(setting: SettingResult | Score) -> str:
     return f"{_short(setting.solver)}, {setting.steps} steps, guidance {setting.guidance_scale:g}"
 
 

@@ -123,6 +123,7 @@ def rules_to_judge(steps: int, part: str) -> list[Rule]:
     return [rule for rule in dict.fromkeys(found) if rule.skipped or rule.threshold is not None]
 
 
-def skips_to_calibrate(steps: int) -> list[int]:
-    """The numbers of skips at which calibrated and spread schedules are compared."""
-    return sorted({(steps - 1) // 2, round(steps * 0.64), round(steps * 0.8)} - {0})
+def skips_to_calibrate(rules: Sequence[Rule]) -> list[int]:
+    """The numbers of skips at which calibrated and spread schedules are compared: those of the spread reuse rules."""
+    plain = {len(rule.skipped) for rule in rules if rule.schedule == "spread" and rule.mode is REUSE}
+    return sorted(plain)

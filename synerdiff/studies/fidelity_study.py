@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from synerdiff.core import InputError
 from synerdiff.fidelity import HEAD, FidelityTable, Score, read_fidelity, write_fidelity
-from synerdiff.studies.fidelity_calibration import Calibration, calibrate, choose_skips
-from synerdiff.studies.fidelity_comparisons import Comparison, comparison, read_comparisons, write_comparisons
+from synerdiff.files import sha256_of_files
+from synerdiff.studies.fidelity_calibration import Calibration, calibrate, can_calibrate, choose_skips
+from synerdiff.studies.fidelity_comparisons import read_comparisons, write_comparisons
+from synerdiff.studies.fidelity_results import SettingResult
 from synerdiff.studies.fidelity_rules import (
     ALL_PARTS,
     Rule,
@@ -25,7 +27,6 @@ from synerdiff.studies.fidelity_rules import (
     rivals,
     rules_to_judge,
     skips_to_calibrate,
-    spread,
 )
 from synerdiff.studies.fidelity_sampling import Sampler, Subject, fingerprint
 from synerdiff.studies.fidelity_scores import (
@@ -33,7 +34,6 @@ from synerdiff.studies.fidelity_scores import (
     Judged,
     interval_of,
     load_arrays,
-    paired_difference,
     save_arrays,
 )
 
@@ -42,6 +42,16 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+_HERE = Path(__file__).parent
+IMAGE_SOURCES = tuple(
+    [_HERE / "fidelity_sampling.py", _HERE / "fidelity_scores.py"]
+    + [
+        _HERE.parent / "diffusion" / f"{name}.py"
+        for name in ("model", "rows", "solvers", "copied_solver", "conditioning", "decoder")
+    ]
+)
+"""What turns seeds into images and scores: a part made by other source is not reused."""
+CALIBRATION_SOURCES = (_HERE / "fidelity_calibration.py",)
 LADDER = (4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 35, 40, 50, 60, 80, 100)
 """Step counts among which the fewest sufficient one is searched."""
 CONVERGED_SSIM = 0.99
@@ -65,24 +75,6 @@ class Settings:
     prompts: tuple[str, ...] = ()
     """Used in turn; empty: the model's own default prompt of each seed."""
     part: str = ALL_PARTS
-
-
-@dataclass(slots=True)
-class SettingResult:
-    """One solver, step count and guidance scale, judged."""
-
-    solver: str
-    steps: int
-    guidance_scale: float
-    rules: list[Rule] = field(default_factory=list)
-    judged: dict[str, Judged] = field(default_factory=dict)
-    scores: list[Score] = field(default_factory=list)
-    comparisons: list[Comparison] = field(default_factory=list)
-    calibration: Calibration | None = None
-
-    @property
-    def setting(self) -> tuple[str, int, float]:
-        return (self.solver, self.steps, self.guidance_scale)
 
 
 @dataclass(slots=True)
@@ -190,74 +182,29 @@ class Study:
     def _setting(self, steps: int, scale: float) -> SettingResult:
         result = SettingResult(self.model.solver.scheduler_name, steps, scale)
         reference = full(steps)
-        key = self._key("calibration", steps, scale, self.tuning)
-        result.calibration = self._part(
+        rules = [reference, *rules_to_judge(steps, self.settings.part)]
+        if can_calibrate(self.model):
+            result.calibration = self._calibration(steps, scale)
+            for skips in skips_to_calibrate(rules):
+                rules.append(calibrated(steps, choose_skips(result.calibration.run_cost, skips)))
+        else:
+            # Nor can the x0 predictions be told from what such a scheduler keeps.
+            rules = [rule for rule in rules if rule.threshold is None]
+        rules += rivals(steps, rules[1:], EXTRA_RIVALS)
+        for rule in rules:
+            result.add(rule, self._judged(rule, reference, scale, self.subjects), self.held_out)
+        result.comparisons = result.compare(self.held_out)
+        return result
+
+    def _calibration(self, steps: int, scale: float) -> Calibration:
+        return self._part(
             f"calibration of {steps} steps, guidance {scale:g}",
-            key,
+            self._key("calibration", steps, scale, self.tuning, sources=CALIBRATION_SOURCES),
             Calibration,
             2 * steps * len(self.tuning),
             lambda sampler: calibrate(sampler, steps, self.tuning),
             scale,
         )
-        rules = [reference, *rules_to_judge(steps, self.settings.part)]
-        for skips in skips_to_calibrate(steps):
-            rules.append(calibrated(steps, choose_skips(result.calibration.run_cost, skips)))
-        rules += rivals(steps, rules[1:], EXTRA_RIVALS)
-        for rule in rules:
-            result.judged[rule.name] = self._judged(rule, reference, scale, self.subjects)
-            result.rules.append(rule)
-            result.scores.append(self._score(rule, result))
-        result.comparisons = self._comparisons(result)
-        return result
-
-    def _score(self, rule: Rule, result: SettingResult) -> Score:
-        judged = result.judged[rule.name]
-        # A calibrated rule is judged where it was not calibrated; half of the images at most are lost by that.
-        held_out = rule.schedule == "calibrated"
-        chosen = self.held_out if held_out else list(range(len(self.subjects)))
-        ssim, psnr_db = interval_of(judged.ssim[chosen]), interval_of(judged.psnr_db[chosen])
-        return Score(
-            solver=result.solver,
-            steps=result.steps,
-            guidance_scale=result.guidance_scale,
-            rule=rule.name,
-            run_steps=rule.run_steps,
-            mode=rule.mode,
-            schedule=rule.schedule,
-            warmup_steps=rule.warmup_steps,
-            skipped_steps=None if rule.varies else tuple(sorted(rule.skipped)),
-            rows=float(judged.rows.mean()),
-            n=len(chosen),
-            ssim=ssim.value,
-            ssim_low=max(-1.0, ssim.low),
-            ssim_high=min(1.0, ssim.high),
-            psnr_db=psnr_db.value,
-            psnr_low_db=max(0.0, psnr_db.low),
-            psnr_high_db=psnr_db.high,
-            recognised=float(judged.recognised[chosen].mean()) if judged.recognised.size else None,
-            held_out=held_out,
-        )
-
-    def _comparisons(self, result: SettingResult) -> list[Comparison]:
-        """Every rule against the rival of equal cost, and every calibrated schedule against the spread one."""
-        found = []
-        held_out = set(self.held_out)
-        tuned = [i for i in range(len(self.subjects)) if i not in held_out]
-        for rule in result.rules:
-            judged = result.judged[rule.name]
-            pairs: list[tuple[str, str, list[int] | None]] = []
-            if rule.schedule == "calibrated":
-                plain = spread(result.steps, len(rule.skipped)).name
-                pairs = [(plain, "held out", self.held_out), (plain, "tuned prompts", tuned)]
-            rival = f"full-{int(judged.rows.mean()) // 2}"
-            if rule.schedule == "calibrated" and rival in result.judged:
-                pairs.append((rival, "held out", self.held_out))
-            elif rule.schedule != "full" and rival in result.judged:
-                pairs.append((rival, "all", None))
-            for against, images, chosen in pairs:
-                difference = paired_difference(judged, result.judged[against], chosen)
-                found.append(comparison(result.setting, rule.name, against, images, difference))
-        return found
 
     def _judged(self, rule: Rule, reference: Rule, scale: float, subjects: Sequence[Subject]) -> Judged:
         latents = self._reference(reference, scale, subjects)
@@ -310,11 +257,13 @@ class Study:
         subjects: Sequence[Subject],
         rule: Rule | None = None,
         reference: Rule | None = None,
+        sources: tuple[Path, ...] = (),
     ) -> str:
         import torch
 
         own = {**self.identity, "resolution": [self.model.height, self.model.width]}
         what: list[Any] = [kind, steps, scale, own, self.model.solver.scheduler_name, torch.__version__]
+        what.append(sha256_of_files([*IMAGE_SOURCES, *sources]))
         what += [[list(subject) for subject in subjects], reference.run_steps if reference else None]
         if rule is not None:
             what += [rule.mode, sorted(rule.skipped), rule.threshold, rule.warmup_steps, rule.drawn]
