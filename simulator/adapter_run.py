@@ -11,7 +11,7 @@ from simulator.pieces import Draws, Piece
 from simulator.segments import NEVER, Plan, Segment
 from simulator.services import ControlNetServices
 from simulator.step_plan import StepPlanner
-from simulator.worker_run import WorkerRun, positive_ppm
+from simulator.worker_run import WorkerRun, without_limit
 from synerdiff.adapters import Adapters
 from synerdiff.cluster import Cluster, WorkerEntry
 from synerdiff.core import PPM, Sample, WorkRecord
@@ -140,7 +140,9 @@ class AdapterRun(WorkerRun):
             if ppm != piece.ppm:
                 piece.retime(ppm, now_ns)
         for gpu, segment in computing.items():
-            segment.retime(positive_ppm(slowed[gpu], self.profile, segment.rows), now_ns)
+            if slowed[gpu] <= 0:
+                raise without_limit(slowed[gpu], self.profile, segment.rows)
+            segment.retime(slowed[gpu], now_ns)
         step_piece = self.step_piece
         assert step_piece is not None
         if plan.left == 1:

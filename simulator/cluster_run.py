@@ -174,7 +174,9 @@ class _ClusterRun:
         self.global_ids: list[list[int]] = [[] for _ in runs]
         """Per worker: its own sample id -> the id in the run."""
         self.states = [WorkerState(index) for index in range(len(runs))]
-        self.given_steps = [0] * len(runs)
+        self.steps_left = [0] * len(runs)
+        """Per worker: sample-steps of what it was given, less those in the records that have been counted."""
+        self.counted = [0] * len(runs)
         self.due_ns = [-1] * len(runs)
         """When something can next happen at each worker, -1 for never; it changes only by a turn or a new sample."""
         self.told: list[tuple[WorkerRun, int]] = []
@@ -242,9 +244,13 @@ class _ClusterRun:
         self.told.clear()
 
     def give(self, request: Request) -> None:
-        for state, run, given in zip(self.states, self.runs, self.given_steps, strict=True):
+        for index, (state, run) in enumerate(zip(self.states, self.runs, strict=True)):
             state.samples = len(run.samples) - run.worker.ended
-            state.steps_left = given - run.steps_done
+            for record in run.step_records[self.counted[index] :]:
+                if record.kind == "step":
+                    self.steps_left[index] -= len(record.samples)
+            self.counted[index] = len(run.step_records)
+            state.steps_left = self.steps_left[index] - run.steps_given_up
             if request.loras and isinstance(run, AdapterRun):
                 state.loras = run.loader.known | run.planner.files_in_weights
         index = self.router.route(request, self.states)
@@ -255,7 +261,7 @@ class _ClusterRun:
             )
         self.worker_of.append(index)
         run, ids = self.runs[index], self.global_ids[index]
-        self.given_steps[index] += request.steps * request.images
+        self.steps_left[index] += request.steps * request.images
         for image in range(request.images):
             ids.append(len(self.samples))
             sample = Sample(len(run.samples), request, image, request.arrival_ns + self.encode_ns, self.budget)

@@ -58,8 +58,8 @@ class WorkerRun:
         self.step_piece: Piece | None = None
         self.chunk_pieces: list[Piece | None] = [None] * len(decode_gpus)
         self.decisions = 0
-        self.steps_done = 0
-        """Sample-steps taken, or given up by a rejection."""
+        self.steps_given_up = 0
+        """Sample-steps that rejected samples will not take."""
         self.step_records: list[WorkRecord] = []
         self.chunk_records: list[WorkRecord] = []
         self.on_progress = on_progress
@@ -77,13 +77,15 @@ class WorkerRun:
             if due_ns > now_ns:
                 yield environment.timeout(due_ns - now_ns)
                 now_ns = due_ns
-            self.turn(now_ns)
+            if self.happen(now_ns) and worker.ended < total:
+                self.decide(now_ns)
+            self.retime(now_ns)
             if self.on_progress is not None and worker.ended >= self.reported + PROGRESS_EVERY:
                 self.reported = worker.ended
                 self.on_progress(worker.ended)
 
     def turn(self, now_ns: int) -> None:
-        """One round of the contract: everything of this instant, at most one decision, then the slowdowns."""
+        """One round of ``run``, for a clock that drives many workers."""
         if self.happen(now_ns) and (self.open or self.worker.ended < len(self.samples)):
             self.decide(now_ns)
         self.retime(now_ns)
@@ -162,7 +164,7 @@ class WorkerRun:
         decision = self.policy.decide(worker.look(now_ns, self.entered == len(self.samples) and not self.open))
         step_starts, starting = worker.apply(decision, now_ns)
         if decision.reject:
-            self.steps_done += sum([self.samples[sample_id].steps_left for sample_id in decision.reject])
+            self.steps_given_up += sum([self.samples[sample_id].steps_left for sample_id in decision.reject])
         if step_starts:
             assert worker.step is not None
             self.start_step(worker.step, now_ns)
@@ -182,7 +184,6 @@ class WorkerRun:
     def end_step(self, piece: Piece, now_ns: int) -> None:
         step = self.worker.end_step(now_ns)
         self.step_piece = None
-        self.steps_done += len(step.ids)
         self.step_records.append(
             WorkRecord(
                 self.gpu, "denoise", "step", piece.start_ns, now_ns, step.rows, step.pad_rows, step.ids, step.modes,
@@ -219,14 +220,14 @@ class WorkerRun:
             if ppm != piece.ppm:
                 piece.retime(ppm, now_ns)
         if step_piece is not None and step_ppm != step_piece.ppm:
-            step_piece.retime(positive_ppm(step_ppm, self.profile, step.rows if step else 0), now_ns)
+            if step_ppm <= 0:
+                raise without_limit(step_ppm, self.profile, step.rows if step else 0)
+            step_piece.retime(step_ppm, now_ns)
 
 
-def positive_ppm(step_ppm: int, profile: Profile, rows: int) -> int:
-    """The slowdown itself; InputError when the chunks beside a step add up to a speed-up without limit."""
-    if step_ppm <= 0:
-        raise InputError(
-            f"profile '{profile.name}': the chunks beside a step of {rows} rows speed it up without limit "
-            f"(sum of slowdowns {step_ppm} ppm)."
-        )
-    return step_ppm
+def without_limit(step_ppm: int, profile: Profile, rows: int) -> InputError:
+    """The error that the chunks beside a step add up to a speed-up without limit."""
+    return InputError(
+        f"profile '{profile.name}': the chunks beside a step of {rows} rows speed it up without limit "
+        f"(sum of slowdowns {step_ppm} ppm)."
+    )
