@@ -8,15 +8,17 @@ import torch
 
 from profiler import bench
 from profiler import measure as measuring
+from profiler.findings import findings
 from profiler.measure import measure_profile
 from profiler.partial import Partial
 from profiler.sampling import Rule, spread_of
-from profiler.settings import make_settings
+from profiler.settings import CORUN_ROWS, ROWS, make_settings
 from synerdiff.cli import main
 from synerdiff.core import GUIDED, InputError
+from synerdiff.diffusion.chunking import Chunking
 from synerdiff.diffusion.loading import load_model
 from synerdiff.profile import OVERHEADS
-from synerdiff.profile_files import load_profile
+from synerdiff.profile_files import find_profile, load_profile
 
 FEW = Rule(least=3, most=3, width=1.0, cap_s=2.0)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
@@ -218,6 +220,21 @@ def test_a_folder_with_other_things_in_it(tmp_path, capsys):
     assert main(["profile", "--model", "digits", "--out", str(tmp_path)]) == 2
     assert "not empty and holds no profile" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_the_profile_that_ships_is_complete_and_was_measured_by_the_command_that_it_names():
+    profile = load_profile(find_profile("digits-cpu"))
+    assert not profile.estimated
+    assert profile.info["command"] == "synerdiff profile --model digits --device cpu --out profiler/profiles/digits-cpu"
+    assert profile.row_buckets == ROWS
+    assert {name: profile.chunk_count(name) for name in profile.chunkings} == {"whole": 1, "c4": 4, "c8": 8}
+    for name, cuts in profile.info["cuts"].items():
+        assert len(Chunking(name, tuple(cuts))) == profile.chunk_count(name)
+    assert all(spread.n >= 10 for spread in profile.steps.values())
+    again = json.loads(json.dumps(findings(profile, CORUN_ROWS)["held_out_error"]))
+    assert again == profile.info["held_out_error"], "what it states follows from its tables"
+    for rows in ROWS:
+        assert all(ppm > 0 for ppm in profile.slowdown_ppm(rows, "c8", 7))
 
 
 @pytest.mark.gpu
