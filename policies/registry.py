@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from policies.auto import Auto
 from policies.base import Parameter, Policy, checked_parameters
 from policies.continuous import Chunked, ContinuousParallel, ContinuousSerial
 from policies.dynamic import Dynamic
@@ -31,6 +32,7 @@ POLICIES: dict[str, type[Any]] = {
         SynerDiffFeedback,
         LoadSkip,
         Edf,
+        Auto,
     )
 }
 

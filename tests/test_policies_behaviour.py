@@ -134,3 +134,66 @@ def test_static_and_dynamic_step_what_fits_when_rows_are_lowered():
         result = simulate(requests_at(0, 0, 0, steps=3), Lowered(build_policy(name)), affine_profile())
         assert [len(step.samples) for step in steps_of(result)][:2] == [3, 2]
         assert max(step.rows for step in steps_of(result)[1:]) == 4
+
+
+def test_auto_skips_as_many_as_shorten_the_step_most_per_skip():
+    """Buckets of 4 and 8 rows: of four samples that may skip, two spare 10 ms and four 16 ms, so two do."""
+    profile = make_profile({1: 5 * MS, 4: 24 * MS, 6: 30 * MS, 8: 40 * MS}, {"whole": [MS]})
+    policy = build_policy("auto", {"batch": 4})
+    budget = SkipBudget(PPM, warmup_steps=1, longest_run=1)
+    result = simulate(requests_at(0, 0, 0, 0, steps=5), policy, profile, budget=budget)
+    assert [step.modes for step in steps_of(result)] == ["gggg", "rrgg", "ggrr", "rrgg", "ggrr"]
+    three = simulate(requests_at(0, 0, 0, steps=3), build_policy("auto"), profile, budget=budget)
+    # From 6 rows nothing is saved before 4: two skip, not one, and not three, which would be 3 rows in a bucket of 4.
+    assert [step.modes for step in steps_of(three)] == ["ggg", "rrg", "ggg"]
+    assert policy.best_skips(8, 1) == 0
+
+
+def test_auto_skips_first_who_has_most_skips_left_per_step():
+    profile = make_profile({1: 5 * MS, 3: 20 * MS, 4: 40 * MS}, {"whole": [MS]})
+    budget = SkipBudget(500_000, warmup_steps=1, longest_run=1)
+    requests = [Request(0, 0, 9), Request(1, 0, 4)]
+    result = simulate(requests, build_policy("auto"), profile, budget=budget)
+    assert [step.modes for step in steps_of(result)][:3] == ["gg", "gr", "rg"]
+
+
+def test_auto_starts_the_next_decode_in_the_middle_of_a_step():
+    requests = [Request(0, 0, 1), Request(1, 0, 1), Request(2, 0, 9)]
+    profile = make_profile({1: 50 * MS, 8: 100 * MS}, {"whole": [20 * MS]}, both((1_250_000, 1_500_000)))
+    result = simulate(requests, build_policy("auto"), profile)
+    assert [c.start_ns // MS for c in chunks_of(result)][:2] == [100, 130]
+    losing = make_profile({1: 50 * MS, 8: 100 * MS}, {"whole": [20 * MS]}, both(LOSES))
+    result = simulate(requests, build_policy("auto"), losing)
+    assert [(c.start_ns // MS, c.exclusive) for c in chunks_of(result)][:2] == [(100, True), (120, True)]
+
+
+def test_auto_holds_steps_back_while_decodes_are_the_bottleneck():
+    """A decode takes 150 ms beside steps that feed one every 25: the queue stays below its limit, unlike elsewhere."""
+    profile = make_profile({1: 10 * MS, 8: 100 * MS}, {"whole": [100 * MS]}, both((1_500_000, 1_500_000)))
+    longest = {}
+    for name in ("auto", "load-skip"):
+        result = simulate([Request(i, 0, 1) for i in range(60)], build_policy(name, {"batch": 4}), profile)
+        done, most = 0, 0
+        for record in sorted(result.work, key=lambda w: w.end_ns):
+            done += len(record.samples) if record.kind == "step" else -1
+            most = max(most, done)
+        longest[name] = most
+        makespan = result.end_ns
+        if name == "auto":
+            auto_ns = makespan
+    assert longest["auto"] <= 4 + 4
+    assert longest["load-skip"] > 30
+    # 60 decodes of 100 ms and the steps they cover, 25 ms each at a third of their speed: 1 / (c + D s_u (1 - 1/s_v)).
+    assert auto_ns == pytest.approx(60 * (100 + 25 * 1.5 / 3) * MS, rel=0.05)
+
+
+def test_auto_cuts_the_decode_so_that_it_costs_least():
+    cheap = (1_100_000, 1_100_000)
+    cells = make_profile({1: 10, 8: 20}, {"whole": [100], "c2": [50, 50]}, both((1_900_000, 1_900_000)))
+    for chunk in range(2):
+        cells.corun[("c2", chunk)] = make_profile({1: 10, 8: 20}, {"c2": [1]}, both(cheap)).corun[("c2", 0)]
+    policy = build_policy("auto", {"batch": 4})
+    simulate(requests_at(0), policy, cells)
+    assert policy.chunking == "c2"
+    simulate(requests_at(0), policy, cells, decode_gpus=(1,))
+    assert policy.chunking == "whole"

@@ -64,8 +64,9 @@ def test_placement_by_cost_takes_the_better_formula(name: str, parameters: dict[
     profile = estimate_profile("h200", "sdxl", contention)
     result = saturated(name, profile, 20, 320, **parameters)
     mix = row_mix(result)
-    assert (min(mix) < 16) is (name == "load-skip" and not parameters)
-    parallel = parallel_capacity_samples_per_s(profile, 20, 8, rows=mix)
+    assert (min(mix) < 16) is (name != "edf" and not parameters)
+    cut = "c8" if name == "auto" and contention == "mild" else "whole"
+    parallel = parallel_capacity_samples_per_s(profile, 20, 8, rows=mix, chunking=cut)
     serial = serial_capacity_samples_per_s(profile, 20, 8, rows=mix)
     exclusive = {w.exclusive for w in result.work if w.kind == "chunk"}
     assert (contention == "severe") in exclusive
@@ -82,6 +83,18 @@ def test_synerdiff_while_the_threshold_does_not_bind(name: str) -> None:
     assert row_mix(result) == {16: 1.0}
     expected = parallel_capacity_samples_per_s(profile, 30, 8, chunking="c4")
     assert rate(result) == pytest.approx(expected, rel=0.01)
+
+
+def test_auto_reaches_the_formula_of_held_steps() -> None:
+    """One step and a decode of 36 ms: X = 1 / (c + D * s_u * (1 - 1/s_v)), D = T/B."""
+    profile = estimate_profile("h200", "sdxl")
+    requests = [Request(i, 0, 1, guidance_scale=1.0) for i in range(800)]
+    result = simulate(requests, build_policy("auto", {"batch": 16}), profile)
+    assert not any(w.exclusive for w in result.work)
+    c = profile.decode_ns() + profile.overhead_ns("chunk_dispatch")
+    s_u, s_v = (ppm / 1e6 for ppm in profile.slowdown_ppm(16, "whole", 0))
+    step = (profile.step_ns(16) + profile.overhead_ns("step_dispatch")) / 16
+    assert rate(result) == pytest.approx(1e9 / (c + step * s_u * (1 - 1 / s_v)), rel=0.01)
 
 
 def test_binomial_rows_by_hand() -> None:

@@ -1,0 +1,148 @@
+"""Chooses by the profile and the observed load: how decodes are cut and placed, when steps wait, who skips guidance."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import ClassVar
+
+from policies.base import BATCH, Parameter
+from policies.continuous import ContinuousPolicy
+from policies.decode_costs import DecodeCosts
+from policies.step_batch import StepModes
+from synerdiff.core import PPM, ChunkLaunch, Decision, Mode, Sample, SampleId, View, WorkerInfo
+from synerdiff.profile import Profile
+
+Launches = tuple[ChunkLaunch, ...]
+
+
+class Auto(ContinuousPolicy):
+    """Decodes where they cost least, steps held back when decodes are the bottleneck, skips that shorten the step.
+
+    - The decode is cut so that it costs the denoise lane least at full batches.
+    - As soon as a lane is free the next decode starts: beside when sum(delta) <= sum(c), else exclusively at the next
+      step boundary. Lanes on other GPUs are always used.
+    - When decodes beside steps take longer than the steps that feed them, a step waits while ``decode_queue`` more
+      decodes do than fit beside it, so that these run at full speed.
+    - While ``skip_queue`` samples wait, as many samples skip guidance as shorten the step most per skip: with row
+      buckets that is a certain number, and any other wastes budget. Those with most skips left per step go first.
+    """
+
+    NAME: ClassVar[str] = "auto"
+    PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
+        BATCH,
+        Parameter("skip_queue", int, 0, 0, 1_000_000, "samples", "skip guidance while at least so many wait"),
+        Parameter("decode_queue", int, 3, 1, 1_000_000, "samples", "waiting decodes, beyond a step's, that hold it"),
+    )
+
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+        super().reset(worker, profile)
+        self.denoise_gpu = worker.denoise_gpu
+        self.home = [gpu == worker.denoise_gpu for gpu in worker.decode_gpus]
+        rows = min(self.batch * worker.sample_rows, worker.max_rows)
+        self.chunking = "whole"
+        if any(self.home):
+            self.chunking = min(profile.chunkings, key=lambda name: self._least_cost_ns(profile, name, rows))
+        self.costs = DecodeCosts(profile, self.chunking)
+        self.running_rows = 0
+        self.skips: dict[tuple[int, int], int] = {}
+        self.bound_version = -1
+        self.decodes_bind = False
+
+    @staticmethod
+    def _least_cost_ns(profile: Profile, chunking: str, rows: int) -> tuple[int, int]:
+        """Cost of a decode for the denoise lane, each chunk where it costs least; ties to fewer chunks."""
+        costs = DecodeCosts(profile, chunking)
+        lost = costs.beside(rows).lost
+        return sum(min(pair) for pair in zip(lost, costs.solo, strict=True)), costs.count
+
+    def decide(self, view: View) -> Decision:
+        if not view.denoise_free:
+            rows = self.running_rows if view.running else 0
+            return Decision(chunks=self.beside(view, rows) if view.decoding else ())
+        members = self.members
+        members.refresh(view)
+        step, rows = members.step, members.rows
+        if rows and len(view.waiting) >= self.parameters["skip_queue"]:
+            step, rows = self.with_skips(rows)
+        launches: Launches = ()
+        if view.decoding:
+            launches = self.beside(view, rows)
+            if step and any(self.home):
+                held, alone = self.hold(view, rows, launches)
+                if held:
+                    return Decision(chunks=launches + alone)
+        self.running_rows = rows
+        return Decision(members.admit, (), step, 0, launches)
+
+    def beside(self, view: View, rows: int) -> Launches:
+        """Decodes for free lanes that may run beside a step of these rows (0: there is none)."""
+        ready = (sample for sample in view.decoding if not sample.launched)
+        launches: list[ChunkLaunch] = []
+        lanes = [lane for lane in view.decode_lanes if lane.free]
+        lanes.sort(key=lambda lane: self.home[lane.index])
+        for lane in lanes:
+            if self.home[lane.index] and rows and not self.costs.overlap_pays(rows, 0):
+                break
+            sample = next(ready, None)
+            if sample is None:
+                break
+            launches.append(ChunkLaunch(sample.id, self.costs.count - sample.chunks_done, lane.index))
+        return tuple(launches)
+
+    def hold(self, view: View, rows: int, launches: Launches) -> tuple[bool, Launches]:
+        """Whether no step is to start now, and the exclusive launch that is the reason (if none, a running decode)."""
+        taken = {launch.sample for launch in launches}
+        waiting = [sample for sample in view.decoding if not sample.launched and sample.id not in taken]
+        used = {launch.lane for launch in launches}
+        free = [lane for lane in view.decode_lanes if lane.free and self.home[lane.index] and lane.index not in used]
+        if waiting and free:
+            # A free lane and a waiting decode are left only where overlap does not pay.
+            sample = waiting[0]
+            return True, (ChunkLaunch(sample.id, self.costs.count - sample.chunks_done, free[0].index, True),)
+        busy = any(self.home[lane.index] and (not lane.free or lane.index in used) for lane in view.decode_lanes)
+        if not busy or len(waiting) < self.parameters["decode_queue"] or not self.bound():
+            return False, ()
+        fitting = self.costs.step_ns(rows) // max(1, sum(self.costs.beside(rows).progress))
+        return len(waiting) >= self.parameters["decode_queue"] + fitting, ()
+
+    def bound(self) -> bool:
+        """Whether a decode beside full steps takes longer than the steps that feed it."""
+        members = self.members
+        if self.bound_version != members.version:
+            self.bound_version = members.version
+            count = len(members.members)
+            beside = self.costs.beside(members.rows)
+            feeding = Fraction(members.steps_sum * self.costs.step_ns(members.rows), count * count) + sum(beside.lost)
+            self.decodes_bind = sum(beside.wall) > feeding * sum(self.home)
+        return self.decodes_bind
+
+    # --- skipping -----------------------------------------------------------------------------------------------
+
+    def with_skips(self, rows: int) -> tuple[StepModes, int]:
+        """The step in which the best number of members skip guidance, and its rows."""
+        able: list[tuple[int, int, Sample, Mode]] = []
+        members = self.members.members
+        for place, sample in enumerate(members):
+            if sample.skips_left:
+                mode = sample.skip_mode
+                if mode is not None:
+                    able.append((-sample.skips_left * PPM // sample.steps_left, place, sample, mode))
+        count = self.best_skips(rows, len(able)) if able else 0
+        if not count:
+            return self.members.step, rows
+        able.sort()
+        skipping: dict[SampleId, Mode] = {sample.id: mode for _, _, sample, mode in able[:count]}
+        step = [(s.id, skipping[s.id]) if s.id in skipping else s.full for s in members]
+        return tuple(step), rows - count
+
+    def best_skips(self, rows: int, able: int) -> int:
+        """How many of the samples that may skip do: most time saved per skip, ties to more skips; 0 when none saves."""
+        found = self.skips.get((rows, able))
+        if found is None:
+            full_ns = self.costs.step_ns(rows)
+            saved = [
+                (Fraction(full_ns - self.costs.step_ns(rows - count), count), count) for count in range(1, able + 1)
+            ]
+            best = max(saved)
+            found = self.skips[rows, able] = best[1] if best[0] > 0 else 0
+        return found
