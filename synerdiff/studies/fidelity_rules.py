@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from synerdiff.core import CONDITIONAL, GUIDED, REUSE, Mode
 
 ALL_PARTS, CORE_PARTS = "all", "core"
+WARMUP = 3
+"""Guided first steps of the rules that have a warm-up: ``SkipBudget``'s default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def calibrated(steps: int, chosen: Collection[int]) -> Rule:
     return _fixed("calibrated", steps, REUSE, frozenset(chosen), min(chosen, default=0))
 
 
-def adaptive(steps: int, threshold: float, warmup_steps: int = 3) -> Rule:
+def adaptive(steps: int, threshold: float, warmup_steps: int = WARMUP) -> Rule:
     """Sticky: guidance is dropped for good once the x0 predictions with and without the condition agree."""
     name = f"conditional-adaptive-{threshold:g}"
     return Rule(name, steps, CONDITIONAL, "adaptive", warmup_steps, threshold=threshold)
@@ -112,7 +114,8 @@ def rules_to_judge(steps: int, part: str) -> list[Rule]:
     found.append(last(steps, round(steps * 0.4), CONDITIONAL))
     if part == ALL_PARTS:
         found += [spread(steps, round(steps * share)) for share in (0.24, 0.72)]
-        found.append(spread(steps, shares[0], warmup_steps=3))
+        if shares[0] + WARMUP < steps:
+            found.append(spread(steps, shares[0], warmup_steps=WARMUP))
         found.append(last(steps, round(steps * 0.4), REUSE))
         found.append(spread(steps, every_other, mode=CONDITIONAL))
         found += [last(steps, round(steps * share), CONDITIONAL) for share in (0.2, 0.6, 0.8, 1.0)]

@@ -21,8 +21,8 @@ THUMBNAILS = 10
 LARGEST_PSNR_DB = 100.0
 """Of equal images, whose PSNR is infinite."""
 MEASURE = {
-    "ssim": "Wang et al. 2004; Gaussian window of 11x11 pixels, sigma 1.5, K1 0.01, K2 0.03, windows wholly inside "
-    "the image, mean over channels; torchmetrics structural_similarity_index_measure",
+    "ssim": "Wang et al. 2004; Gaussian window of 11x11 pixels, sigma 1.5, K1 0.01, K2 0.03, images mirrored at their "
+    "borders, mean over pixels and channels; torchmetrics structural_similarity_index_measure",
     "psnr": f"10 log10(1 / mean squared error) per image, at most {LARGEST_PSNR_DB:g} dB, then the mean over images",
     "data_range": "images clamped to [0, 1]",
     "interval": "95% Student t interval of the mean over images",

@@ -51,7 +51,6 @@ IMAGE_SOURCES = tuple(
     ]
 )
 """What turns seeds into images and scores: a part made by other source is not reused."""
-CALIBRATION_SOURCES = (_HERE / "fidelity_calibration.py",)
 LADDER = (4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 35, 40, 50, 60, 80, 100)
 """Step counts among which the fewest sufficient one is searched."""
 CONVERGED_SSIM = 0.99
@@ -97,6 +96,8 @@ class Study:
         self._report = on_progress
         self._working_on = ("", 1)
         self._rows_done = 0
+        self._hash_of_images = sha256_of_files(list(IMAGE_SOURCES))
+        self._hash_of_calibration = sha256_of_files([_HERE / "fidelity_calibration.py"])
         self._samplers: dict[float, Sampler] = {}
         self.subjects = _subjects(model, settings, settings.first_seed, settings.samples)
         prompts = list(dict.fromkeys(subject.prompt for subject in self.subjects))
@@ -199,7 +200,7 @@ class Study:
     def _calibration(self, steps: int, scale: float) -> Calibration:
         return self._part(
             f"calibration of {steps} steps, guidance {scale:g}",
-            self._key("calibration", steps, scale, self.tuning, sources=CALIBRATION_SOURCES),
+            self._key("calibration", steps, scale, self.tuning),
             Calibration,
             2 * steps * len(self.tuning),
             lambda sampler: calibrate(sampler, steps, self.tuning),
@@ -257,13 +258,12 @@ class Study:
         subjects: Sequence[Subject],
         rule: Rule | None = None,
         reference: Rule | None = None,
-        sources: tuple[Path, ...] = (),
     ) -> str:
         import torch
 
         own = {**self.identity, "resolution": [self.model.height, self.model.width]}
         what: list[Any] = [kind, steps, scale, own, self.model.solver.scheduler_name, torch.__version__]
-        what.append(sha256_of_files([*IMAGE_SOURCES, *sources]))
+        what.append([self._hash_of_images, self._hash_of_calibration if kind == "calibration" else ""])
         what += [[list(subject) for subject in subjects], reference.run_steps if reference else None]
         if rule is not None:
             what += [rule.mode, sorted(rule.skipped), rule.threshold, rule.warmup_steps, rule.drawn]
