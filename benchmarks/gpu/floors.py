@@ -1,0 +1,89 @@
+"""What a time means: achieved TFLOP/s and GB/s, and the least time that the device allows.
+
+FLOPs, bytes and data sheets come from ``profiler.hardware_facts``; models and devices that it does not know have no
+floor, and nothing is guessed for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from profiler.hardware_facts import GPUS, MODELS, decoder_atoms
+from synerdiff.core import NS_PER_S
+from synerdiff.profile import Profile
+
+REACHED_FLOPS = {"h200": 790e12}
+"""What bf16 matrix products were seen to reach on the device; elsewhere the data sheet's peak stands for it."""
+
+
+def gpu_key(device: str) -> str | None:
+    """``NVIDIA H200`` -> ``h200``; None for a device without a data sheet here."""
+    flat = device.lower().replace(" ", "")
+    return next((key for key in GPUS if key in flat), None)
+
+
+def work_of(model: str, rows: int) -> tuple[float, float, float]:
+    """(FLOPs, bytes moved when nothing is fused, bytes of weights) of a step of ``rows`` rows; KeyError if unknown."""
+    facts = MODELS[model]
+    activations = facts.step_traffic_bytes - facts.step_weight_bytes
+    return rows * facts.step_flops, facts.step_weight_bytes + rows * activations, facts.step_weight_bytes
+
+
+def decode_work(model: str) -> tuple[float, float]:
+    """(FLOPs, bytes moved when nothing is fused) of one decode; KeyError if unknown."""
+    facts = MODELS[model]
+    return sum(atom.flops for atom in decoder_atoms(facts.resolution)), facts.decode_traffic_bytes
+
+
+def beside_floor(ns: float, flops: float, moved: float, least_bytes: float, gpu: str | None) -> dict[str, Any]:
+    """The time in ms, what it achieves, and its floor: the products at the device's best rate, or the bytes that any
+    execution must read (weights), whichever takes longer. ``of_floor`` is floor / time."""
+    seconds = ns / NS_PER_S
+    found: dict[str, Any] = {
+        "ms": ns / 1e6,
+        "tflop_per_s": flops / seconds / 1e12,
+        "unfused_gb_per_s": moved / seconds / 1e9,
+    }
+    if gpu is not None:
+        rate = REACHED_FLOPS.get(gpu, GPUS[gpu].peak_flops)
+        floor_s = max(flops / rate, least_bytes / GPUS[gpu].bandwidth)
+        found |= {"floor_ms": floor_s * 1e3, "of_floor": floor_s / seconds}
+    return found
+
+
+def profile_table(profile: Profile) -> dict[str, Any]:
+    """Every solo time of a profile, beside its floor where model, resolution and device are known."""
+    info = profile.info
+    model = str(info.get("model"))
+    known = model in MODELS and info.get("resolution") == MODELS[model].resolution
+    gpu = gpu_key(str(info.get("device", "")))
+    steps = []
+    for rows, spread in profile.steps.items():
+        row: dict[str, Any] = {"rows": rows, "ms": spread.median / 1e6}
+        if known:
+            row |= beside_floor(spread.median, *work_of(model, rows), gpu)
+        steps.append({**row, "p10_ms": spread.p10 / 1e6, "p90_ms": spread.p90 / 1e6, "n": spread.n})
+    decodes = []
+    for name in profile.chunkings:
+        ns = profile.decode_ns(name)
+        row = {"chunking": name, "ms": ns / 1e6, "chunks_ms": [spread.median / 1e6 for spread in profile.chunks[name]]}
+        if known:
+            row |= beside_floor(ns, *decode_work(model), 0.0, gpu)
+        decodes.append(row)
+    corun = [
+        {"chunking": name, "chunk": chunk, "rows": rows, "s_u": cell.step.median / 1e6, "s_v": cell.chunk.median / 1e6}
+        | {"overlap": 1e6 / cell.step.median + 1e6 / cell.chunk.median}
+        for (name, chunk), by_rows in profile.corun.items()
+        for rows, cell in by_rows.items()
+    ]
+    keys = ("device", "model", "resolution", "dtype", "execution", "quick", "clocks", "driver", "torch", "commit")
+    return {
+        "info": {key: info[key] for key in (*keys, "date", "measured_for_s") if key in info},
+        "steps": steps,
+        "decodes": decodes,
+        "corun": corun,
+        "overheads_ms": {name: profile.overhead_ns(name) / 1e6 for name in profile.overheads},
+        "overlap": info.get("overlap"),
+        "kappa": info.get("kappa"),
+        "held_out_error": info.get("held_out_error"),
+    }

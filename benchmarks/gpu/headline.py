@@ -1,0 +1,215 @@
+"""Policies against each other on hardware, in one process: saturation throughput, then latencies at a load.
+
+    python -m benchmarks.gpu.headline --profile DIR --trace A.csv --trace B.csv --policy static ... --out DIR
+
+Runs are interleaved: trace by trace every policy in turn, another one first each time. A finished run is a file, so the
+same command goes on where it was stopped. Every policy has the batch size that the simulator finds best for it. Each request is
+for one image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from synerdiff.core import NS_PER_S, InputError, Request, SkipBudget
+from synerdiff.files import atomic
+from synerdiff.intervals import (
+    p99_upper_bound,
+    paired_log_ratio,
+    percentile_interval,
+    requests_for_p99_claim,
+    t_interval,
+)
+from synerdiff.profile import Profile
+
+BATCHES = (4, 8, 16)
+SATURATION, LATENCY = "saturation", "latency"
+OURS = ("synerdiff-feedback", "auto")
+
+
+def best_batch(policy: str, kind: str, requests: Sequence[Request], profile: Profile, skips: SkipBudget) -> int:
+    """Of 4, 8 and 16 as far as the row buckets allow: highest simulated rate, or least simulated mean latency."""
+    from synerdiff.studies import one_run
+
+    rows = 2 if any(request.guidance_scale > 1 for request in requests) else 1
+    sizes = [size for size in BATCHES if size * rows <= profile.max_rows] or [max(1, profile.max_rows // rows)]
+
+    def cost_ns(batch: int) -> float:
+        found = one_run.run_simulated(requests, profile, one_run.Setup(policy, {"batch": batch}, budget=skips))
+        ends = [record.finished_ns - record.request.arrival_ns for record in found.requests]
+        return max(ends) if kind == SATURATION else sum(ends) / len(ends)
+
+    return min(sizes, key=lambda size: (cost_ns(size), size))
+
+
+def backlog(requests: Sequence[Request], count: int) -> list[Request]:
+    """So many requests, over and over if need be, all there from the start."""
+    return [replace(requests[i % len(requests)], request_id=i, arrival_ns=0) for i in range(count)]
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    from policies.registry import build_policy
+    from real_runner.engine import run_real
+    from real_runner.hardware import open_hardware
+    from synerdiff.profile_files import find_profile, load_profile
+    from synerdiff.studies import one_run
+    from traces.native import read_trace
+    from traces.scaling import scaled
+
+    profile = load_profile(find_profile(arguments.profile))
+    skips = SkipBudget(round(arguments.skip_fraction * 1_000_000))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    offered: list[tuple[str, list[Request]]] = []
+    for trace in arguments.trace:
+        # One image a request: what a run needs is many requests, and percentiles are over requests.
+        known = [replace(request, images=1) for request in one_run.fitted(read_trace(trace), profile)]
+        scale = one_run.time_scale_for_load(known, profile, arguments.load)
+        if arguments.backlog:
+            offered.append((SATURATION, backlog(known, arguments.backlog)))
+        offered.append((LATENCY, scaled(known, scale)))
+    batches = {
+        (policy, kind): best_batch(policy, kind, requests, profile, skips)
+        for kind, requests in offered[: 2 if arguments.backlog else 1]
+        for policy in arguments.policy
+    }
+    with open_hardware(str(profile.info["model"]), arguments.device, profile) as hardware:
+        for turn, (kind, requests) in enumerate(offered):
+            number = turn // (2 if arguments.backlog else 1)
+            first = turn % len(arguments.policy)
+            for policy in arguments.policy[first:] + arguments.policy[:first]:
+                batch = batches[policy, kind]
+                head = {"policy": policy, "kind": kind, "trace": number, "batch": batch, "load": arguments.load}
+                head |= {"requests": len(requests), "skip_fraction_allowed": arguments.skip_fraction}
+                path = arguments.out / f"{kind}-{number}-{policy}.json"
+                if path.exists() and head.items() <= json.loads(path.read_text(encoding="utf-8")).items():
+                    continue
+                run = run_real(requests, build_policy(policy, {"batch": batch}), profile, hardware, budget=skips)
+                if run.error is not None:
+                    raise run.error
+                found = head | outcome(run, requests, profile)
+                with atomic(path) as temporary:
+                    temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
+                print(f"{path.name}: {found['images_per_s'] or 0:.3g} images/s", flush=True)
+
+
+def outcome(run: Any, requests: Sequence[Request], profile: Profile) -> dict[str, Any]:
+    """One run's metrics, and the latencies behind them, so that runs can be pooled."""
+    from synerdiff import records
+    from synerdiff.metrics import measured, saturation_throughput
+    from synerdiff.studies import one_run
+
+    tables = (
+        records.requests_table(run.result.requests),
+        records.work_table(run.result.work, run.result.sample_names),
+    )
+    frame, work = tables[0].to_pandas(), tables[1].to_pandas()
+    try:
+        rate: float | None = saturation_throughput(work)
+        note = ""
+    except InputError as error:
+        rate, note = None, str(error)
+    kept = measured(frame)
+    done = kept[kept["status"] == "done"]
+    finished = frame.loc[frame["status"] == "done", "finished_s"]
+    steps = work[work["kind"] == "step"]
+    return {
+        "images_per_s": rate,
+        "images_per_s_note": note,
+        "whole_run_images_per_s": int(frame["images"].sum()) / float(finished.max()) if len(finished) else None,
+        "latencies_s": [float(value) for value in done["request_latency_s"]],
+        "measured_requests": len(kept),
+        "step_median_s": float((steps["end_ns"] - steps["start_ns"]).median()) / NS_PER_S if len(steps) else None,
+        "dispatch": run.dispatch.summary(),
+        "faults": len(run.faults),
+        "summary": one_run.summary_of(frame, work, requests, profile),
+    }
+
+
+def conclude(cases: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Per policy: rate and mean latency with t intervals over traces, P99 of the pooled latencies with what can be
+    claimed; and paired ratios of ours to every other policy. Only what was measured is in it."""
+    by: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for case in cases:
+        by.setdefault((case["policy"], case["kind"]), {})[case["trace"]] = case
+    policies: dict[str, dict[str, Any]] = {}
+    rates: dict[str, dict[int, float]] = {}
+    means: dict[str, dict[int, float]] = {}
+    for (policy, kind), runs in sorted(by.items()):
+        entry = policies.setdefault(policy, {})
+        if kind == SATURATION:
+            known = {n: run["images_per_s"] for n, run in runs.items() if run["images_per_s"]}
+            if known:
+                rates[policy] = known
+                entry["saturation_images_per_s"] = _interval(t_interval(list(known.values())))
+            entry["saturation_batch"] = next(iter(runs.values()))["batch"]
+            continue
+        latencies = [value for run in runs.values() for value in run["latencies_s"]]
+        wanted = sum(run["measured_requests"] for run in runs.values())
+        entry["latency_batch"] = next(iter(runs.values()))["batch"]
+        entry["load"] = next(iter(runs.values()))["load"]
+        entry["measured_requests"], entry["without_latency"] = wanted, wanted - len(latencies)
+        entry["skip_fraction"] = [run["summary"]["skip_fraction"] for run in runs.values()]
+        entry["stages_mean_s"] = {
+            stage: [run["summary"][f"{stage}_mean_s"] for run in runs.values()]
+            for stage in ("queue", "denoise", "decode_wait", "decode")
+        }
+        if latencies:
+            whole = {n: run for n, run in runs.items() if run["latencies_s"]}
+            means[policy] = {n: sum(run["latencies_s"]) / len(run["latencies_s"]) for n, run in whole.items()}
+            entry["mean_latency_s"] = _interval(t_interval(list(means[policy].values())))
+            entry["p99_latency_s"] = _interval(percentile_interval(latencies, 0.99))
+            bound = p99_upper_bound(latencies)
+            enough = len(latencies) == wanted >= requests_for_p99_claim()
+            entry["p99_claim_s"] = bound if enough else None
+    ratios = {
+        f"{ours} / {other}": {
+            name: _ratio(values[ours], values[other])
+            for name, values in (("saturation", rates), ("mean_latency", means))
+            if ours in values and other in values
+        }
+        for ours in OURS
+        for other in policies
+        if other != ours and ours in policies
+    }
+    return {"policies": policies, "paired_ratios": ratios}
+
+
+def _interval(found: Any) -> dict[str, float | None]:
+    values = {"value": found.value, "low": found.low, "high": found.high}
+    return {name: value if abs(value) != float("inf") else None for name, value in values.items()} | {"n": found.n}
+
+
+def _ratio(ours: dict[int, float], other: dict[int, float]) -> dict[str, float | None] | None:
+    both = sorted(set(ours) & set(other))
+    if not both:
+        return None
+    found = paired_log_ratio({n: ours[n] for n in both}, {n: other[n] for n in both})
+    bounded = found.seeds > 1
+    return {
+        "ratio": found.ratio,
+        "low": found.low if bounded else None,
+        "high": found.high if bounded else None,
+        "traces": found.seeds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--trace", type=Path, action="append", required=True)
+    parser.add_argument("--policy", action="append", required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--load", type=float, default=0.8)
+    parser.add_argument("--backlog", type=int, default=0, help="requests of a saturation run; 0: none")
+    parser.add_argument("--skip-fraction", type=float, default=0.0)
+    parser.add_argument("--out", type=Path, required=True)
+    measure(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()
