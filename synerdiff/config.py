@@ -19,8 +19,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Batch = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
-Figure = Literal["latency-load", "throughput-load", "tradeoff", "stages", "backlog"]
-FIGURES: tuple[Figure, ...] = ("latency-load", "throughput-load", "tradeoff", "stages", "backlog")
+Figure = Literal["latency-load", "throughput-load", "tradeoff", "stages", "lanes", "backlog"]
+FIGURES: tuple[Figure, ...] = ("latency-load", "throughput-load", "tradeoff", "stages", "lanes", "backlog")
 
 
 class _Section(BaseModel):

@@ -212,7 +212,7 @@ def test_names_that_are_not_known(world: Path, capsys: pytest.CaptureFixture[str
     assert simulate(policy="nowhere:Rule") == 2
     assert "the module nowhere cannot be imported" in sentence(capsys)
     assert simulate(profile="h900") == 2
-    assert "there is no such profile folder, and the shipped profiles are h200-" in sentence(capsys)
+    assert "there is no such profile folder, and the shipped profiles are digits-cpu, h200-" in sentence(capsys)
     assert simulate(trace="none.csv") == 2
     assert sentence(capsys) == "none.csv: there is no such trace."
     assert cli.main(["simluate"]) == 2

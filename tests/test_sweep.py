@@ -350,7 +350,7 @@ def test_figures_come_after_the_data(world: Path, capsys: pytest.CaptureFixture[
     small(world, ("figures: []\n", ""), ("\npolicies:", backlog))
     assert cli.main(["sweep", "e.yaml", "--jobs", "1", "--out", "out"]) == 0
     pictures = {path.name for path in (world / "out" / "figures").iterdir()}
-    names = ("latency-load", "throughput-load", "tradeoff", "stages", "backlog-burst-test-load0.5-1")
+    names = ("latency-load", "throughput-load", "tradeoff", "stages", "lanes-test", "backlog-burst-test-load0.5-1")
     assert pictures == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     assert all((world / "out" / "figures" / name).stat().st_size > 5000 for name in pictures)
     out = capsys.readouterr().out
@@ -400,7 +400,7 @@ def test_results_go_to_a_folder_of_the_experiments_name(world: Path) -> None:
         (("images: 2", "images: 0"), "workload 'w': images is 0; input should be greater than or equal to 1."),
         (("images: 2", "seed: 2"), "workload 'w': seed is not among its parameters; give seeds beside them."),
         (("images: 2", "colour: 2"), "workload 'w': the field 'colour' is unknown; known are kind, seed, requests, "),
-        (("profiles: [p]", "profiles: [q]"), "q: there is no such profile folder, and the shipped profiles are h200-"),
+        (("profiles: [p]", "profiles: [q]"), "q: there is no such profile folder, and the shipped profiles are "),
         (("profiles: [p]", "profiles: [p, ./p]"), "profiles: ./p and another one are both named 'test'."),
         (
             ("generator: poisson, parameters: {mix: fixed, steps: 4, images: 2}", "trace: none.csv"),

@@ -45,7 +45,7 @@ def sweep(
     if experiment.figures:
         from synerdiff.studies.sweep_figures import draw_figures
 
-        written = draw_figures(experiment, folder, results.dropped)
+        written = draw_figures(experiment, results)
         typer.echo(f"{folder / 'figures'}: {len(written)} files")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,6 +17,11 @@ from synerdiff.figures.style import finish, new_figure, styled
 _CHUNK_COLORS = ("#e69f00", "#f6d48a")
 _EXCLUSIVE_HATCH = "xxxx"
 _FORCED_EDGE = "#c1121f"
+_STEPS_SHOWN = 30
+_NOTE = (
+    "Steps: rows, shaded by rows; +p: padding; c and r: samples that skip guidance (conditional only, difference "
+    "reused). Chunks: sample, chunk number."
+)
 
 
 @styled
@@ -36,11 +43,34 @@ def lane_chart(
     most_rows = largest_step(work)
     shown = draw_lanes(figure.subplots(), work, start_s, end_s, most_rows)
     lane_legend(figure, shown, most_rows)
-    note = (
-        "Steps: rows, shaded by rows; +p: padding; c and r: samples that skip guidance (conditional only, difference "
-        f"reused). Chunks: sample, chunk number. {caption}"
-    )
-    return finish(figure, title, note, estimated)
+    return finish(figure, title, f"{_NOTE} {caption}", estimated)
+
+
+@styled
+def lanes_of_policies(
+    works: Mapping[str, pd.DataFrame],
+    *,
+    estimated: bool,
+    title: str = "What the lanes do",
+    caption: str = "",
+) -> Figure:
+    """``lane_chart`` of the same seconds of several runs, one below the other: about 30 steps from the middle on."""
+    first = next(iter(works.values()))
+    steps = first[first["kind"] == "step"]
+    start_s = float(steps["start_ns"].iloc[len(steps) // 2]) / NS_PER_S
+    end_s = start_s + _STEPS_SHOWN * float((steps["end_ns"] - steps["start_ns"]).median()) / NS_PER_S
+    most_rows = max(largest_step(work) for work in works.values())
+    lines = sum(len(lanes_of(work)) for work in works.values())
+    figure = new_figure(12, 0.5 * lines + 0.75 * len(works) + 1.2)
+    axes = figure.subplots(len(works), 1, sharex=True, squeeze=False)[:, 0]
+    drawn = []
+    for axis, (policy, work) in zip(axes, works.items(), strict=True):
+        drawn.append(draw_lanes(axis, work, start_s, end_s, most_rows))
+        axis.set_title(policy, loc="left")
+        if axis is not axes[-1]:
+            axis.set_xlabel("")
+    lane_legend(figure, pd.concat(drawn), most_rows)
+    return finish(figure, title, f"{_NOTE} {caption}", estimated)
 
 
 def draw_lanes(axis: Axes, work: pd.DataFrame, start_s: float, end_s: float, most_rows: int) -> pd.DataFrame:

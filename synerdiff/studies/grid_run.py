@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from synerdiff.core import InputError, SkipBudget
+from synerdiff.core import InputError, Request, RunResult, SkipBudget
 from synerdiff.profile import Profile
 from synerdiff.profile_files import load_profile
 from synerdiff.records import REQUEST_COLUMNS, read_table, requests_table, work_table, write_table
@@ -82,13 +82,18 @@ def row_head(run: Run) -> dict[str, Any]:
     }
 
 
-def compute(run: Run) -> tuple[str, dict[str, Any]]:
-    """Simulate one run, write its file and return (key, row). Called in worker processes."""
+def replayed(run: Run) -> tuple[Profile, list[Request], float, RunResult]:
+    """(profile, requests at the run's load, their time scale, the records): the same whenever it is asked."""
     profile = profile_as_it_was(run.profile_folder, run.profile_hash)
     known = arrivals(run.source)
     scale = one_run.time_scale_for_load(known.requests, profile, run.load, known.window)
     requests = scaled(one_run.fitted(known.requests, profile, run.slo_seconds, run.slo_multiple), scale)
-    result = one_run.run_simulated(requests, profile, run.setup)
+    return profile, requests, scale, one_run.run_simulated(requests, profile, run.setup)
+
+
+def compute(run: Run) -> tuple[str, dict[str, Any]]:
+    """Simulate one run, write its file and return (key, row). Called in worker processes."""
+    profile, requests, scale, result = replayed(run)
     table = requests_table(result.requests)
     work = work_table(result.work, result.sample_names)
     row = {

@@ -37,6 +37,8 @@ class Results:
     """One per run of the grid, in key order: what the run was, and its metrics."""
     batches: list[dict[str, Any]] = field(default_factory=list)
     """How each batch size was chosen: where, the best, and the mean latency of every one tried."""
+    grid_runs: dict[str, Run] = field(default_factory=dict)
+    """The runs of the grid by key."""
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     """Workload -> what its trace file holds and is not replayed, by reason."""
     computed: int = 0
@@ -76,7 +78,8 @@ def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], No
         best[place] = best_batch(means)
         results.batches.append({**place._asdict(), "best_batch": best[place], "mean_latency_s": means})
 
-    rows = _rows(_distinct(grid.runs(best)), backend, count, results)
+    results.grid_runs = {run.key: run for run in grid.runs(best)}
+    rows = _rows(list(results.grid_runs.values()), backend, count, results)
     results.rows = [rows[key] for key in sorted(rows)]
     write_tables(grid.folder, results.rows, [searched[key] for key in sorted(searched) if key not in rows])
     _write_manifest(grid, results, complete=True)

@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING
 
 from synerdiff.config import Experiment, Workload
 from synerdiff.metrics import TAIL_PERCENT, WARMUP_PERCENT
-from synerdiff.records import read_table
+from synerdiff.records import read_table, work_table
+from synerdiff.studies.grid_run import replayed
+from synerdiff.studies.sweep import Results
 
 if TYPE_CHECKING:
     import pandas
 
 FOLDER = "figures"
 _STAGE_PANELS = 3
+_LANES_LOAD = 0.8
 
 
-def draw_figures(experiment: Experiment, folder: Path, dropped: Mapping[str, Mapping[str, int]]) -> list[Path]:
-    """Draw the experiment's figures into ``folder/figures``; the paths written.
+def draw_figures(experiment: Experiment, results: Results) -> list[Path]:
+    """Draw the experiment's figures into the folder's ``figures``; the paths written.
 
     Load curves show the workloads that are not replayed as backlog; every replayed one has a picture per profile.
     """
+    folder, dropped = results.folder, results.dropped
     from synerdiff.figures import load_curves, stage_bars
     from synerdiff.figures.style import save
 
@@ -44,10 +48,37 @@ def draw_figures(experiment: Experiment, folder: Path, dropped: Mapping[str, Map
         if "stages" in experiment.figures:
             loads = _spread(sorted(shown["load"].unique()))
             written += save(stage_bars.where_the_time_goes(shown, loads, caption=caption), into, "stages")
+        if "lanes" in experiment.figures:
+            written += _lanes(results, shown)
     if "backlog" in experiment.figures:
         for workload in experiment.workloads:
             if workload.backlog:
                 written += _backlogs(experiment, workload, folder, runs[runs["workload"] == workload.name], dropped)
+    return written
+
+
+def _lanes(results: Results, runs: pandas.DataFrame) -> list[Path]:
+    """Some seconds of every policy on every profile: one run of each, replayed, for the records keep no work."""
+    from synerdiff.figures.lane_chart import lanes_of_policies
+    from synerdiff.figures.style import save
+
+    written = []
+    for profile, of_profile in runs.groupby("profile", sort=False):
+        load = min(of_profile["load"].unique(), key=lambda load: abs(load - _LANES_LOAD))
+        at_load = of_profile[of_profile["load"] == load]
+        first = at_load[(at_load["workload"] == at_load["workload"].iloc[0])]
+        first = first[first["seed"] == first["seed"].iloc[0]]
+        works = {}
+        for run in first.to_dict("records"):
+            result = replayed(results.grid_runs[str(run["key"])])[-1]
+            works[str(run["policy"])] = work_table(result.work, result.sample_names).to_pandas()
+        figure = lanes_of_policies(
+            works,
+            estimated=bool(first["estimated"].any()),
+            title=f"What the lanes do: {profile}",
+            caption=f"{first['workload'].iloc[0]} at load {load:g}, the same seconds of the same arrivals.",
+        )
+        written += save(figure, results.folder / FOLDER, f"lanes-{profile}")
     return written
 
 
