@@ -8,7 +8,7 @@ skips them all.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from synerdiff.core import CONDITIONAL, GUIDED, MODE_LETTER, NO_SKIPS, PPM, REUSE, InputError, Mode, Request, SkipBudget
@@ -43,24 +43,35 @@ class FloorChoice:
 
 
 def floor_for_requests(
-    min_ssim: float, requests: Iterable[Request], profile: Profile, profile_folder: Path, table: Path | None = None
+    min_ssim: float,
+    requests: Iterable[Request],
+    profile: Profile,
+    profile_folder: Path,
+    table: Path | None = None,
+    solver: str | None = None,
 ) -> FloorChoice:
     """``budget_from_floor`` for what a trace asks for on a profile, by the table given or found (``find_fidelity``)."""
     model = str(profile.info.get("model"))
     found = read_fidelity(find_fidelity(table, profile_folder, model))
     kinds = {(request.steps, request.guidance_scale) for request in requests}
-    return budget_from_floor(found, min_ssim, kinds, model, profile.info.get("resolution"))
+    return budget_from_floor(found, min_ssim, kinds, model, profile.info.get("resolution"), solver)
 
 
 def budget_from_floor(
-    table: FidelityTable, min_ssim: float, kinds: Collection[Kind], model: str, resolution: object
+    table: FidelityTable,
+    min_ssim: float,
+    kinds: Collection[Kind],
+    model: str,
+    resolution: object,
+    solver: str | None = None,
 ) -> FloorChoice:
     """The cheapest skipping that keeps the mean SSIM at ``min_ssim`` or above, for every kind of request served.
 
     A rule reaches the floor when the lower bound of its 95% interval does, at each guidance scale that is asked for;
     per step count the rule of fewest rows is taken (ties: higher SSIM). A sample has one skip mode, so the mode with
     the fewer rows in all wins. The budget names the rule's steps (``eligible_steps``): a policy can skip fewer of
-    them, never others. Unguided kinds (guidance scale <= 1) need nothing. The solver is the model's own.
+    them, never others. Unguided kinds (guidance scale <= 1) need nothing. ``solver``: class name of the scheduler
+    that will run, by default the model's own.
 
     Raises InputError for a floor out of range, a table of another model or resolution, a step count or guidance scale
     that it does not cover, and a floor that no rule reaches.
@@ -74,6 +85,9 @@ def budget_from_floor(
             f"{table.path}: this fidelity table is for {_sides(table.resolution)} pixels; the profile is for "
             f"{_sides(resolution)}."
         )
+    if solver is not None and solver != table.solver:
+        # Everything below sees only the rows of the solver that runs.
+        table = replace(table, head={**table.head, "solver": solver})
     scales: dict[int, set[float]] = {}
     for steps, scale in kinds:
         if scale > 1:
@@ -172,7 +186,7 @@ def _require_covered(table: FidelityTable, steps: int, scales: Collection[float]
         if not _rows(table, steps, scale):
             raise InputError(
                 f"{table.path}: the table does not cover {steps} steps at guidance scale {scale:g} with "
-                f"{table.solver}; it has {listing}."
+                f"{table.solver}; it has {listing or 'nothing with that solver'}."
             )
 
 

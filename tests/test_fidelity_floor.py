@@ -129,6 +129,13 @@ def test_what_the_table_cannot_say_is_an_error(min_ssim, kind, model, resolution
     assert message in str(caught.value)
 
 
+def test_the_solver_that_runs_decides_which_rows_count() -> None:
+    euler = budget_from_floor(TABLE, 0.99, [(6, 4.0)], "digits", 32, "EulerDiscreteScheduler")
+    assert euler.budget.eligible_steps == {6: {1, 2, 3, 4, 5}}
+    with pytest.raises(InputError, match="with DEISMultistepScheduler; it has nothing with that solver"):
+        budget_from_floor(TABLE, 0.99, [(6, 4.0)], "digits", 32, "DEISMultistepScheduler")
+
+
 def test_requests_on_a_profile(tmp_path: Path) -> None:
     profile = affine_profile()
     profile.info.update({"model": "digits", "resolution": 32})

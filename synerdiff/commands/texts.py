@@ -87,6 +87,7 @@ def floor_choice(
     requests: Iterable[Request],
     profile: Profile,
     profile_folder: Path,
+    scheduler: str | None = None,
 ) -> FloorChoice | None:
     """What ``--min-ssim`` chooses from a fidelity table; None without it. It excludes a budget given by its parts."""
     if min_ssim is None:
@@ -97,7 +98,10 @@ def floor_choice(
 
     if given != SkipBudget():
         raise InputError("--min-ssim chooses which steps may be skipped, so it excludes the options --skip-...")
-    return floor_for_requests(min_ssim, requests, profile, profile_folder, table)
+    from synerdiff.diffusion.schedulers import SCHEDULERS
+
+    solver = None if scheduler is None else SCHEDULERS.get(scheduler, scheduler)
+    return floor_for_requests(min_ssim, requests, profile, profile_folder, table, solver)
 
 
 def summary_lines(summary: dict[str, Any], load: float | None) -> list[str]:
