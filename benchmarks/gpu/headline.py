@@ -3,8 +3,8 @@
     python -m benchmarks.gpu.headline --profile DIR --trace A.csv --trace B.csv --policy static ... --out DIR
 
 Runs are interleaved: trace by trace every policy in turn, another one first each time. A finished run is a file, so the
-same command goes on where it was stopped. Every policy has the batch size that the simulator finds best for it. Each request is
-for one image.
+same command goes on where it was stopped. Every policy has the batch size that the simulator finds best for it. Each
+request is for one image.
 """
 
 from __future__ import annotations

@@ -385,7 +385,7 @@ def main() -> None:
         sys.exit(2)
     for path in files:
         print(f"{path}: {path.stat().st_size / 1024:.0f} KiB")
-    last = ran[-1] if ran else {"done": True}
+    last: dict[str, Any] = ran[-1] if ran else {"done": True}
     failed = not last["done"] and last["exit_code"] != 130
     if failed:
         log = options.folder(given.part) / f"log-{last['name'].replace(' ', '-')}.txt"
