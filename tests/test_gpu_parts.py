@@ -185,6 +185,8 @@ def test_gates_by_hand() -> None:
     missed = verdicts(measured(40.1, 399.0, 40.1, 0.81, 1.39))
     assert missed == ["MISSED"] * 5 + ["not measured", "MISSED"]
     assert set(verdicts({})) == {"not measured"}
+    dry = {n: {**part, "provenance": {"quick": True}} for n, part in measured(1.0, 900.0, 1.0, 0.0, 9.0).items()}
+    assert set(verdicts(dry)) == {"not measured"}
     # A rate reached by skipping guidance is no answer to a gate on full guidance.
     assert verdicts(measured(40.0, 400.0, 40.0, 0.8, 9.0, skipped=0.2))[-1] == "not measured"
 

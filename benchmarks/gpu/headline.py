@@ -94,7 +94,8 @@ def measure(arguments: argparse.Namespace) -> None:
                 found = head | outcome(run, requests, profile)
                 with atomic(path) as temporary:
                     temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
-                print(f"{path.name}: {found['images_per_s'] or 0:.3g} images/s", flush=True)
+                rate = found["images_per_s"]
+                print(f"{path.name}: {found['images_per_s_note'] or f'{rate:.3g} images/s'}", flush=True)
 
 
 def outcome(run: Any, requests: Sequence[Request], profile: Profile) -> dict[str, Any]:

@@ -323,7 +323,13 @@ def provenance(options: Options) -> dict[str, Any]:
     from synerdiff.diffusion.device import find_device
 
     found = {"device": device_name(find_device(options.device)), "commit": code_version(), **host(), **software()}
-    return {**found, "date": now(), "quick": options.quick, "model_instead": options.model}
+    return {
+        **found,
+        "date": now(),
+        "quick": options.quick,
+        "model_instead": options.model,
+        "device_option": options.device,
+    }
 
 
 def pack(number: int, options: Options, out: Path, data: dict[str, Any]) -> list[Path]:

@@ -53,7 +53,9 @@ class Gate:
 
 
 def gates(parts: Parts) -> list[Gate]:
-    """All gates; SDXL at 1024x1024 unless the name says otherwise."""
+    """All gates; SDXL at 1024x1024 unless the name says otherwise. Dry runs (quick, on a CPU, another model) are left
+    out: they say nothing about a gate."""
+    parts = {number: part for number, part in parts.items() if not _dry(part.get("provenance", {}))}
     sdxl = _results(parts, 1).get("sdxl", {})
     steps = {int(row["rows"]): row for row in sdxl.get("steps", ())}
     large = {rows: row["tflop_per_s"] for rows, row in steps.items() if rows >= 8 and "tflop_per_s" in row}
@@ -103,6 +105,10 @@ def _gaps(parts: Parts, sdxl: Mapping[str, Any], steps: Mapping[int, Mapping[str
         value = shares[worst] if worst is not None else None
         found.append(Gate(f"lane gap, {title}, the worst", value, 2, "%", detail=worst or ""))
     return found
+
+
+def _dry(origin: Mapping[str, Any]) -> bool:
+    return bool(origin.get("quick") or origin.get("model_instead") or origin.get("device_option") == "cpu")
 
 
 def _full_guidance(part: Mapping[str, Any], policy: str) -> bool:
