@@ -51,20 +51,24 @@ class ClusterResult:
     controlnet_loads: int
 
     @property
-    def gpu_seconds_per_image(self) -> float:
+    def gpu_seconds_per_image(self) -> float | None:
         """GPUs of the cluster * time until the last work ended / images done: what is paid for, idle or not."""
-        images = sum(record.request.images for record in self.run.requests if record.status == "done")
-        return self.gpus * self.run.end_ns / NS_PER_S / images
+        images = self._images
+        return self.gpus * self.run.end_ns / NS_PER_S / images if images else None
 
     @property
-    def busy_gpu_seconds_per_image(self) -> float:
+    def busy_gpu_seconds_per_image(self) -> float | None:
         """Time in which a GPU had work on some lane (loaders are no GPU work), over all GPUs, / images done."""
-        images = sum(record.request.images for record in self.run.requests if record.status == "done")
         spans: dict[int, list[tuple[int, int]]] = {}
         for record in self.run.work:
             if not record.lane.startswith("loader"):
                 spans.setdefault(record.gpu, []).append((record.start_ns, record.end_ns))
-        return sum(_covered_ns(sorted(found)) for found in spans.values()) / NS_PER_S / images
+        images = self._images
+        return sum(_covered_ns(sorted(found)) for found in spans.values()) / NS_PER_S / images if images else None
+
+    @property
+    def _images(self) -> int:
+        return sum(record.request.images for record in self.run.requests if record.status == "done")
 
 
 def simulate_cluster(

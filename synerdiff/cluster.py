@@ -167,5 +167,7 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "value_error":
         message = str(first["ctx"]["error"])
         return f"{place}: {message}" if place else message
+    if first["type"] == "too_short":
+        return f"{place} is empty; at least one entry is needed"
     message = first["msg"].replace("Input should be", "must be").replace("valid tuple", "list")
     return f"{place} is {first['input']!r}; it {message[0].lower()}{message[1:]}"
