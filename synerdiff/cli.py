@@ -27,6 +27,7 @@ COMMANDS = {
     "policies": "synerdiff.commands.policies:policies",
     "simulate": "synerdiff.commands.simulate:simulate",
     "run": "synerdiff.commands.run:run",
+    "validate": "synerdiff.commands.validate:validate",
     "sweep": "synerdiff.commands.sweep:sweep",
     "fidelity": "synerdiff.commands.fidelity:fidelity",
 }

@@ -91,7 +91,7 @@ def run(
     if images is not None:
         _require_empty(images)
     requests = one_run.fitted(read_trace(trace, window=span), measured)
-    floor = floor_choice(min_ssim, fidelity, setup.budget, requests, measured, profile_folder)
+    floor = floor_choice(min_ssim, fidelity, setup.budget, requests, measured, profile_folder, scheduler)
     if floor is not None:
         setup = replace(setup, budget=floor.budget)
     requests, scale, load = one_run.at_load(requests, measured, load, time_scale, span)
@@ -114,7 +114,7 @@ def run(
             on_image = stack.enter_context(
                 PictureFolder(images, shared | {"scheduler": hardware.model.solver.scheduler_name})
             ).put
-        stop = stack.enter_context(_stop_on_interrupt())
+        stop = stack.enter_context(stop_on_interrupt())
         count = sum(request.images for request in requests)
         on_progress = stack.enter_context(progress_bar("running", count))
         found = run_real(
@@ -237,7 +237,7 @@ def _require_empty(folder: Path) -> None:
 
 
 @contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
+def stop_on_interrupt() -> Iterator[threading.Event]:
     """The first Ctrl-C sets the event, a second one interrupts at once."""
     stop = threading.Event()
 
