@@ -121,7 +121,8 @@ class AdapterRun(WorkerRun):
     # --- contention ---------------------------------------------------------------------------------------------
 
     def retime(self, now_ns: int) -> None:
-        self.restore_while_idle(now_ns)
+        if self.planner.weights:
+            self.restore_while_idle(now_ns)
         plan = self.plan
         if plan is None:
             super().retime(now_ns)
@@ -153,7 +154,7 @@ class AdapterRun(WorkerRun):
     def restore_while_idle(self, now_ns: int) -> None:
         """Once the denoise lane has nothing to do, take out of the weights what no active sample asks for."""
         worker, planner = self.worker, self.planner
-        if not planner.weights or worker.denoise_held or worker.next_step is not None:
+        if worker.denoise_held or worker.next_step is not None:
             return
         wanted = {adapter for sample in worker.active.values() for adapter in sample.request.loras}
         leaving = [adapter for adapter in planner.weights if adapter not in wanted]

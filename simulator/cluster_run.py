@@ -198,10 +198,10 @@ class _ClusterRun:
         reported = 0
         while True:
             self.route(now_ns)
-            for index, run in enumerate(runs):
-                if 0 <= due[index] <= now_ns:
-                    run.turn(now_ns)
-                    due[index] = run.next_ns()
+            for index, due_ns in enumerate(due):
+                if 0 <= due_ns <= now_ns:
+                    runs[index].turn(now_ns)
+                    due[index] = runs[index].next_ns()
             if self.told:
                 self.tell_closed(now_ns)
             ended = sum([run.worker.ended for run in runs])

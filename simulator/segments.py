@@ -106,4 +106,8 @@ class Plan:
         return ended
 
     def next_ns(self) -> int:
-        return min([segment.end_ns for segment in self.running], default=NEVER)
+        due_ns = NEVER
+        for segment in self.running:
+            if segment.end_ns < due_ns:
+                due_ns = segment.end_ns
+        return due_ns
