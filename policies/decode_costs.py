@@ -87,20 +87,12 @@ class DecodeCosts:
         key = (rows, first)
         found = self._pays.get(key)
         if found is None:
-            found = self._pays[key] = self._find_pays(rows, range(first, self.count))
+            found = self._pays[key] = self._find_pays(rows, first)
         return found
 
-    def chunk_pays(self, rows: int, chunk: int) -> bool:
-        """The same for one chunk: delta <= c."""
-        key = (rows, -1 - chunk)
-        found = self._pays.get(key)
-        if found is None:
-            found = self._pays[key] = self._find_pays(rows, range(chunk, chunk + 1))
-        return found
-
-    def _find_pays(self, rows: int, chunks: range) -> bool:
+    def _find_pays(self, rows: int, first: int) -> bool:
         lost = Fraction(0)
-        for chunk in chunks:
+        for chunk in range(first, self.count):
             s_u, s_v = self._profile.slowdown_ppm(rows, self._chunking, chunk)
             lost += Fraction(self.solo[chunk] * s_v * (s_u - PPM), PPM * s_u)
-        return lost <= sum(self.solo[chunk] for chunk in chunks)
+        return lost <= sum(self.solo[first:])

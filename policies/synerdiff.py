@@ -6,9 +6,9 @@ moves it with the queue (``feedback``).
 At every step boundary the first two pending decodes are planned, and the first step of the plan is carried out.
 Throughput is accounted for in a credit: credit + T_full - theta * elapsed after every step, clamped to
 +-4 * (1 - theta) * T_full. When no plan is feasible, for two images nor for one, a debt that an idle step cannot repay
-is repaid first; else the next chunk is launched at once, beside or exclusively, whichever costs less. A decode that
-has waited ``max_decode_wait_s`` is launched whole. Both are marked as forced and do not count in the credit. While no
-step comes, chunks are launched one by one, so that a new step meets one of them at most.
+is repaid first; else the rest of the first decode is launched at once, beside or exclusively, whichever costs less, and
+so is one that has waited ``max_decode_wait_s``. Such launches are marked as forced, and steps beside them do not count
+in the credit. While no step comes, chunks are launched one by one, so that a new step meets one of them at most.
 """
 
 from __future__ import annotations
@@ -165,15 +165,14 @@ class SynerDiff(ContinuousPolicy):
             return (), (ChunkLaunch(first.id, 1, lane),)
         rows = members.rows
         left = self.costs.count - done
-        if 0 <= first.denoised_ns <= view.now_ns - self.max_wait_ns:
+        waited_long = 0 <= first.denoised_ns <= view.now_ns - self.max_wait_ns
+        chunks, skip = (-1, False) if waited_long else self.action(rows, done, 1 if second is None else 2)
+        if chunks < 0:
+            indebted = self.credit_ns * PPM < -(PPM - self.theta_ppm) * self.costs.step_ns(rows)
+            if indebted and not waited_long:
+                return members.step, ()
             exclusive = not self.costs.overlap_pays(rows, done)
             return members.step, (ChunkLaunch(first.id, left, lane, exclusive, forced=True),)
-        chunks, skip = self.action(rows, done, 1 if second is None else 2)
-        if chunks < 0:
-            if self.credit_ns * PPM < -(PPM - self.theta_ppm) * self.costs.step_ns(rows):
-                return members.step, ()
-            exclusive = not self.costs.chunk_pays(rows, done)
-            return members.step, (ChunkLaunch(first.id, 1, lane, exclusive, forced=True),)
         step = skipping_step(members.members)[0] if skip else members.step
         if not chunks:
             return step, ()
