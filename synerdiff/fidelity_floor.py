@@ -20,6 +20,10 @@ Kind = tuple[int, float]
 """(steps, guidance scale) of a request."""
 
 
+class UnreachedFloor(InputError):
+    """No rule of the table reaches the floor."""
+
+
 @dataclass(frozen=True, slots=True)
 class FloorChoice:
     """The budget for a floor and, per step count, the row it came from and the cheaper rival if there is one."""
@@ -74,7 +78,7 @@ def budget_from_floor(
     that will run, by default the model's own.
 
     Raises InputError for a floor out of range, a table of another model or resolution, a step count or guidance scale
-    that it does not cover, and a floor that no rule reaches.
+    that it does not cover, and (UnreachedFloor) a floor that no rule reaches.
     """
     if not 0 < min_ssim < 1:
         raise InputError(f"the fidelity floor is {min_ssim:g}; an SSIM above 0 and below 1 is needed.")
@@ -235,7 +239,7 @@ def _longest_run(steps: Collection[int]) -> int:
     return longest
 
 
-def _no_rule(table: FidelityTable, scales: dict[int, set[float]], min_ssim: float) -> InputError:
+def _no_rule(table: FidelityTable, scales: dict[int, set[float]], min_ssim: float) -> UnreachedFloor:
     for steps, wanted in sorted(scales.items()):
         if any(_cheapest(table, steps, wanted, min_ssim, mode) for mode in SKIP_MODES):
             continue
@@ -247,11 +251,11 @@ def _no_rule(table: FidelityTable, scales: dict[int, set[float]], min_ssim: floa
         reached = (
             f"the best reaches {max(best):.4f}" if best else "the table has no rule for all of its guidance scales"
         )
-        return InputError(
+        return UnreachedFloor(
             f"{table.path}: no rule for {steps} steps reaches an SSIM of {min_ssim:g} (lower bound of its mean); "
             f"{reached}."
         )
-    return InputError(
+    return UnreachedFloor(
         f"{table.path}: no single skip mode reaches an SSIM of {min_ssim:g} at every step count asked for."
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from synerdiff.profile import Profile
     from synerdiff.studies.fidelity_study import Settings, Study, StudyResult
 
 _PARTS = ("all", "core")
@@ -47,6 +48,10 @@ def fidelity(
     resolution: Annotated[
         str | None, typer.Option(help="Pixels: one side or HEIGHTxWIDTH (default: the model's own).")
     ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="Profile of the model: also simulate what skips and fewer steps buy there in latency."),
+    ] = None,
     frechet: Annotated[
         Path | None, typer.Option(help="Weights file of the Inception network: also the Frechet distance (FID).")
     ] = None,
@@ -60,11 +65,13 @@ def fidelity(
     from profiler.settings import make_settings
     from synerdiff.core import InputError
     from synerdiff.files import require_writable_folder
+    from synerdiff.profile_files import find_profile, load_profile
 
     chosen = make_settings(model, device, dtype, resolution)
     settings = _settings(steps, guidance, samples, batch, seed, prompts, rules)
     if (frechet or clip) and (missing := next((path for path in (frechet, clip) if path and not path.exists()), None)):
         raise InputError(f"{missing}: there are no such weights; without them leave the option out.")
+    simulated = None if profile is None else load_profile(find_profile(profile))
     require_writable_folder(out)
 
     import torch
@@ -81,9 +88,10 @@ def fidelity(
         study = Study(loaded, settings, out, on_progress)
         result = study.run(head)
         extra = _extras(study, result, frechet, clip)
+        bought = [] if simulated is None else _trade_offs(result, simulated, out, on_progress)
     for line in [*lines(result), *extra]:
         typer.echo(line)
-    for path in draw(result, out):
+    for path in [*draw(result, out), *bought]:
         typer.echo(f"{path}")
 
 
@@ -156,6 +164,32 @@ def _extras(study: Study, result: StudyResult, frechet: Path | None, clip: Path 
     from synerdiff.studies.fidelity_extras import extra_scores
 
     return extra_scores(study, result, frechet, clip)
+
+
+def _trade_offs(
+    result: StudyResult, profile: Profile, out: Path, on_progress: Callable[[str, float], None]
+) -> list[Path]:
+    """Per setting a table and a picture of simulated latency against fidelity; the paths of the pictures."""
+    from dataclasses import replace
+
+    from synerdiff.figures.fidelity import latency_against_fidelity
+    from synerdiff.figures.style import save
+    from synerdiff.files import atomic
+    from synerdiff.studies.fidelity_tradeoff import trade_off
+
+    written = []
+    for setting in result.settings:
+        table = replace(result.table, head={**result.table.head, "solver": setting.solver})
+        frame = trade_off(profile, table, setting.steps, setting.guidance_scale, on_progress=on_progress)
+        name = f"fidelity-latency-{setting.short}"
+        with atomic(out / f"{name}.csv") as temporary:
+            frame.to_csv(temporary, index=False)
+        caption = (
+            f"{setting.label} on {profile.label}. Poisson arrivals, means over 3 seeds of 600 requests; load 1: full "
+            "guidance in all steps with serial decodes. All variants run load-skip's placement at its default batch."
+        )
+        written += save(latency_against_fidelity(frame, caption=caption), out, name)
+    return written
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def _error(ssim: float) -> float:
 def _error_axis(axis: Axes) -> None:
     axis.set_yscale("log")
     axis.invert_yaxis()
-    ticks = [0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
+    ticks = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
     axis.set_yticks(ticks, [f"{1 - tick:.4g}" for tick in ticks])
     axis.minorticks_off()
 
@@ -142,7 +142,7 @@ def sensitivity_by_step(
         label = f"reused, {age + 1} step{'s' if age else ''} old"
         error.plot(steps, reuse_error[:, age], "s-", color=color, markersize=3, label=label)
     plain_log_ticks(error)
-    error.set_ylabel("error in x0 (RMS, latent units)")
+    error.set_ylabel("error in x0 (RMS)")
     figure.legend(*error.get_legend_handles_labels(), loc="outside right center")
     for line, skipped in enumerate(chosen.values()):
         kept = sorted(set(steps.tolist()) - set(skipped))

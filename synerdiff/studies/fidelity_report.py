@@ -63,12 +63,13 @@ def draw(result: StudyResult, folder: Path) -> list[Path]:
     device = f"{result.table.model} on {head['device']}, {head['dtype']}, {head['date']}."
     panels: dict[str, list[Score]] = {}
     for row in result.table.rows:
-        panels.setdefault(_label(row), []).append(row)
+        label = SettingResult(row.solver, row.steps, row.guidance_scale).label
+        panels.setdefault(label, []).append(row)
     written = save(pictures.fidelity_against_rows(panels, caption=device), folder, "fidelity-rows")
     for setting in result.settings:
-        suffix = f"{_short(setting.solver)}-{setting.steps}-{setting.guidance_scale:g}"
+        suffix = setting.short
         sheet = [(f"{row}\n{note}", setting.judged[row].thumbnails) for row, note in _sheet(setting)]
-        caption = f"{_label(setting)}; SSIM is the rule's mean over its images. {device}"
+        caption = f"{setting.label}; SSIM is the rule's mean over its images. {device}"
         written += save(pictures.contact_sheet(sheet, caption=caption), folder, f"fidelity-sheet-{suffix}")
         calibration = setting.calibration
         if calibration is not None:
@@ -81,7 +82,7 @@ def draw(result: StudyResult, folder: Path) -> list[Path]:
                 calibration.drop_error,
                 calibration.reuse_error,
                 chosen,
-                caption=f"{_label(setting)}; means over the calibration's images. {device}",
+                caption=f"{setting.label}; means over the calibration's images. {device}",
             )
             written += save(figure, folder, f"fidelity-steps-{suffix}")
     return written
@@ -93,13 +94,3 @@ def _sheet(setting: SettingResult) -> Sequence[tuple[str, str]]:
     last = len(ordered) - 1
     picked = dict.fromkeys(round(i * last / (_SHEET_RULES - 1)) for i in range(_SHEET_RULES))
     return [(ordered[i].rule, f"{ordered[i].rows_share:.0%} of rows, SSIM {ordered[i].ssim:.3f}") for i in picked]
-
-
-def _label(setting: SettingResult | Score) -> str:
-    return f"{_short(setting.solver)}, {setting.steps} steps, guidance {setting.guidance_scale:g}"
-
-
-def _short(solver: str) -> str:
-    """The scheduler's usual name."""
-    known = {"DPMSolverMultistepScheduler": "DPM++2M", "EulerDiscreteScheduler": "Euler"}
-    return known.get(solver, solver.removesuffix("Scheduler"))

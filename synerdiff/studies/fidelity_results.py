@@ -12,6 +12,12 @@ from synerdiff.studies.fidelity_rules import Rule, spread
 from synerdiff.studies.fidelity_scores import Judged, interval_of, paired_difference
 
 
+def solver_name(scheduler: str) -> str:
+    """A scheduler's usual name from its class name."""
+    known = {"DPMSolverMultistepScheduler": "DPM++2M", "EulerDiscreteScheduler": "Euler"}
+    return known.get(scheduler, scheduler.removesuffix("Scheduler"))
+
+
 @dataclass(slots=True)
 class SettingResult:
     """One solver, step count and guidance scale."""
@@ -28,6 +34,15 @@ class SettingResult:
     @property
     def setting(self) -> tuple[str, int, float]:
         return (self.solver, self.steps, self.guidance_scale)
+
+    @property
+    def label(self) -> str:
+        return f"{solver_name(self.solver)}, {self.steps} steps, guidance {self.guidance_scale:g}"
+
+    @property
+    def short(self) -> str:
+        """For file names."""
+        return f"{solver_name(self.solver)}-{self.steps}-{self.guidance_scale:g}"
 
     def add(self, rule: Rule, judged: Judged, held_out: Sequence[int]) -> None:
         """Keep a judged rule. A calibrated one counts only the images (``held_out``) that did not choose it."""

@@ -163,15 +163,15 @@ class Study:
             tried[steps] = round(interval_of(judged.ssim).value, 5)
             return tried[steps] >= CONVERGED_SSIM
 
-        low, high = -1, len(LADDER) - 1
-        if not enough(LADDER[high]):
-            raise InputError(
-                f"even {LADDER[high]} steps reach an SSIM of only {tried[LADDER[high]]:.3f} against "
-                f"{CONVERGED_FACTOR} times as many at guidance scale {scale:g}; give --steps."
-            )
+        low, high = -1, len(LADDER)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if enough(LADDER[middle]) else (middle, high)
+        if high == len(LADDER):
+            raise InputError(
+                f"even {LADDER[-1]} steps reach an SSIM of only {tried[LADDER[-1]]:.3f} against "
+                f"{CONVERGED_FACTOR} times as many at guidance scale {scale:g}; give --steps."
+            )
         return {
             "solver": self.model.solver.scheduler_name,
             "guidance_scale": scale,

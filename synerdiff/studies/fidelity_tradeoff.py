@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from synerdiff.capacity import default_batch, serial_capacity_samples_per_s
-from synerdiff.core import GUIDED, NO_SKIPS, InputError, Request, SkipBudget
+from synerdiff.core import GUIDED, NO_SKIPS, Request, SkipBudget
 from synerdiff.fidelity import FidelityTable
-from synerdiff.fidelity_floor import budget_from_floor, run_ssim
+from synerdiff.fidelity_floor import UnreachedFloor, budget_from_floor, run_ssim
 from synerdiff.profile import Profile
 from synerdiff.studies.one_run import Setup, fitted, run_simulated, summary_of
 
@@ -37,7 +37,10 @@ class Variant(NamedTuple):
 
 
 def variants(table: FidelityTable, steps: int, guidance_scale: float, profile: Profile) -> list[Variant]:
-    """Full guidance, every rival of the table, and for each floor that a rule reaches skips always and under load."""
+    """Full guidance, every rival of the table, and for each floor that a rule reaches skips always and under load.
+
+    Raises InputError for a table of another model or one that does not cover the setting.
+    """
     found = [Variant(RIVAL, f"{steps} steps", steps, NO_SKIPS, 0)]
     for row in table.rows:
         own = row.solver == table.solver and row.steps == steps and row.guidance_scale == guidance_scale
@@ -48,9 +51,7 @@ def variants(table: FidelityTable, steps: int, guidance_scale: float, profile: P
     for floor in FLOORS:
         try:
             choice = budget_from_floor(table, floor, [(steps, guidance_scale)], model, resolution)
-        except InputError:
-            if floor == FLOORS[-1]:
-                raise
+        except UnreachedFloor:
             continue
         if choice.budget not in budgets:
             budgets.append(choice.budget)
