@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from synerdiff.figures.style import finish, new_figure, styled
 
@@ -96,13 +97,14 @@ def strategy_steps(cases: Sequence[Case]) -> Figure:
             )
             axis.text(value, place, note, va="center", fontsize=7.5)
         axis.grid(visible=False, axis="y")
-        axis.set_xlim(0, max(values) * 1.38)
+        axis.set_xlim(0, max(values) * 1.5)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
     latency.set_yticks(places, [case.name for case in cases])
     latency.invert_yaxis()
     latency.set_xlabel("latency")
     cost.set_xlabel("GPUs held x latency")
     caption = (
         "One request alone: SDXL 1024x1024 on H800, 50 guided steps, 3 ControlNets, 2 LoRAs; every ControlNet has a "
-        "service GPU (two with guidance on two GPUs). From published component times."
+        "service GPU (two with guidance on two GPUs). From published component times and stated estimates."
     )
     return finish(figure, "What each strategy is worth to one request", caption, estimated=True)
