@@ -41,8 +41,9 @@ def ablation_bars(found: pd.DataFrame, *, base: str, title: str, caption: str = 
             if measure == "saturation":
                 for y, skip in enumerate(chosen["skip_fraction"]):
                     if skip >= 0.005:
-                        axis.annotate(f"skips {skip:.0%}", (max(0, float(error[1, y] + change[y])), y), xytext=(4, 0), textcoords="offset points",
-                                      va="center", fontsize=7)  # fmt: skip
+                        end = max(0.0, float(error[1, y] + change[y]))
+                        offset = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 7}
+                        axis.annotate(f"skips {skip:.0%}", (end, y), **offset)
     for axis in axes[-1]:
         axis.set_xlabel(f"change against {base} (%)")
     note = "Whiskers: 95% t intervals of paired ratios over seeds. Grey: worse than the base."
