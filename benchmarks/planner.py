@@ -2,12 +2,14 @@
 
     python benchmarks/planner.py [--requests 300]
 
-A miss is one call of the dynamic program. CPU time, so that other processes do not count; it still drifts: run it twice.
+A miss is one call of the dynamic program. CPU time without garbage collection (its pauses grow with the records that a
+simulation keeps, not with the plan), so that neither other processes nor the simulator count; it drifts: run it twice.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from typing import Any
 
@@ -64,7 +66,10 @@ def main() -> None:
         misses.clear()
         asked.clear()
         policy = build_policy("synerdiff-feedback" if theta is None else "synerdiff", parameters)
+        gc.collect()
+        gc.disable()
         simulate(requests, policy, profile, budget=SkipBudget(300_000))
+        gc.enable()
         label = f"{contention}, {chunking}, {mix}, {'feedback' if theta is None else theta}"
         middle = sorted(asked)[len(asked) // 2] / 1000 if asked else 0.0
         mean, worst = (sum(misses) / len(misses) / 1000, max(misses) / 1000) if misses else (0.0, 0.0)
