@@ -29,7 +29,11 @@ COMMANDS = {
     "run": "synerdiff.commands.run:run",
     "validate": "synerdiff.commands.validate:validate",
     "sweep": "synerdiff.commands.sweep:sweep",
+    "contest": "synerdiff.commands.contest:contest",
     "fidelity": "synerdiff.commands.fidelity:fidelity",
+    "cluster": "synerdiff.commands.cluster:cluster",
+    "katz": "synerdiff.commands.katz:katz",
+    "swift": "synerdiff.commands.swift:swift",
 }
 """Command -> the function, or the typer app, that does it. Its module is imported when it is needed."""
 

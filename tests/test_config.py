@@ -8,6 +8,7 @@ import pytest
 
 from synerdiff.config import Experiment, load_experiment
 from synerdiff.core import CONDITIONAL, InputError
+from synerdiff.studies.contest_file import load_contest
 
 BASE = {
     "name": "x",
@@ -65,9 +66,10 @@ def test_models_are_frozen(tmp_path: Path) -> None:
 
 def test_the_shipped_experiments_are_valid() -> None:
     root = Path(__file__).resolve().parent.parent
-    names = [load_experiment(path).name for path in (root / "experiments.yaml", *(root / "experiments").glob("*.yaml"))]
-    assert names[0] == "default"
-    assert "gentd26" in names
+    assert load_experiment(root / "experiments.yaml").name == "default"
+    assert load_experiment(root / "experiments" / "gentd26.yaml").name == "gentd26"
+    for name in ("ablation", "headline", "regimes"):
+        assert load_contest(root / "experiments" / f"{name}.yaml").name == name
 
 
 KNOWN = ", ".join(Experiment.model_fields)
