@@ -51,7 +51,7 @@ def test_a_validation_measures_predicts_and_judges(world, capsys):
         assert case["metrics"]["step_time_s"]["measured"] > 0
         assert len(case["metrics"]["step_time_s"]["repeats"]) == 1
     refreshed = load_profile(world / "o" / "profile")
-    assert refreshed.steps[2].n == 2 * 2 * ROUNDS * BATCH, "two passes, with rounds before and after their co-runs"
+    assert refreshed.steps[2].n == 5 * ROUNDS * BATCH, "a pass before the first run and one after each of four"
     assert refreshed.steps[2].median != 9_000_000
     printed = capsys.readouterr().out
     assert printed == (world / "o" / "report.md").read_text()

@@ -13,8 +13,8 @@ from simulator import simulate
 from synerdiff.core import InputError
 from synerdiff.profile_files import load_profile
 from synerdiff.studies.prediction_errors import TOLERANCES, case_errors, checks
-from synerdiff.studies.refresh import Block, all_times_scaled, cells_for, refreshed
-from synerdiff.studies.validate import SATURATION, Case, Observation, Plan, Session
+from synerdiff.studies.refresh import Solo, all_times_scaled, cells_for, refreshed
+from synerdiff.studies.validate import SATURATION, Case, Observation, OtherLoad, Plan, Session
 from synerdiff.studies.validation_report import as_json, require_validation_folder, write_report
 from tests.builders import affine_profile, requests_at
 
@@ -29,22 +29,25 @@ FACTS = {
 }
 
 
-def block_of(profile, factor: float = 1.0, spread: int = 0) -> Block:
+def solo_of(profile, factor: float = 1.0, spread: int = 0) -> Solo:
     """Cells that say exactly what the profile does, times a factor, or ``spread`` ns around it."""
 
     def samples(ns: int) -> list[int]:
         return [round(ns * factor) + offset for offset in (-spread, 0, spread)]
 
-    return Block(
+    return Solo(
         {rows: samples(cell.median) for rows, cell in profile.steps.items()},
         {name: [samples(cell.median) for cell in cells] for name, cells in profile.chunks.items()},
-        {
-            (name, chunk, rows): ([cell.step.median], [cell.chunk.median])
-            for (name, chunk), cells in profile.corun.items()
-            for rows, cell in cells.items()
-        },
         {name: [cell.median] for name, cell in profile.overheads.items()},
     )
+
+
+def coruns_of(profile):
+    return {
+        (name, chunk, rows): ([cell.step.median], [cell.chunk.median])
+        for (name, chunk), cells in profile.corun.items()
+        for rows, cell in cells.items()
+    }
 
 
 def contended():
@@ -58,9 +61,9 @@ def make_session(
     """A session whose hardware is the simulator with the profile ``truth``."""
     profile = contended()
     plan = Plan(policies, loads, repeats, range_factors=(1 - factor, 1 + factor))
-    blocks = [block_of(profile) for _ in range(repeats + 1)]
+    solos, coruns = [solo_of(profile)], [coruns_of(profile)]
     cells = cells_for(profile, 16, ["whole"])
-    session = Session(plan, profile, cells, refreshed(profile, blocks[:1]), dict.fromkeys(loads, 1.0), blocks)
+    session = Session(plan, profile, cells, refreshed(profile, solos, coruns), dict.fromkeys(loads, 1.0), solos, coruns)
     for case in plan.cases:
         gap_ms = 0 if case.saturated else 30 / case.load
         requests = requests_at(*(gap_ms * i for i in range(60)), steps=5)
@@ -72,17 +75,21 @@ def make_session(
             def run(times, requests=requests, case=case):
                 return simulate(requests, build_policy(case.policy), times)
 
-            seen = Observation(repeat, requests, SimpleNamespace(result=run(truth), faults=[], dispatch=dispatch))
-            now = session.profile_of(repeat)
+            solos.append(solo_of(profile))
+            seen = Observation(
+                repeat, len(solos) - 2, requests, SimpleNamespace(result=run(truth), faults=[], dispatch=dispatch)
+            )
+            now = session.profile_of(seen)
             seen.predicted = run(now)
             seen.low, seen.high = (run(all_times_scaled(now, f)) for f in plan.range_factors)
             session.observations[case].append(seen)
+    coruns.extend(coruns_of(profile) for _ in range(repeats))
     return session
 
 
-def test_refreshed_cells_are_the_medians_of_all_blocks():
+def test_refreshed_cells_are_the_medians_of_all_passes():
     profile = contended()
-    new = refreshed(profile, [block_of(profile, 1.1, spread=1000), block_of(profile, 1.3)])
+    new = refreshed(profile, [solo_of(profile, 1.1, spread=1000), solo_of(profile, 1.3)], [coruns_of(profile)])
     pooled = sorted([round(profile.step_ns(4) * 1.1) + offset for offset in (-1000, 0, 1000)])
     pooled += [round(profile.step_ns(4) * 1.3)] * 3
     assert new.steps[4].median == round((pooled[2] + pooled[3]) / 2)
@@ -170,7 +177,7 @@ def test_only_complete_repeats_count():
     session.observations[Case("continuous-parallel", 0.8)].pop()
     assert session.repeats == 2
     assert len(case_errors(session, Case("continuous-serial", 0.5)).metrics["step_time_s"].repeats) == 2
-    session.blocks = session.blocks[:2]
+    session.coruns = session.coruns[:2]
     assert session.repeats == 1
 
 
@@ -202,6 +209,22 @@ def test_the_report_says_what_failed_and_where(tmp_path):
     (tmp_path / "o" / "mine.txt").touch()
     with pytest.raises(InputError, match=r"holds mine\.txt, which is no file of a validation"):
         require_validation_folder(tmp_path / "o")
+
+
+def test_a_run_is_predicted_from_the_passes_beside_it():
+    session = make_session(contended(), repeats=2)
+    case = session.plan.cases[-1]
+    seen = session.observations[case][1]
+    session.solos[seen.place] = solo_of(session.profile, 1.2)
+    session.solos[seen.place + 1] = solo_of(session.profile, 1.2)
+    assert session.profile_of(seen).step_ns(4) == round(1.2 * session.profile.step_ns(4))
+    other = session.observations[session.plan.cases[0]][0]
+    assert session.profile_of(other).step_ns(4) == session.profile.step_ns(4)
+
+
+def test_others_on_the_machine_are_noticed():
+    watch = OtherLoad()
+    assert watch.cores() is None or 0 <= watch.cores() < 1024
 
 
 def test_plans_are_checked():

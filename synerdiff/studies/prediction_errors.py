@@ -100,7 +100,7 @@ def case_errors(session: Session, case: Case) -> CaseErrors:
     found = CaseErrors(case)
     pairs = []
     for one in seen:
-        profile = session.profile_of(one.repeat)
+        profile = session.profile_of(one)
         assert one.predicted is not None
         pairs.append((_metrics(one.run.result, one, profile), _metrics(one.predicted, one, profile)))
         found.faults += len(one.run.faults)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from real_runner.hardware import Hardware
 
 ROUNDS = 3
-"""Rounds of a few samples of every solo cell, before the co-runs of a pass and as many after them."""
+"""Rounds of a few samples of every cell in one pass over what runs alone."""
 
 Samples = Sequence[int]
 CorunKey = tuple[str, int, int]
@@ -32,13 +32,17 @@ class Cells:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """The samples of one pass over the cells: ns, and ppm for the slowdowns of (step, chunk)."""
+class Solo:
+    """Samples (ns) of one pass over the pieces that run alone."""
 
     steps: Mapping[int, Samples]
     chunks: Mapping[str, Sequence[Samples]]
-    corun: Mapping[CorunKey, tuple[Samples, Samples]]
     overheads: Mapping[str, Samples]
+
+
+Coruns = Mapping[CorunKey, tuple[Samples, Samples]]
+"""Samples of one pass over the co-runs: slowdowns (ppm) of step and chunk. Ratios to solo times measured beside them,
+so they drift far less than times do."""
 
 
 def cells_for(profile: Profile, most_rows: int, chunkings: Sequence[str]) -> Cells:
@@ -60,59 +64,71 @@ def cells_for(profile: Profile, most_rows: int, chunkings: Sequence[str]) -> Cel
     return Cells(rows, names, tuple(r for r in wanted if r < largest) + tuple(above))
 
 
-def measure_block(hardware: Hardware, profile: Profile, cells: Cells, rule: Rule) -> Block:
-    """One pass, with the profiler's own functions on the hardware's own lanes."""
-    from profiler.bench import Bench
-    from profiler.corun import chunk_pieces, measure_corun
-    from profiler.pieces import StepPiece
-    from profiler.solo import chunks_sampler, overhead_samplers, step_samplers, take_round
-    from real_runner.hardware import chunking_of
+class Refresh:
+    """Takes passes over the cells, with the profiler's own functions on the hardware's own lanes."""
 
-    bench = Bench(hardware.model, hardware.device, hardware.denoise, hardware.decode[0], rule)
-    functions = {name: hardware.chunk_functions(0, chunking_of(profile, name)) for name in (*cells.chunkings, "whole")}
-    samplers = {f"chunks {name}": chunks_sampler(bench, functions[name]) for name in cells.chunkings}
-    samplers |= step_samplers(bench, cells.rows, cells.rows[-1])
-    samplers |= overhead_samplers(bench, StepPiece(bench.model, cells.rows[0]), functions["whole"][0])
-    # Rounds before and after the co-runs, so that both kinds of cells describe the same minutes.
-    rounds = [take_round(samplers) for _ in range(ROUNDS)]
-    corun: dict[CorunKey, tuple[Samples, Samples]] = {}
-    for name in cells.chunkings:
-        for chunk, piece in enumerate(chunk_pieces(bench, functions[name])):
-            for rows in cells.corun_rows:
-                corun[name, chunk, rows] = measure_corun(bench, StepPiece(bench.model, rows), piece, ([], []))
-    rounds += [take_round(samplers) for _ in range(ROUNDS)]
-    found = {
-        name: [
-            [sample for column in parts for sample in column] for parts in zip(*(r[name] for r in rounds), strict=True)
-        ]
-        for name in samplers
-    }
-    return Block(
-        {rows: found[f"step {rows}"][0] for rows in cells.rows},
-        {name: found[f"chunks {name}"] for name in cells.chunkings},
-        corun,
-        {name.split()[1]: columns[0] for name, columns in found.items() if name.startswith("overhead ")},
-    )
+    def __init__(self, hardware: Hardware, profile: Profile, cells: Cells, rule: Rule) -> None:
+        from profiler.bench import Bench
+        from profiler.pieces import StepPiece
+        from profiler.solo import chunks_sampler, overhead_samplers, step_samplers
+        from real_runner.hardware import chunking_of
+
+        self._cells = cells
+        self._bench = bench = Bench(hardware.model, hardware.device, hardware.denoise, hardware.decode[0], rule)
+        names = (*cells.chunkings, "whole")
+        self._functions = {name: hardware.chunk_functions(0, chunking_of(profile, name)) for name in names}
+        self._samplers = {f"chunks {name}": chunks_sampler(bench, self._functions[name]) for name in cells.chunkings}
+        self._samplers |= step_samplers(bench, cells.rows, cells.rows[-1])
+        small = StepPiece(bench.model, cells.rows[0])
+        self._samplers |= overhead_samplers(bench, small, self._functions["whole"][0])
+
+    def solo(self) -> Solo:
+        """A few samples of everything that runs alone, in rounds."""
+        from profiler.solo import take_round
+
+        rounds = [take_round(self._samplers) for _ in range(ROUNDS)]
+        found = {
+            name: [[ns for column in parts for ns in column] for parts in zip(*(r[name] for r in rounds), strict=True)]
+            for name in self._samplers
+        }
+        return Solo(
+            {rows: found[f"step {rows}"][0] for rows in self._cells.rows},
+            {name: found[f"chunks {name}"] for name in self._cells.chunkings},
+            {name.split()[1]: columns[0] for name, columns in found.items() if name.startswith("overhead ")},
+        )
+
+    def coruns(self) -> Coruns:
+        """Every pair of a step and a chunk."""
+        from profiler.corun import chunk_pieces, measure_corun
+        from profiler.pieces import StepPiece
+
+        bench = self._bench
+        return {
+            (name, chunk, rows): measure_corun(bench, StepPiece(bench.model, rows), piece, ([], []))
+            for name in self._cells.chunkings
+            for chunk, piece in enumerate(chunk_pieces(bench, self._functions[name]))
+            for rows in self._cells.corun_rows
+        }
 
 
-def refreshed(profile: Profile, blocks: Sequence[Block]) -> Profile:
-    """The profile with these cells in place of its own, from the samples of all blocks; other cells stay."""
+def refreshed(profile: Profile, solos: Sequence[Solo], coruns: Sequence[Coruns]) -> Profile:
+    """The profile with these cells in place of its own, from the samples of all passes; other cells stay."""
     from profiler.sampling import spread_of
 
     def pooled(parts: Iterable[Samples]) -> Spread:
         return spread_of([sample for part in parts for sample in part])
 
     corun = {key: dict(cells) for key, cells in profile.corun.items()}
-    for key in blocks[0].corun:
-        pairs = [block.corun[key] for block in blocks]
+    for key in coruns[0]:
+        pairs = [one[key] for one in coruns]
         cell = Corun(pooled(step for step, _ in pairs), pooled(chunk for _, chunk in pairs), False)
         corun.setdefault(key[:2], {})[key[2]] = cell
     chunks = {
-        name: tuple(pooled(block.chunks[name][i] for block in blocks) for i in range(len(columns)))
-        for name, columns in blocks[0].chunks.items()
+        name: tuple(pooled(one.chunks[name][i] for one in solos) for i in range(len(columns)))
+        for name, columns in solos[0].chunks.items()
     }
-    steps = {rows: pooled(block.steps[rows] for block in blocks) for rows in blocks[0].steps}
-    overheads = {name: pooled(block.overheads[name] for block in blocks) for name in blocks[0].overheads}
+    steps = {rows: pooled(one.steps[rows] for one in solos) for rows in solos[0].steps}
+    overheads = {name: pooled(one.overheads[name] for one in solos) for name in solos[0].overheads}
     return replace(
         profile,
         steps=dict(profile.steps) | steps,

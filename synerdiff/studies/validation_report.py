@@ -14,7 +14,6 @@ from synerdiff.files import atomic
 from synerdiff.profile import Profile
 from synerdiff.profile_files import write_profile, write_table
 from synerdiff.studies.prediction_errors import METRICS, POINTS, CaseErrors, Check, Tolerance, frames
-from synerdiff.studies.refresh import refreshed
 from synerdiff.studies.validate import Session
 
 FILES = ("validation.json", "report.md", "requests.csv", "profile")
@@ -55,7 +54,7 @@ def write_report(
         for i, predicted, measured in one.latencies
     ]
     write_table(out / "requests.csv", ("policy", "load", "request_id", "predicted_s", "measured_s"), rows)
-    write_profile(out / "profile", refreshed(session.profile, session.blocks))
+    write_profile(out / "profile", session.pooled)
     with atomic(out / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     _draw(out, session, cases, tolerance, facts)
@@ -87,7 +86,8 @@ def as_json(
             "range_factors": list(plan.range_factors),
             "range_at_every_load": tolerance.range_everywhere,
         },
-        "drift": drift(session.profile, refreshed(session.profile, session.blocks), session),
+        "cores_busy_with_others": session.others,
+        "drift": drift(session.profile, session.pooled, session),
         "cases": [_case_json(one) for one in cases],
         "checks": [
             {
@@ -105,8 +105,8 @@ def as_json(
 
 def drift(before: Profile, now: Profile, session: Session) -> dict[str, float]:
     """Median over the measured cells of now / as shipped, per table."""
-    cells = session.blocks[0]
-    corun = [(now.corun[key[:2]][key[2]], before.corun.get(key[:2], {}).get(key[2])) for key in cells.corun]
+    cells = session.solos[0]
+    corun = [(now.corun[key[:2]][key[2]], before.corun.get(key[:2], {}).get(key[2])) for key in session.coruns[0]]
     known = [(new, old) for new, old in corun if old is not None]
     found = {
         "step_time": [now.steps[r].median / before.step_ns(r) for r in cells.steps],
@@ -166,7 +166,8 @@ def report_text(data: Mapping[str, Any]) -> str:
         + ("" if limits["range_at_every_load"] else f"mean latency up to load 0.5 {limits['mean_latency']:.0%}, ")
         + f"{where} the mean latency inside what is simulated with all times x {low:g} and x {high:g}.",
         "",
-        "Against the shipped profile, the cells measured here are: "
+        _others_text(data["cores_busy_with_others"])
+        + "Against the shipped profile, the cells measured here are: "
         + ", ".join(f"{name.replace('_', ' ')} x {ratio:.2f}" for name, ratio in data["drift"].items())
         + " (medians).",
         "",
@@ -178,6 +179,10 @@ def report_text(data: Mapping[str, Any]) -> str:
     lines += ["", "## Checks that failed" if failed else "All checks passed.", ""]
     lines += [f"- {c['case']}: {c['what']} {c['found']}; allowed: {c['allowed']}." for c in failed]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _others_text(cores: float | None) -> str:
+    return "" if cores is None else f"Other processes kept {cores:.2f} cores busy meanwhile. "
 
 
 def _load_table(load: str, cases: Sequence[Mapping[str, Any]]) -> list[str]:
