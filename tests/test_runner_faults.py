@@ -142,19 +142,20 @@ def test_nothing_stays_in_memory(hardware):
     before = alive()
     faults = Faults()
     faults.raises, faults.not_a_number, faults.bad_decode = {20, 21}, {50}, {80, 81}
-    during = []
-    run = run_with(
-        hardware,
-        faults,
-        burst(120, steps=1),
-        on_image=lambda sample, state, image: during.append(alive()) if sample.id % 20 == 0 else None,
-    )
+    during, left = [], []
+
+    def on_image(sample, state, image):
+        left.append(sample.id)
+        if sample.id % 20 == 0:
+            during.append((alive(), len(left)))
+
+    run = run_with(hardware, faults, burst(120, steps=1), on_image=on_image)
     assert sum(status == "done" for status in statuses(run).values()) == 116
     assert alive() <= before + 2, "the last pieces on the lanes may still hold their samples"
-    # Requests are prepared as they arrive: what is alive is what waits or runs, never what has left.
+    # How far the intake has got is a matter of time. What has left is gone, but for this one and the last pieces.
     assert len(during) == 4
-    assert during == sorted(during, reverse=True)
-    assert during[-1] <= before + 40
+    assert all(found <= before + 120 - gone + 3 for found, gone in during)
+    assert during[-1][0] <= before + 40
 
 
 def test_a_lane_that_hangs_is_named_and_what_was_finished_is_kept():

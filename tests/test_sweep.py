@@ -570,6 +570,15 @@ def _refuse(item: int) -> int:
     return item
 
 
+def _ignores_interrupts(item: int) -> bool:
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_workers_leave_interrupts_to_the_command() -> None:
+    assert list(LokyBackend(2).run_unordered(_ignores_interrupts, range(4))) == [True] * 4
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
 def test_work_of_a_dead_worker_is_given_out_again(tmp_path: Path) -> None:
     items = [(str(tmp_path), number) for number in range(12)]
     found = list(LokyBackend(2).run_unordered(_die_once, items))

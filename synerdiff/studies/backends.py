@@ -6,6 +6,7 @@ Results come as they end. Work that was lost because a worker process died is gi
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -32,6 +33,11 @@ class _Numbered:
         return number, self.function(item)
 
 
+def _leave_interrupts_to_the_command() -> None:
+    """A terminal sends Ctrl-C to workers too. The command ends them; one hit by itself would print where it was."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class LokyBackend:
     """Processes on this machine; ``jobs`` of them, one per core when it is None."""
 
@@ -39,7 +45,7 @@ class LokyBackend:
         self.jobs = jobs
 
     def run_unordered(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        from joblib import Parallel, cpu_count, delayed
+        from joblib import Parallel, cpu_count, delayed, parallel_config
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         jobs = min(self.jobs or cpu_count(), max(1, len(items)))
@@ -49,7 +55,8 @@ class LokyBackend:
         while left:
             before = len(left)
             try:
-                parallel = Parallel(n_jobs=jobs, return_as="generator_unordered")
+                with parallel_config(backend="loky", initializer=_leave_interrupts_to_the_command):
+                    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered")
                 for number, result in parallel([numbered(number, item) for number, item in left.items()]):
                     del left[number]
                     yield result
