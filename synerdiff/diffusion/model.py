@@ -12,9 +12,11 @@ import torch
 from synerdiff.core import CONDITIONAL, GUIDED, REUSE, InputError, Mode
 from synerdiff.diffusion.chunking import WHOLE, Chunking
 from synerdiff.diffusion.conditioning import Condition, PromptEncoder
+from synerdiff.diffusion.controlnet import ControlNet, ControlUse, control_calls
 from synerdiff.diffusion.decoder import Chunk, ChunkedDecoder
 from synerdiff.diffusion.rows import Denoise, RowInputs, assemble, bucket_of, combine, order_by_mode, rows_of
 from synerdiff.diffusion.solvers import LinearProgress, Progress, Solver, to_device
+from synerdiff.diffusion.split import Split, SplitDenoiser, sum_residuals
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +24,7 @@ class SampleState:
     """One image on its way through the steps; `DiffusionModel.step` advances it in place.
 
     `latent`: float32 (1, C, h, w) on the model's device. `last_difference`: eps_c - eps_u of the last guided step.
+    `controls`: the ControlNets that steer it, each with its scale and image.
     """
 
     seed: int
@@ -32,6 +35,7 @@ class SampleState:
     step_index: int = 0
     last_difference: torch.Tensor | None = None
     prompt: str = ""
+    controls: tuple[ControlUse, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -72,12 +76,36 @@ class EagerDenoiser:
         return output
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedStep:
+    """A step between its assembly and its end: `inputs` has n conditional rows, `guided` unconditional ones, padding.
+
+    `states`: n samples in row order, the guided ones first; `steered` of them use guidance of this or an earlier step.
+    """
+
+    states: tuple[SampleState, ...]
+    guided: int
+    steered: int
+    inputs: RowInputs
+    latents: torch.Tensor
+
+    @property
+    def total_rows(self) -> int:
+        return len(self.inputs.latents)
+
+    def rows_of_state(self, position: int) -> tuple[int, ...]:
+        """The rows of `states[position]`: its conditional one, and its unconditional one if it is guided."""
+        conditional = (position,)
+        return (*conditional, len(self.states) + position) if position < self.guided else conditional
+
+
 class DiffusionModel:
     """A UNet2DConditionModel, an AutoencoderKL, a noise schedule and a prompt encoder. Made by `load_model`.
 
     `row_buckets` (None = eager, any number of rows) pads each step up to a bucket; `denoise` may be replaced by a
-    graph per bucket (`graphs.GraphedDenoiser`). Work is enqueued on the current CUDA stream and never waited for.
-    Steps of different samples and chunks of different decodes may run in different threads at once.
+    graph per bucket (`graphs.GraphedDenoiser`), and `split`, the same forward in two halves, likewise.
+    `controlnets`: by name, those that `step` runs itself. Work is enqueued on the current CUDA stream and never
+    waited for. Steps of different samples and chunks of different decodes may run in different threads at once.
     """
 
     def __init__(
@@ -93,6 +121,8 @@ class DiffusionModel:
         self.dtype: torch.dtype = unet.dtype
         self.decoder = ChunkedDecoder(vae)
         self.denoise: Denoise = EagerDenoiser(unet)
+        self.split: Split = SplitDenoiser(unet)
+        self.controlnets: dict[str, ControlNet] = {}
         self.row_buckets: tuple[int, ...] | None = None
         factor = vae_factor(vae)
         _check_resolution(name, resolution, factor * 2 ** (len(unet.config.block_out_channels) - 1))
@@ -149,6 +179,29 @@ class DiffusionModel:
     def step(self, states: Sequence[SampleState], modes: Sequence[Mode] | None = None, pad_rows: int = 0) -> int:
         """Advance every sample by one step in one denoiser forward and return the rows computed.
 
+        ControlNets of the samples run before it, from `controlnets`. `modes` and errors as for `prepare`.
+        """
+        step = self.prepare(states, modes, pad_rows)
+        self.finish(step, self._denoised(step))
+        return step.total_rows
+
+    def _denoised(self, step: PreparedStep) -> torch.Tensor:
+        calls = control_calls(step.states, step.rows_of_state, step.inputs)
+        if not calls:
+            return self.denoise(step.inputs)
+        for call in calls:
+            if call.name not in self.controlnets:
+                known = ", ".join(sorted(self.controlnets)) or "none"
+                raise InputError(f"ControlNet {call.name} is not loaded; loaded: {known}.")
+        residuals = [(call.rows, self.controlnets[call.name].residuals(call)) for call in calls]
+        return self.split(step.inputs, lambda: sum_residuals(step.total_rows, residuals))
+
+    @torch.inference_mode()
+    def prepare(
+        self, states: Sequence[SampleState], modes: Sequence[Mode] | None = None, pad_rows: int = 0
+    ) -> PreparedStep:
+        """The first half of a step: its rows, assembled and padded; nothing is advanced yet.
+
         `modes` defaults to each sample's own. A sample without guidance takes `conditional` only; `reuse` needs an
         earlier guided step. Raises ValueError where these rules, or a finished sample, are violated, and InputError
         when the rows exceed the buckets.
@@ -157,36 +210,42 @@ class DiffusionModel:
             modes = [state.default_mode for state in states]
         self._check(states, modes)
         total_rows = self.rows(modes, pad_rows)
-        order = order_by_mode(modes)
-        ordered = [states[position] for position in order]
+        ordered = [states[position] for position in order_by_mode(modes)]
         guided = sum(mode is GUIDED for mode in modes)
         steered = guided + sum(mode is REUSE for mode in modes)
-        progress, steps_done = [state.progress for state in ordered], [state.step_index for state in ordered]
-
         if self.device.type == "cuda":
-            # The first latent was made on another stream and is dropped below, before this stream has read it.
+            # The first latent was made on another stream and is dropped at the end, before this stream has read it.
             for state in ordered:
                 state.latent.record_stream(torch.cuda.current_stream(self.device))
         latents = torch.cat([state.latent for state in ordered])
         inputs = assemble(
-            self.solver.denoiser_inputs(progress, steps_done, latents).to(self.dtype),
+            self.solver.denoiser_inputs(
+                [state.progress for state in ordered], [state.step_index for state in ordered], latents
+            ).to(self.dtype),
             [state.progress.timesteps[state.step_index] for state in ordered],
             [state.condition for state in ordered],
             guided,
             total_rows,
             self._time_ids,
         )
-        outputs = self.denoise(inputs)
-        reused = [state.last_difference for state in ordered[guided:steered] if state.last_difference is not None]
-        scales = to_device([[state.guidance_scale for state in ordered[:steered]]], self.device)[0]
+        return PreparedStep(tuple(ordered), guided, steered, inputs, latents)
+
+    @torch.inference_mode()
+    def finish(self, step: PreparedStep, outputs: torch.Tensor) -> None:
+        """The second half: advance the step's samples by what the denoiser predicted for its rows (R, C, h, w)."""
+        ordered, guided = step.states, step.guided
+        progress, steps_done = [state.progress for state in ordered], [state.step_index for state in ordered]
+        reused = [
+            state.last_difference for state in ordered[guided : step.steered] if state.last_difference is not None
+        ]
+        scales = to_device([[state.guidance_scale for state in ordered[: step.steered]]], self.device)[0]
         noise, differences = combine(outputs, len(ordered), guided, reused, scales)
-        latents = self.solver.advance(progress, steps_done, latents, noise)
+        latents = self.solver.advance(progress, steps_done, step.latents, noise)
         for position, state in enumerate(ordered):
             state.latent = latents[position : position + 1]
             state.step_index += 1
             if position < guided:
                 state.last_difference = differences[position : position + 1]
-        return total_rows
 
     @torch.inference_mode()
     def example_rows(self, rows: int, condition: Condition) -> RowInputs:

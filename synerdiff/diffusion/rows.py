@@ -32,6 +32,27 @@ class RowInputs:
         return tuple(tensor for tensor in present if tensor is not None)
 
 
+def runs_of(rows: Sequence[int]) -> list[slice]:
+    """Row numbers as slices of consecutive ones, in order: slices need no index tensor, which a GPU would wait for."""
+    runs: list[slice] = []
+    for row in rows:
+        if runs and runs[-1].stop == row:
+            runs[-1] = slice(runs[-1].start, row + 1)
+        else:
+            runs.append(slice(row, row + 1))
+    return runs
+
+
+def select_rows(inputs: RowInputs, rows: Sequence[int]) -> RowInputs:
+    """Only these rows, in this order: those of a ControlNet's samples, or one half of guidance. At least one row."""
+    runs = runs_of(rows)
+
+    def chosen(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[runs[0]] if len(runs) == 1 else torch.cat([tensor[run] for run in runs])
+
+    return RowInputs(*(chosen(tensor) for tensor in inputs.tensors()))
+
+
 class Denoise(Protocol):
     """A denoiser forward: rows in, predicted noise (R, C, h, w) out; eager, or a captured graph per R."""
 

@@ -1,0 +1,156 @@
+"""A denoiser forward in two halves: encoder with mid block, then the decoder, which ControlNet residuals steer.
+
+Between the halves a worker may wait for a ControlNet that runs elsewhere. Each half can be timed and captured alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from synerdiff.core import InputError
+from synerdiff.diffusion.rows import RowInputs, runs_of
+
+
+@dataclass(frozen=True, slots=True)
+class Residuals:
+    """What ControlNets add to R rows: `down` to the skip connections, in the encoder's order, and `mid` to its end."""
+
+    down: tuple[torch.Tensor, ...]
+    mid: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (*self.down, self.mid)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the decoder reads of R rows: the mid block's output, skip connections, time embedding and tokens."""
+
+    hidden: torch.Tensor
+    skips: tuple[torch.Tensor, ...]
+    embedding: torch.Tensor
+    tokens: torch.Tensor
+
+
+class Split(Protocol):
+    """The two halves; called as a whole it fetches the residuals in between."""
+
+    def encode(self, inputs: RowInputs) -> Encoded: ...
+
+    def decode(self, encoded: Encoded, residuals: Residuals | None = None) -> torch.Tensor: ...
+
+    def __call__(self, inputs: RowInputs, fetch: Callable[[], Residuals | None]) -> torch.Tensor: ...
+
+
+class SplitDenoiser:
+    """A UNet2DConditionModel's forward, in halves: the same modules in the same order with the same shapes.
+
+    So the result equals the forward with `down_block_additional_residuals` and `mid_block_additional_residual` to the
+    last bit. Raises InputError for UNets that are conditioned on more than text.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        self.unet = unet
+        config = unet.config
+        added = getattr(config, "addition_embed_type", None)
+        if unet.mid_block is None or config.center_input_sample or added not in (None, "text_time"):
+            raise InputError(
+                "Only UNets with a mid block that are conditioned on text alone can be split for ControlNets."
+            )
+
+    def __call__(self, inputs: RowInputs, fetch: Callable[[], Residuals | None]) -> torch.Tensor:
+        """Encoder and mid block, then `fetch()`, then the decoder: predicted noise (R, C, h, w)."""
+        encoded = self.encode(inputs)
+        return self.decode(encoded, fetch())
+
+    @torch.inference_mode()
+    def encode(self, inputs: RowInputs) -> Encoded:
+        unet, tokens = self.unet, inputs.tokens
+        added = None if inputs.pooled is None else {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
+        times = unet.get_time_embed(sample=inputs.latents, timestep=inputs.timesteps)
+        embedding = unet.time_embedding(times, None)
+        more = unet.get_aug_embed(emb=embedding, encoder_hidden_states=tokens, added_cond_kwargs=added)
+        if more is not None:
+            embedding = embedding + more
+        if unet.time_embed_act is not None:
+            embedding = unet.time_embed_act(embedding)
+        tokens = unet.process_encoder_hidden_states(encoder_hidden_states=tokens, added_cond_kwargs=added)
+        hidden = unet.conv_in(inputs.latents)
+        skips = (hidden,)
+        for block in unet.down_blocks:
+            hidden, own = block(hidden_states=hidden, temb=embedding, **_attended(block, tokens))
+            skips += own
+        hidden = unet.mid_block(hidden, embedding, **_attended(unet.mid_block, tokens))
+        return Encoded(hidden, skips, embedding, tokens)
+
+    @torch.inference_mode()
+    def decode(self, encoded: Encoded, residuals: Residuals | None = None) -> torch.Tensor:
+        unet = self.unet
+        if residuals is not None:
+            encoded = add_residuals(encoded, residuals)
+        hidden, skips = encoded.hidden, encoded.skips
+        for block in unet.up_blocks:
+            own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+            hidden = block(
+                hidden_states=hidden,
+                temb=encoded.embedding,
+                res_hidden_states_tuple=own,
+                **_attended(block, encoded.tokens),
+            )
+        if unet.conv_norm_out is not None:
+            hidden = unet.conv_act(unet.conv_norm_out(hidden))
+        output: torch.Tensor = unet.conv_out(hidden)
+        return output
+
+
+def add_residuals(encoded: Encoded, residuals: Residuals) -> Encoded:
+    """The skip connections and the mid block's output with what ControlNets add to them."""
+    return replace(
+        encoded,
+        hidden=encoded.hidden + residuals.mid,
+        skips=tuple(skip + change for skip, change in zip(encoded.skips, residuals.down, strict=True)),
+    )
+
+
+def sum_residuals(total_rows: int, parts: Sequence[tuple[Sequence[int], Residuals]]) -> Residuals:
+    """Residuals of all `total_rows` rows from those of some ((rows, residuals), ...), added in the order given.
+
+    Rows that no ControlNet steers get zeros. At least one part.
+    """
+    first = parts[0][1]
+    if len(parts) == 1 and list(parts[0][0]) == list(range(total_rows)):
+        return first
+    sums = tuple(tensor.new_zeros((total_rows, *tensor.shape[1:])) for tensor in first.tensors())
+    for rows, residuals in parts:
+        for total, change in zip(sums, residuals.tensors(), strict=True):
+            done = 0
+            for run in runs_of(rows):
+                count = run.stop - run.start
+                total[run] += change[done : done + count]
+                done += count
+    return Residuals(sums[:-1], sums[-1])
+
+
+def residual_shapes(unet: Any, latent_shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """(channels, height, width) of one row's residuals, down then mid, at latents of (1, C, h, w)."""
+    height, width = latent_shape[-2:]
+    shapes = [(int(unet.config.block_out_channels[0]), height, width)]
+    for block in unet.down_blocks:
+        channels = int(block.resnets[-1].out_channels)
+        shapes += [(channels, height, width)] * len(block.resnets)
+        if block.downsamplers is not None:
+            height, width = height // 2, width // 2
+            shapes.append((channels, height, width))
+    return (*shapes, (shapes[-1][0], height, width))
+
+
+def _attended(block: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
