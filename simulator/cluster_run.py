@@ -16,6 +16,7 @@ from simulator.adapter_run import AdapterRun
 from simulator.pieces import Draws
 from simulator.services import ControlNetServices
 from simulator.worker_run import PROGRESS_EVERY, WorkerRun
+from synerdiff.adapter_names import controlnet_name, require_each_once
 from synerdiff.adapters import Adapters
 from synerdiff.cluster import Cluster
 from synerdiff.core import (
@@ -147,11 +148,9 @@ def _require(
             )
         return False
     if controlnets is not None and cluster.strategies.controlnets == "service":
-        services.require(dict.fromkeys(name for request in requests for name in request.controlnets))
+        services.require(dict.fromkeys(controlnet_name(name) for request in requests for name in request.controlnets))
     for request in requests:
-        for what, names in (("LoRA", request.loras), ("ControlNet", request.controlnets)):
-            if len(set(names)) < len(names):
-                raise InputError(f"request {request.request_id} asks for a {what} twice ({';'.join(names)}).")
+        require_each_once(request)
     return loras is not None or controlnets is not None or two_gpus
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from policies.routers import lora_file
-from simulator.caches import Cache
 from simulator.pieces import Draws
 from synerdiff.adapters import Adapters
+from synerdiff.caches import Cache
 from synerdiff.cluster import LoraStorage
 from synerdiff.core import NS_PER_S, SampleId, WorkRecord
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from simulator.caches import Cache
 from simulator.pieces import Draws
 from synerdiff.adapters import Adapters
+from synerdiff.caches import Cache
 from synerdiff.cluster import Service
 from synerdiff.core import InputError, SampleId, WorkRecord
 

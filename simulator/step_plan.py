@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from policies.routers import lora_file
-from simulator.caches import Cache
 from simulator.loading import Loader, transfer_ns
 from simulator.pieces import Draws, Times
 from simulator.segments import Plan, Segment
 from simulator.services import ControlNetServices
+from synerdiff.adapter_names import controlnet_name
 from synerdiff.adapters import Adapters
+from synerdiff.caches import Cache
 from synerdiff.cluster import Cluster, Link, WorkerEntry
 from synerdiff.core import NS_PER_S
 from synerdiff.profile import Profile
@@ -175,7 +176,13 @@ class StepPlanner:
         return plan.add(Segment("decoder", gpu=gpu, rows=rows, work_ns=decoder_ns), encoder, *arrivals)
 
     def _call(self, name: str, rows: int, step: Step) -> Begin:
-        users = tuple([self.global_ids[sample.id] for sample in step.samples if name in sample.request.controlnets])
+        users = tuple(
+            [
+                self.global_ids[sample.id]
+                for sample in step.samples
+                if name in map(controlnet_name, sample.request.controlnets)
+            ]
+        )
         return lambda now_ns: self.services.call(name, rows, users, now_ns)
 
     def _transfer(self, quantity: str, rows: int) -> Begin:
@@ -209,6 +216,7 @@ def _controlnet_rows(step: Step, guided_rows: int, other_rows: int) -> dict[str,
     for sample, letter in zip(step.samples, step.modes, strict=True):
         rows = guided_rows if letter == "g" else other_rows
         if rows:
-            for name in sample.request.controlnets:
+            for entry in sample.request.controlnets:
+                name = controlnet_name(entry)
                 found[name] = found.get(name, 0) + rows
     return found

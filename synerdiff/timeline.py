@@ -1,6 +1,6 @@
 """Records of a run as Chrome trace events: open the file at ui.perfetto.dev or chrome://tracing.
 
-Every GPU is a process and every lane a thread; a step or chunk is a complete event in microseconds; how many requests
+Every GPU is a process and every lane a thread; a piece of work is a complete event in microseconds; how many requests
 wait, are denoised and are decoded is a counter track. Standard library only, besides the frames that come in.
 """
 
@@ -22,6 +22,14 @@ _PHASES = (
     ("denoising", "admitted_s", "denoised_s"),
     ("decoding", "denoised_s", "finished_s"),
 )
+_ADAPTER_WORK = {
+    "merge": "merge of a LoRA",
+    "restore": "restore of weights",
+    "load": "load",
+    "controlnet": "ControlNet",
+    "half": "unconditional half",
+}
+"""Kind -> how its events are called; ControlNets and halves say their rows too."""
 _COUNTER_PROCESS = 1_000_000
 """Counters have a process of their own, after those of all GPUs."""
 
@@ -65,6 +73,12 @@ def _work_event(row: Any, threads: dict[tuple[int, str], int]) -> dict[str, Any]
     if row["kind"] == "step":
         name = f"step of {int(row['rows'])} rows"
         content |= {"rows": int(row["rows"]), "pad_rows": int(row["pad_rows"]), "modes": str(row["modes"])}
+    elif row["kind"] in _ADAPTER_WORK:
+        name = _ADAPTER_WORK[str(row["kind"])]
+        rows = int(row["rows"])
+        if rows:
+            name += f" of {rows} rows"
+            content |= {"rows": rows}
     else:
         name = f"{samples} chunk {int(row['chunk'])}"
         content |= {"chunk": int(row["chunk"]), "exclusive": bool(row["exclusive"]), "forced": bool(row["forced"])}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from policies.routers import AdapterAffinity, LeastWork, RoundRobin, ShortestQueue, WorkerState, build_router, lora_file
-from simulator.caches import Cache
+from synerdiff.caches import Cache
 from synerdiff.core import InputError, Request
 from tests.swift_builders import cluster, serve
 

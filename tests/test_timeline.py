@@ -74,3 +74,24 @@ def test_the_file_is_one_json_document(tmp_path: Path) -> None:
     assert document["traceEvents"] == trace_events(WORK, REQUESTS)
     with pytest.raises(InputError, match="cannot be written"):
         write_timeline(path / "inside-a-file.json", WORK)
+
+
+def test_work_of_adapters_has_names_of_its_own() -> None:
+    kinds = {
+        "merge": "merge of a LoRA",
+        "restore": "restore of weights",
+        "load": "load",
+        "controlnet": "ControlNet of 4 rows",
+        "half": "unconditional half of 4 rows",
+    }
+    work = WORK.iloc[[0] * len(kinds)].assign(
+        lane=["denoise", "denoise", "loader", "controlnet", "guidance"],
+        kind=list(kinds),
+        rows=[0, 0, 0, 4, 4],
+        modes="",
+    )
+    events = {e["cat"]: e for e in trace_events(work) if e["ph"] == "X"}
+    assert {kind: event["name"] for kind, event in events.items()} == kinds
+    assert events["merge"]["args"] == {"samples": "0.0;1.0"}
+    assert events["half"]["args"] == {"samples": "0.0;1.0", "rows": 4}
+    assert not any("chunk" in event["name"] for event in events.values())

@@ -41,7 +41,7 @@ class CachePoint:
 
 def loads_per_request(service: str, kind: str, rule: str, size: int, requests: int = REQUESTS, seed: int = 2) -> float:
     """Misses per request of one cache that holds ``size`` files, started empty."""
-    from simulator.caches import Cache
+    from synerdiff.caches import Cache
 
     cache = Cache(size, rule)
     misses = 0
