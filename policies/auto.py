@@ -1,4 +1,4 @@
-"""Chooses by the profile and the observed load: how decodes are cut and placed, when steps wait, who skips guidance."""
+"""Chooses by profile and load: who is admitted first, how decodes are cut and placed, when steps wait, who skips."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import ClassVar
 from policies.base import BATCH, Parameter
 from policies.continuous import ContinuousPolicy
 from policies.decode_costs import DecodeCosts
+from policies.ordered_batch import OrderedBatch
 from policies.step_batch import StepModes
 from synerdiff.core import PPM, ChunkLaunch, Decision, Mode, Sample, SampleId, View, WorkerInfo
 from synerdiff.profile import Profile
@@ -16,11 +17,14 @@ Launches = tuple[ChunkLaunch, ...]
 
 
 class Auto(ContinuousPolicy):
-    """Decodes where they cost least, steps held back when decodes are the bottleneck, skips that shorten the step.
+    """Small requests first within reason, decodes where they cost least, steps held back for them, skips that pay.
 
+    - A request is admitted as if it had arrived later by ``size_weight`` times the time that it takes at full batches,
+      so that a small one overtakes a large one that arrived shortly before it. At 0 it is first in first out.
     - The decode is cut so that it costs the denoise lane least at full batches.
-    - As soon as a lane is free the next decode starts: beside when sum(delta) <= sum(c), else exclusively at the next
-      step boundary. Lanes on other GPUs are always used.
+    - As soon as a lane is free the next decode starts, where all samples together wait least: beside when
+      sum(c * s_v) - sum(c) <= n * (sum(c) - sum(delta)), n samples waiting or active (with a long queue this is
+      sum(delta) <= sum(c)); else exclusively at the next step boundary. Lanes on other GPUs are always used.
     - When decodes beside steps take longer than the steps that feed them, a step waits while ``decode_queue`` more
       decodes do than fit beside it, so that these run at full speed.
     - While ``skip_queue`` samples wait, as many samples skip guidance as shorten the step most per skip: with row
@@ -30,6 +34,7 @@ class Auto(ContinuousPolicy):
     NAME: ClassVar[str] = "auto"
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
         BATCH,
+        Parameter("size_weight", float, 2.0, 0.0, 1000.0, "service times", "how far a small request goes first"),
         Parameter("skip_queue", int, 0, 0, 1_000_000, "samples", "skip guidance while at least so many wait"),
         Parameter("decode_queue", int, 3, 1, 1_000_000, "samples", "waiting decodes, beyond a step's, that hold it"),
     )
@@ -43,7 +48,11 @@ class Auto(ContinuousPolicy):
         if any(self.home):
             self.chunking = min(profile.chunkings, key=lambda name: self._least_cost_ns(profile, name, rows))
         self.costs = DecodeCosts(profile, self.chunking)
+        self.sample_rows = worker.sample_rows
+        self.delay_per_step_ns = round(self.parameters["size_weight"] * self.costs.step_ns(rows) / self.batch)
+        self.members = self.ordered = OrderedBatch(self.batch, self.place)
         self.running_rows = 0
+        self.placing: dict[int, tuple[int, int]] = {}
         self.skips: dict[tuple[int, int], int] = {}
         self.bound_version = -1
         self.decodes_bind = False
@@ -55,7 +64,13 @@ class Auto(ContinuousPolicy):
         lost = costs.beside(rows).lost
         return sum(min(pair) for pair in zip(lost, costs.solo, strict=True)), costs.count
 
+    def place(self, sample: Sample, _now_ns: int) -> tuple[int]:
+        """When the request would have arrived, were it admitted first in first out."""
+        request = sample.request
+        return (request.arrival_ns + self.delay_per_step_ns * request.steps * request.images,)
+
     def decide(self, view: View) -> Decision:
+        self.ordered.arrive(view)
         if not view.denoise_free:
             rows = self.running_rows if view.running else 0
             return Decision(chunks=self.beside(view, rows) if view.decoding else ())
@@ -66,8 +81,8 @@ class Auto(ContinuousPolicy):
             step, rows = self.with_skips(rows)
         launches: Launches = ()
         if view.decoding:
-            launches = self.beside(view, rows)
-            if step and any(self.home):
+            launches = self.beside(view, rows or self.sample_rows)
+            if any(self.home):
                 held, alone = self.hold(view, rows, launches)
                 if held:
                     return Decision(chunks=launches + alone)
@@ -75,13 +90,13 @@ class Auto(ContinuousPolicy):
         return Decision(members.admit, (), step, 0, launches)
 
     def beside(self, view: View, rows: int) -> Launches:
-        """Decodes for free lanes that may run beside a step of these rows (0: there is none)."""
+        """Decodes for free lanes that may run beside a step of these rows (0: beside an exclusive launch)."""
         ready = (sample for sample in view.decoding if not sample.launched)
         launches: list[ChunkLaunch] = []
         lanes = [lane for lane in view.decode_lanes if lane.free]
         lanes.sort(key=lambda lane: self.home[lane.index])
         for lane in lanes:
-            if self.home[lane.index] and rows and not self.costs.overlap_pays(rows, 0):
+            if self.home[lane.index] and not self.waits_less_beside(view, rows):
                 break
             sample = next(ready, None)
             if sample is None:
@@ -89,8 +104,20 @@ class Auto(ContinuousPolicy):
             launches.append(ChunkLaunch(sample.id, self.costs.count - sample.chunks_done, lane.index))
         return tuple(launches)
 
+    def waits_less_beside(self, view: View, rows: int) -> bool:
+        """Whether all samples together wait less when the next decode runs beside steps of these rows."""
+        if not rows:
+            return True
+        found = self.placing.get(rows)
+        if found is None:
+            beside, alone_ns = self.costs.beside(rows), sum(self.costs.solo)
+            found = self.placing[rows] = (sum(beside.wall) - alone_ns, alone_ns - sum(beside.lost))
+        longer_ns, spared_ns = found
+        others = max(1, len(view.active) + len(view.waiting))
+        return longer_ns <= others * spared_ns
+
     def hold(self, view: View, rows: int, launches: Launches) -> tuple[bool, Launches]:
-        """Whether no step is to start now, and the exclusive launch that is the reason (if none, a running decode)."""
+        """Whether no step of these rows is to start now (0: there is none), and the exclusive launch, if any."""
         taken = {launch.sample for launch in launches}
         waiting = [sample for sample in view.decoding if not sample.launched and sample.id not in taken]
         used = {launch.lane for launch in launches}
@@ -100,7 +127,7 @@ class Auto(ContinuousPolicy):
             sample = waiting[0]
             return True, (ChunkLaunch(sample.id, self.costs.count - sample.chunks_done, free[0].index, True),)
         busy = any(self.home[lane.index] and (not lane.free or lane.index in used) for lane in view.decode_lanes)
-        if not busy or len(waiting) < self.parameters["decode_queue"] or not self.bound():
+        if not rows or not busy or len(waiting) < self.parameters["decode_queue"] or not self.bound():
             return False, ()
         fitting = self.costs.step_ns(rows) // max(1, sum(self.costs.beside(rows).progress))
         return len(waiting) >= self.parameters["decode_queue"] + fitting, ()

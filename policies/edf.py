@@ -2,76 +2,21 @@
 
 from __future__ import annotations
 
-from heapq import heappop, heappush, heapreplace
-
 from policies.base import BATCH, Parameter
 from policies.load_skip import WHOLE, CheapestPlacement, Launches
-from policies.step_batch import StepBatch, skipping_step
-from synerdiff.core import NOTHING, NS_PER_S, Decision, Phase, Sample, View, WorkerInfo
+from policies.ordered_batch import OrderedBatch
+from policies.step_batch import skipping_step
+from synerdiff.core import NOTHING, NS_PER_S, Decision, Sample, View, WorkerInfo
 from synerdiff.profile import Profile
 
 _NEVER_NS = 1 << 62
 """The deadline of a sample that has none."""
 
 
-def urgency(sample: Sample, now_ns: int) -> tuple[bool, int, int]:
+def urgency(sample: Sample, now_ns: int) -> tuple[int, int]:
     """Sorts by deadline; missed deadlines go last (by entry), samples without one before them."""
     deadline_ns = _NEVER_NS if sample.deadline_ns is None else sample.deadline_ns
-    if deadline_ns <= now_ns:
-        return True, 0, sample.id
-    return False, deadline_ns, sample.id
-
-
-class EarliestBatch(StepBatch):
-    """A step batch whose admissions go by urgency, again without overtaking across batch keys."""
-
-    __slots__ = ("_heap", "_offered")
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(limit)
-        self._heap: list[tuple[bool, int, int, Sample]] = []
-        self._offered: list[Sample] = []
-        """Taken for the coming step; they wait again when that step is not launched."""
-
-    def arrive(self, view: View) -> None:
-        """To be told at every decision who has arrived."""
-        for sample in view.arrived:
-            heappush(self._heap, (*urgency(sample, -1), sample))
-
-    def refresh(self, view: View) -> None:
-        for sample in self._offered:
-            if sample.phase is Phase.WAITING:
-                heappush(self._heap, (*urgency(sample, view.now_ns), sample))
-        self._offered = []
-        super().refresh(view)
-
-    def first(self, now_ns: int) -> Sample | None:
-        """The most urgent waiting sample that is not taken; those whose deadline has passed are put last on the way."""
-        heap = self._heap
-        while heap:
-            missed, deadline_ns, _, sample = heap[0]
-            if sample.phase is not Phase.WAITING:
-                heappop(heap)
-            elif not missed and deadline_ns <= now_ns:
-                heapreplace(heap, (*urgency(sample, now_ns), sample))
-            else:
-                return sample
-        return None
-
-    def _admissions(self, view: View, active: int, rows: int) -> list[Sample]:
-        taken = self._offered
-        key = next(iter(view.active)).batch_key if active else None
-        while active + len(taken) < self.limit:
-            sample = self.first(view.now_ns)
-            if sample is None or (key is not None and sample.batch_key != key):
-                break
-            rows += sample.full_rows
-            if rows > view.max_rows:
-                break
-            key = sample.batch_key
-            heappop(self._heap)
-            taken.append(sample)
-        return taken
+    return (1, 0) if deadline_ns <= now_ns else (0, deadline_ns)
 
 
 class Edf(CheapestPlacement):
@@ -92,7 +37,7 @@ class Edf(CheapestPlacement):
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         self.chunking = self.parameters["chunking"]
         super().reset(worker, profile)
-        self.members = self.earliest = EarliestBatch(self.batch)
+        self.members = self.earliest = OrderedBatch(self.batch, urgency)
         self.slack_ns = round(self.parameters["slack_s"] * NS_PER_S)
 
     def decide(self, view: View) -> Decision:
@@ -106,7 +51,7 @@ class Edf(CheapestPlacement):
             step, rows = skipping_step(members.members)
         launches: Launches = ()
         if view.decoding:
-            decoding = sorted(view.decoding, key=lambda sample: urgency(sample, view.now_ns))
+            decoding = sorted(view.decoding, key=lambda sample: (urgency(sample, view.now_ns), sample.id))
             launches = self.place(view, decoding, rows)
             if launches and launches[-1].exclusive:
                 return Decision(chunks=launches)

@@ -153,7 +153,7 @@ def test_auto_skips_first_who_has_most_skips_left_per_step():
     profile = make_profile({1: 5 * MS, 3: 20 * MS, 4: 40 * MS}, {"whole": [MS]})
     budget = SkipBudget(500_000, warmup_steps=1, longest_run=1)
     requests = [Request(0, 0, 9), Request(1, 0, 4)]
-    result = simulate(requests, build_policy("auto"), profile, budget=budget)
+    result = simulate(requests, build_policy("auto", {"size_weight": 0.0}), profile, budget=budget)
     assert [step.modes for step in steps_of(result)][:3] == ["gg", "gr", "rg"]
 
 
@@ -165,6 +165,38 @@ def test_auto_starts_the_next_decode_in_the_middle_of_a_step():
     losing = make_profile({1: 50 * MS, 8: 100 * MS}, {"whole": [20 * MS]}, both(LOSES))
     result = simulate(requests, build_policy("auto"), losing)
     assert [(c.start_ns // MS, c.exclusive) for c in chunks_of(result)][:2] == [(100, True), (120, True)]
+
+
+@pytest.mark.parametrize(("weight", "arrival_ms", "order"), [(2.0, 150, "021"), (2.0, 170, "012"), (0.0, 1, "012")])
+def test_auto_lets_a_small_request_overtake_one_that_came_shortly_before(weight, arrival_ms, order):
+    """One sample at a time, steps of 10 ms: 10 steps count as 2 * 100 ms and 2 as 40, so up to 160 ms are overtaken."""
+    profile = make_profile({1: 10 * MS, 2: 10 * MS}, {"whole": [MS]}, both((PPM, PPM)))
+    requests = [Request(0, 0, 40), Request(1, 2 * MS, 10), Request(2, (2 + arrival_ms) * MS, 2)]
+    result = simulate(requests, build_policy("auto", {"batch": 1, "size_weight": weight}), profile)
+    started = sorted(result.requests, key=lambda record: record.admitted_ns)
+    assert "".join(str(record.request.request_id) for record in started) == order
+
+
+@pytest.mark.parametrize(("waiting", "exclusive"), [(0, True), (9, False)])
+def test_auto_places_a_decode_where_all_samples_together_wait_least(waiting, exclusive):
+    """Beside, a decode of 20 ms takes 30 and holds steps up by 12: it pays for throughput, but 10 ms for the decode are
+    more than 8 ms spared for one other sample."""
+    slowdowns = both((5 * PPM // 3, 3 * PPM // 2))
+    profile = make_profile({1: 50 * MS, 4: 50 * MS}, {"whole": [20 * MS]}, slowdowns)
+    requests = [Request(0, 0, 1), Request(1, 0, 9), *(Request(2 + i, 0, 9) for i in range(waiting))]
+    result = simulate(requests, build_policy("auto", {"batch": 2}), profile)
+    assert chunks_of(result)[0].samples == (0,)
+    assert chunks_of(result)[0].exclusive is exclusive
+
+
+def test_auto_decodes_alone_what_would_lose_beside_a_step_that_may_come():
+    """Nothing runs when the first decode starts; the request that comes meanwhile waits for its end."""
+    profile = make_profile({1: 10 * MS, 8: 10 * MS}, {"whole": [20 * MS]}, both(LOSES))
+    result = simulate([Request(0, 0, 1), Request(1, 15 * MS, 1)], build_policy("auto"), profile)
+    assert [(c.start_ns // MS, c.end_ns // MS, c.exclusive) for c in chunks_of(result)] == [
+        (10, 30, True),
+        (40, 60, True),
+    ]
 
 
 def test_auto_holds_steps_back_while_decodes_are_the_bottleneck():
