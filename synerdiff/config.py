@@ -106,12 +106,18 @@ class Workload(_Section):
 
 
 class PolicyEntry(_Section):
-    """A policy at one set of parameters; ``batch`` is a size, a list of sizes to search, or ``best``."""
+    """A policy at one set of parameters; ``batch`` is a size, a list of sizes to search, or ``best``.
+
+    With ``steps_scale`` below 1 its requests take that share of their steps, rounded, all with full guidance: the
+    rival of every policy that skips. ``skip`` false: guidance may not be skipped.
+    """
 
     policy: str
     label: str | None = Field(default=None, min_length=1, max_length=80)
     parameters: dict[str, Any] = {}
     batch: Batch | Literal["best"] | Listed[Batch] | None = None
+    steps_scale: float = Field(default=1.0, gt=0, le=1)
+    skip: bool = True
 
     @model_validator(mode="after")
     def _one_batch(self) -> PolicyEntry:
@@ -124,6 +130,10 @@ class PolicyEntry(_Section):
     @property
     def name(self) -> str:
         return self.label or self.policy
+
+    @property
+    def may_skip(self) -> bool:
+        return self.skip and self.steps_scale == 1
 
     @property
     def searched(self) -> bool:

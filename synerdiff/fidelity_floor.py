@@ -82,13 +82,7 @@ def budget_from_floor(
     """
     if not 0 < min_ssim < 1:
         raise InputError(f"the fidelity floor is {min_ssim:g}; an SSIM above 0 and below 1 is needed.")
-    if table.model != model:
-        raise InputError(f"{table.path}: this fidelity table is of model '{table.model}'; the profile is of '{model}'.")
-    if table.resolution != resolution:
-        raise InputError(
-            f"{table.path}: this fidelity table is for {_sides(table.resolution)} pixels; the profile is for "
-            f"{_sides(resolution)}."
-        )
+    require_same_images(table, model, resolution)
     if solver is not None and solver != table.solver:
         # Everything below sees only the rows of the solver that runs.
         table = replace(table, head={**table.head, "solver": solver})
@@ -113,6 +107,17 @@ def budget_from_floor(
     rules = complete[mode]
     rivals = {steps: _rival(table, row, scales[steps], min_ssim) for steps, row in rules.items()}
     return FloorChoice(_budget(mode, rules), rules, {steps: row for steps, row in rivals.items() if row is not None})
+
+
+def require_same_images(table: FidelityTable, model: str, resolution: object) -> None:
+    """InputError for a table of another model or resolution: its SSIM says nothing about these images."""
+    if table.model != model:
+        raise InputError(f"{table.path}: this fidelity table is of model '{table.model}'; the profile is of '{model}'.")
+    if table.resolution != resolution:
+        raise InputError(
+            f"{table.path}: this fidelity table is for {_sides(table.resolution)} pixels; the profile is for "
+            f"{_sides(resolution)}."
+        )
 
 
 def image_ssim(table: FidelityTable, modes: str, guidance_scale: float, steps: int | None = None) -> float:
@@ -148,21 +153,23 @@ def image_ssim(table: FidelityTable, modes: str, guidance_scale: float, steps: i
     return max(found)
 
 
-def run_ssim(table: FidelityTable, images: Iterable[tuple[str, float]], steps: int | None = None) -> float:
-    """The mean of ``image_ssim`` over a run's images, given as (modes, guidance scale).
+def run_ssim(table: FidelityTable, requests: Iterable[tuple[str, float, int]]) -> float:
+    """The mean of ``image_ssim`` over a run's images, given by request as (modes, guidance scale, steps compared with).
 
-    Of a table of requests: ``zip(frame["modes"], frame["guidance_scale"])``; images of one request are separated by
-    ``;``. Requests that took no step (rejected) count no image. Raises InputError for a run without images.
+    Of a table of requests: ``zip(frame["modes"], frame["guidance_scale"], frame["steps"])``, or the steps that were
+    asked for where the run took fewer; images of one request are separated by ``;``. Requests that took no step
+    (rejected) count no image. Raises InputError for a run without images.
     """
-    known: dict[tuple[str, float], float] = {}
+    known: dict[tuple[str, float, int], float] = {}
     total, count = 0.0, 0
-    for joined, scale in images:
+    for joined, scale, steps in requests:
         for modes in joined.split(";"):
             if not modes:
                 continue
-            if (modes, scale) not in known:
-                known[modes, scale] = image_ssim(table, modes, scale, steps)
-            total += known[modes, scale]
+            kind = (modes, scale, steps)
+            if kind not in known:
+                known[kind] = image_ssim(table, *kind)
+            total += known[kind]
             count += 1
     if not count:
         raise InputError("the run has no images that took a step, so it has no fidelity.")

@@ -80,6 +80,11 @@ def test_scaling_a_profile_by_hand() -> None:
             r"policies\[2\].steps_scale is 1.5; it must be less than or equal to 1",
         ),
         ("report: winners", "report: prose", "report is 'prose'"),
+        (
+            "report: winners",
+            "skip_budget: {min_ssim: 0.97}\nreport: winners",
+            "skip_budget: min_ssim belongs to a sweep; a contest takes fraction",
+        ),
     ],
 )
 def test_messages_of_the_file(tmp_path: Path, old: str, new: str, message: str) -> None:

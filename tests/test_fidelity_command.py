@@ -13,7 +13,7 @@ from synerdiff import cli
 from synerdiff.core import InputError
 from synerdiff.fidelity import read_fidelity, write_fidelity
 from synerdiff.profile_files import write_profile
-from synerdiff.records import read_requests
+from synerdiff.records import read_requests, read_table
 from synerdiff.studies.fidelity_tradeoff import RIVAL, trade_off, variants
 from tests.builders import affine_profile
 from tests.test_fidelity_floor import ROWS, TABLE
@@ -114,6 +114,41 @@ def test_a_sweep_with_a_floor(world: Path, capsys: pytest.CaptureFixture[str]) -
     assert sweep(world, "min_ssim: 0.98, fidelity: p") == 0
     assert len(sorted((world / "results").rglob("runs/*.parquet"))) == 2 * len(runs)
     capsys.readouterr()
+
+
+def test_the_trade_off_has_fidelity_as_its_third_axis(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a floor every run of the grid has its SSIM; fewer steps stand beside skipping, at full guidance."""
+    rival = "\n  - {policy: load-skip, label: fewer steps, steps_scale: 0.67, batch: 2}\nfigures"
+    text = (EXPERIMENT % "min_ssim: 0.965").replace("\nfigures", rival)
+    (world / "e.yaml").write_text(text)
+    assert cli.main(["sweep", "e.yaml", "--out", "results", "--jobs", "1"]) == 0
+    runs = read_table(world / "results" / "runs.parquet", {})[0].to_pandas().set_index("policy")
+    assert runs["ssim"].to_dict() == pytest.approx({"load-skip": 0.97, "fewer steps": 0.972})
+    assert runs["skip_fraction"].to_dict() == pytest.approx({"load-skip": 0.5, "fewer steps": 0.0})
+    steps = {
+        row["modes"]
+        for path in (world / "results" / "runs").glob("*.parquet")
+        for row in read_table(path, {})[0].to_pylist()
+    }
+    assert steps == {"grrgrg", "gggg"}
+    picture = (world / "results" / "figures" / "tradeoff.svg").read_text()
+    assert "SSIM against full guidance" in picture
+    # The arrivals and deadlines are those of all steps.
+    assert runs["offered_request_rate"].nunique() == 1
+    capsys.readouterr()
+    (world / "e.yaml").write_text(text.replace("0.67", "0.34"))
+    assert cli.main(["sweep", "e.yaml", "--out", "results", "--jobs", "1"]) == 2
+    assert "no rule that covers full guidance in 2 steps against 6 at guidance scale 4" in sentence(capsys)
+
+
+def test_a_sweep_on_the_table_of_another_model(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Even where no policy skips."""
+    write_fidelity(world / "other", {**HEAD, "resolution": 64}, ROWS)
+    assert sweep(world, "min_ssim: 0.9, fidelity: other") == 2
+    assert "other: this fidelity table is for 64x64 pixels; the profile is for 32x32." in sentence(capsys)
+    (world / "e.yaml").write_text((EXPERIMENT % "min_ssim: 0.9, fidelity: other").replace("batch: 2", "skip: false"))
+    assert cli.main(["sweep", "e.yaml", "--out", "other-results", "--jobs", "1"]) == 2
+    assert "the profile is for 32x32" in sentence(capsys)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_engines_skip_exactly_those_steps() -> None:
     policy = build_policy("load-skip", {"skip_queue": 0})
     result = simulate(requests, policy, affine_profile(), budget=budget)
     assert [record.modes for record in result.requests] == [("grrgrg",)] * 3 + [("ggrgrggg",)]
-    table_ssim = run_ssim(TABLE, [(modes, 4.0) for record in result.requests for modes in record.modes])
+    table_ssim = run_ssim(TABLE, [(modes, 4.0, len(modes)) for record in result.requests for modes in record.modes])
     assert table_ssim == pytest.approx((3 * 0.97 + 0.98) / 4)
 
 
@@ -170,7 +170,9 @@ def test_images_that_no_rule_covers(modes: str) -> None:
 
 
 def test_the_fidelity_of_a_run() -> None:
-    assert run_ssim(TABLE, [("gggggg;grgrgg", 4.0), ("", 4.0)]) == pytest.approx(0.995)
+    assert run_ssim(TABLE, [("gggggg;grgrgg", 4.0, 6), ("gggg", 4.0, 6), ("", 4.0, 6)]) == pytest.approx(
+        (1 + 0.99 + 0.972) / 3
+    )
     with pytest.raises(InputError, match="no images"):
-        run_ssim(TABLE, [("", 4.0)])
+        run_ssim(TABLE, [("", 4.0, 6)])
     assert SkipBudget() == NO_SKIPS

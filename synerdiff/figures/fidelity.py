@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from synerdiff.fidelity import Score
+from synerdiff.figures.fidelity_axis import SSIM_NOTE, ssim_error, ssim_on_x, ssim_on_y
 from synerdiff.figures.style import finish, new_figure, plain_log_ticks, policy_legend, policy_styles, styled
 
 RIVAL = "fewer steps, full guidance"
-_LEAST_ERROR = 1e-4
 _FAMILIES: dict[tuple[str, str], tuple[str, str, str]] = {
     ("guided", "full"): (RIVAL, "#000000", "o"),
     ("reuse", "spread"): ("reuse, spread evenly", "#0072b2", "s"),
@@ -58,7 +58,7 @@ def fidelity_against_rows(
         axis.set_xlabel("rows, share of full guidance")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.tick_params(labelbottom=True)
-    _error_axis(axes[0])
+    ssim_on_y(axes[0])
     for axis in grid[:, 0]:
         axis.set_ylabel("SSIM, same seeds")
     figure.legend(handles=[shown[family] for family in _FAMILIES if family in shown], loc="outside right upper")
@@ -68,9 +68,9 @@ def fidelity_against_rows(
 
 def _family(axis: Axes, rows: Sequence[Score], name: str, color: str, marker: str, joined: bool) -> Any:
     x = [row.rows_share for row in rows]
-    error = [_error(row.ssim) for row in rows]
-    low = [max(0.0, e - _error(row.ssim_high)) for e, row in zip(error, rows, strict=True)]
-    high = [max(0.0, _error(row.ssim_low) - e) for e, row in zip(error, rows, strict=True)]
+    error = [ssim_error(row.ssim) for row in rows]
+    low = [max(0.0, e - ssim_error(row.ssim_high)) for e, row in zip(error, rows, strict=True)]
+    high = [max(0.0, ssim_error(row.ssim_low) - e) for e, row in zip(error, rows, strict=True)]
     size = 9 if marker == "*" else 5.5
     return axis.errorbar(
         x,
@@ -85,18 +85,6 @@ def _family(axis: Axes, rows: Sequence[Score], name: str, color: str, marker: st
         linewidth=1.0,
         elinewidth=0.8,
     )
-
-
-def _error(ssim: float) -> float:
-    return max(1 - ssim, _LEAST_ERROR)
-
-
-def _error_axis(axis: Axes) -> None:
-    axis.set_yscale("log")
-    axis.invert_yaxis()
-    ticks = [0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
-    axis.set_yticks(ticks, [f"{1 - tick:.4g}" for tick in ticks])
-    axis.minorticks_off()
 
 
 @styled
@@ -178,19 +166,14 @@ def latency_against_fidelity(
             for policy, style in styles.items():
                 own = at_load[at_load["policy"] == policy].groupby("variant", sort=False)[["ssim", column]].mean()
                 own = own.sort_values("ssim")
-                error = [_error(value) for value in own["ssim"]]
+                error = [ssim_error(value) for value in own["ssim"]]
                 axis.plot(error, own[column], marker=style.marker, color=style.color, linestyle=style.linestyle)
-            axis.set_xscale("log")
             if axes is grid[0]:
                 axis.set_title(f"load {load:g}", loc="left")
         axes[0].set_ylabel(label)
     plain_log_ticks(grid[0][0])
-    grid[0][0].invert_xaxis()
     for axis in grid[1]:
-        ticks = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
-        axis.set_xticks(ticks, [f"{1 - tick:.4g}" for tick in ticks], rotation=60)
-        axis.minorticks_off()
-        axis.set_xlabel("SSIM against full guidance")
+        ssim_on_x(axis)
     policy_legend(figure, styles)
-    note = f"To the right is closer to full guidance; SSIM 1 is drawn at {1 - _LEAST_ERROR:g}."
+    note = f"To the right is closer to full guidance. {SSIM_NOTE}"
     return finish(figure, title, f"{note} {caption}", bool(runs["estimated"].any()))

@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from synerdiff.figures.fidelity_axis import SSIM_NOTE, ssim_error, ssim_on_x
 from synerdiff.figures.style import (
     PolicyStyle,
     finish,
@@ -77,28 +78,39 @@ def throughput_against_load(
 def throughput_against_p99(
     runs: pd.DataFrame, *, title: str = "Throughput against P99 latency", caption: str = ""
 ) -> Figure:
-    """The trade-off: achieved requests per second and P99, one point per load (means over seeds), in load order."""
+    """The trade-off: achieved requests per second and P99, one point per load (means over seeds), in load order.
+
+    With a column ``ssim`` (mean SSIM of the run's images against full guidance) a second panel shows P99 over fidelity.
+    """
     rows = list(panel_rows(runs))
     styles = policy_styles(runs["policy"])
-    figure = new_figure(8.4, 3.4 * len(rows) + 1.2)
-    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
-    for axis, (label, group) in zip(axes, rows, strict=True):
+    columns = 2 if "ssim" in runs else 1
+    figure = new_figure(8.4 if columns == 1 else 10.4, 3.4 * len(rows) + 1.2)
+    grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row")
+    for axes, (label, group) in zip(grid, rows, strict=True):
         for name, style in styles.items():
-            _trade_off(axis, group[group["policy"] == name], style, named=name == next(iter(styles)))
-        plain_log_ticks(axis)
-        axis.set_title(label, loc="left")
-        axis.set(xlabel="achieved requests/s", ylabel="P99 latency (s)")
+            own = group[group["policy"] == name]
+            _trade_off(axes[0], own, "request_throughput", style, named=name == next(iter(styles)))
+            if columns == 2:
+                _trade_off(axes[1], own.assign(error=own["ssim"].map(ssim_error)), "error", style, named=False)
+        plain_log_ticks(axes[0])
+        axes[0].set_title(label, loc="left")
+        axes[0].set(xlabel="achieved requests/s", ylabel="P99 latency (s)")
+        if columns == 2:
+            ssim_on_x(axes[1])
     policy_legend(figure, styles)
     meaning = "Small numbers: load, the same along every curve. Down and to the right is better."
+    if columns == 2:
+        meaning += f" {SSIM_NOTE}"
     note = f"{meaning} {HOLLOW}{_skips(runs)} {caption}"
     return finish(figure, title, note, bool(runs["estimated"].any()))
 
 
-def _trade_off(axis: Axes, runs: pd.DataFrame, style: PolicyStyle, named: bool) -> None:
+def _trade_off(axis: Axes, runs: pd.DataFrame, across: str, style: PolicyStyle, named: bool) -> None:
     points = [
         (
             load,
-            _mean(group["request_throughput"]).value,
+            _mean(group[across]).value,
             _log_mean(group["request_latency_p99_s"]).value,
             bool(saturated(group).any()),
         )

@@ -13,13 +13,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from synerdiff.config import PolicyEntry
 from synerdiff.core import InputError, Request, RunResult, SkipBudget
 from synerdiff.files import atomic
 from synerdiff.profile import Profile
 from synerdiff.profile_files import find_profile, load_profile
 from synerdiff.studies import one_run
 from synerdiff.studies.backends import Backend
-from synerdiff.studies.contest_file import Contender, Contest, Machines
+from synerdiff.studies.contest_file import Contest, Machines
 from synerdiff.studies.run_keys import engine_hash, policy_hash, run_key
 from synerdiff.studies.scaled_profile import scaled_profile
 from synerdiff.studies.sources import Source, arrivals, search_source, sources
@@ -115,8 +116,8 @@ def _machines(machines: Machines) -> Iterator[tuple[str, float, float, tuple[int
                 yield name, contention, share, gpus
 
 
-def _setup(contest: Contest, entry: Contender, gpus: tuple[int, ...], base: Path) -> one_run.Setup:
-    budget = contest.skip_budget.budget if entry.skip else SkipBudget()
+def _setup(contest: Contest, entry: PolicyEntry, gpus: tuple[int, ...], base: Path) -> one_run.Setup:
+    budget = contest.skip_budget.budget if entry.may_skip else SkipBudget()
     return one_run.Setup(entry.policy, dict(entry.parameters), gpus, budget, None, base)
 
 
@@ -191,8 +192,7 @@ def _batches(task: Task, requests: Sequence[Request], profile: Profile) -> list[
 
 
 def _run(task: Task, requests: Sequence[Request], profile: Profile, batch: int) -> RunResult:
-    if task.steps_scale < 1:
-        requests = [replace(r, steps=max(1, round(r.steps * task.steps_scale))) for r in requests]
+    requests = one_run.with_fewer_steps(requests, task.steps_scale)
     setup = replace(task.setup, parameters={**task.setup.parameters, "batch": batch})
     return one_run.run_simulated(requests, profile, setup)
 

@@ -29,15 +29,6 @@ Lanes = Listed[Annotated[int, Field(ge=0, le=63)]]
 Report = Literal["winners", "headline", "ablation"]
 
 
-class Contender(PolicyEntry):
-    """A policy with parameters. With ``steps_scale`` below 1 its requests ask for fewer steps at full guidance: the
-    rival of every policy that skips."""
-
-    steps_scale: float = Field(default=1.0, gt=0, le=1)
-    skip: bool = True
-    """False: guidance may not be skipped."""
-
-
 class Machines(_Section):
     """Profiles x contention (factor on every slowdown's excess over 1) x decode share (factor on the decode's time) x
     decode lanes (the GPU of each)."""
@@ -58,7 +49,7 @@ class Contest(_Section):
     name: Name
     machines: Listed[Machines] = Field(min_length=1)
     workloads: Listed[Workload] = Field(min_length=1)
-    policies: Listed[Contender] = Field(min_length=1)
+    policies: Listed[PolicyEntry] = Field(min_length=1)
     baselines: Listed[str] = Field(min_length=1)
     loads: Listed[Load] = Field(default=(0.8,), min_length=1)
     seeds: Listed[Seed] = Field(default=(1, 2, 3), min_length=1)
@@ -85,6 +76,8 @@ class Contest(_Section):
         for entry in self.policies:
             if entry.batch is not None:
                 raise ValueError(f"policy '{entry.name}': a contest searches the batch size, so batch cannot be given")
+        if self.skip_budget.min_ssim is not None:
+            raise ValueError("skip_budget: min_ssim belongs to a sweep; a contest takes fraction and its companions")
         return self
 
     @property

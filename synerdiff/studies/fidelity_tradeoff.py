@@ -118,6 +118,6 @@ def _run(
         "estimated": profile.estimated,
         "policy": variant.policy,
         "variant": variant.name,
-        "ssim": run_ssim(table, zip(frame["modes"], frame["guidance_scale"], strict=True), steps),
+        "ssim": run_ssim(table, ((row.modes, row.guidance_scale, steps) for row in frame.itertuples())),
         **summary_of(frame, work, requests, profile),
     }

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from synerdiff.capacity import mix_of
 from synerdiff.config import Experiment, PolicyEntry, Workload
-from synerdiff.core import InputError, SkipBudget, WorkerInfo
+from synerdiff.core import NO_SKIPS, InputError, SkipBudget, WorkerInfo
 from synerdiff.fidelity_floor import floor_for_requests
 from synerdiff.profile import Profile
 from synerdiff.profile_files import find_profile, load_profile
@@ -16,6 +16,7 @@ from synerdiff.studies.grid_run import Run
 from synerdiff.studies.one_run import Setup, fitted
 from synerdiff.studies.run_keys import policy_hash
 from synerdiff.studies.sources import Source, arrivals, search_source, sources
+from synerdiff.studies.sweep_fidelity import require_covered, tables_of
 
 
 class Place(NamedTuple):
@@ -47,6 +48,10 @@ class Grid:
         self.sources = {workload.name: sources(workload, experiment, self.base) for workload in experiment.workloads}
         self._floors: dict[tuple[str, Source], SkipBudget] = {}
         self.policy_hashes = {entry.policy: self._checked(index) for index, entry in enumerate(experiment.policies)}
+        self.tables = tables_of(experiment, self.profiles, self.base)
+        """The fidelity table by profile, where a floor on fidelity is asked for; what it does not cover is refused."""
+        for table in self.tables.values():
+            require_covered(table, experiment, self.sources)
         self.searches = self._search_runs()
         """Batch -> run, for every place where a batch size is searched."""
 
@@ -123,8 +128,10 @@ class Grid:
     def _loads(self, workload: Workload) -> Sequence[float]:
         return workload.loads or self.experiment.loads
 
-    def _budget(self, folder: Path, profile: Profile, source: Source) -> SkipBudget:
+    def _budget(self, folder: Path, profile: Profile, source: Source, entry: PolicyEntry) -> SkipBudget:
         section = self.experiment.skip_budget
+        if not entry.may_skip:
+            return NO_SKIPS
         if section.min_ssim is None:
             return section.budget
         key = (profile.name, source)
@@ -142,7 +149,7 @@ class Grid:
             entry.policy,
             dict(entry.parameters) if batch is None else {**entry.parameters, "batch": batch},
             experiment.decode_gpus,
-            self._budget(folder, profile, source),
+            self._budget(folder, profile, source, entry),
             source.number if experiment.dispersion else None,
             self.base,
         )
@@ -157,6 +164,7 @@ class Grid:
             slo_seconds=experiment.slo.seconds if experiment.slo else None,
             slo_multiple=experiment.slo.solo_multiple if experiment.slo else None,
             policy_source=self.policy_hashes[entry.policy],
+            steps_scale=entry.steps_scale,
         ).with_key()
 
 

@@ -34,6 +34,8 @@ class Run:
     slo_multiple: float | None = None
     policy_source: str = ""
     """Hash of a user's policy module."""
+    steps_scale: float = 1.0
+    """Below 1: the requests take that share of their steps, with the deadlines of all of them."""
     key: str = ""
 
     @property
@@ -76,6 +78,7 @@ def row_head(run: Run) -> dict[str, Any]:
         "policy": run.label,
         "policy_name": run.setup.policy,
         "parameters": json.dumps(parameters, sort_keys=True),
+        "steps_scale": run.steps_scale,
         "batch": run.setup.parameters.get("batch"),
         "load": run.load,
         "seed": run.source.number,
@@ -83,12 +86,14 @@ def row_head(run: Run) -> dict[str, Any]:
 
 
 def replayed(run: Run) -> tuple[Profile, list[Request], float, RunResult]:
-    """(profile, requests at the run's load, their time scale, the records): the same whenever it is asked."""
+    """(profile, requests at the run's load as they were asked for, their time scale, the records): the same whenever
+    it is asked."""
     profile = profile_as_it_was(run.profile_folder, run.profile_hash)
     known = arrivals(run.source)
     scale = one_run.time_scale_for_load(known.requests, profile, run.load, known.window)
     requests = scaled(one_run.fitted(known.requests, profile, run.slo_seconds, run.slo_multiple), scale)
-    return profile, requests, scale, one_run.run_simulated(requests, profile, run.setup)
+    served = one_run.with_fewer_steps(requests, run.steps_scale)
+    return profile, requests, scale, one_run.run_simulated(served, profile, run.setup)
 
 
 def compute(run: Run) -> tuple[str, dict[str, Any]]:

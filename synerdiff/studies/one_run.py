@@ -97,6 +97,16 @@ def fitted(
     return found
 
 
+def fewer_steps(steps: int, scale: float) -> int:
+    """That share of the steps, rounded, at least 1."""
+    return max(1, round(steps * scale))
+
+
+def with_fewer_steps(requests: Sequence[Request], scale: float) -> list[Request]:
+    """The requests with that share of their steps; their deadlines stay."""
+    return [replace(request, steps=fewer_steps(request.steps, scale)) for request in requests]
+
+
 def _solo_ns(request: Request, profile: Profile, known: dict[tuple[int, int, bool], int]) -> int:
     kind = (request.steps, request.images, request.guidance_scale > 1)
     if kind not in known:

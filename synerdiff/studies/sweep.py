@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -16,12 +16,14 @@ from typing import Any
 
 from synerdiff import __version__
 from synerdiff.core import InputError
+from synerdiff.fidelity import FidelityTable
 from synerdiff.files import atomic, require_writable_folder
 from synerdiff.studies.backends import Backend
 from synerdiff.studies.grid import Grid, best_batch
 from synerdiff.studies.grid_run import Run, compute, finished_row
 from synerdiff.studies.run_keys import engine_hash
 from synerdiff.studies.sources import arrivals
+from synerdiff.studies.sweep_fidelity import ssim_of
 from synerdiff.studies.sweep_tables import write_tables
 
 MANIFEST = "manifest.json"
@@ -80,10 +82,14 @@ def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], No
 
     results.grid_runs = {run.key: run for run in grid.runs(best)}
     rows = _rows(list(results.grid_runs.values()), backend, count, results)
-    results.rows = [rows[key] for key in sorted(rows)]
+    results.rows = [_with_ssim(rows[key], results.grid_runs[key], grid.tables) for key in sorted(rows)]
     write_tables(grid.folder, results.rows, [searched[key] for key in sorted(searched) if key not in rows])
     _write_manifest(grid, results, complete=True)
     return results
+
+
+def _with_ssim(row: dict[str, Any], run: Run, tables: Mapping[str, FidelityTable]) -> dict[str, Any]:
+    return {**row, "ssim": ssim_of(run, tables[row["profile"]])} if tables else row
 
 
 def _distinct(runs: Sequence[Run]) -> list[Run]:
