@@ -103,7 +103,10 @@ KNOWN = ", ".join(Experiment.model_fields)
         ({"figures": "[pie]"}, "figures[0] is 'pie'; it must be 'latency-load', "),
         ({"batch_search": "{batches: [0]}"}, "batch_search.batches[0] is 0; it must be greater than or equal to 1."),
         ({"dispersion": "1"}, "dispersion is 1; it must be a valid boolean."),
-        ({"policies": "[static]"}, "policies[0]: named fields are needed: policy, label, parameters, batch, steps_scale, skip."),
+        (
+            {"policies": "[static]"},
+            "policies[0]: named fields are needed: policy, label, parameters, batch, steps_scale, skip.",
+        ),
         ({"policies": "[{polic: s}]"}, "policies[0]: there is no field 'polic'; known are policy, label, parameters, "),
         ({"policies": "[{label: s}]"}, "policies[0].policy is missing."),
         ({"policies": "[{policy: 3}]"}, "policies[0].policy is 3; it must be a valid string."),
