@@ -13,6 +13,7 @@ import simpy
 from policies.base import Policy
 from policies.routers import RoundRobin, Router, WorkerState
 from simulator.adapter_run import AdapterRun
+from simulator.collection import rare_collections
 from simulator.pieces import Draws
 from simulator.services import ControlNetServices
 from simulator.worker_run import PROGRESS_EVERY, WorkerRun
@@ -106,7 +107,8 @@ def simulate_cluster(
     simulation = _ClusterRun(requests, profile, runs, router or RoundRobin(), budget, on_progress)
     environment = simpy.Environment()
     environment.process(simulation.run(environment))
-    environment.run()
+    with rare_collections():
+        environment.run()
     adapted = [run for run in runs if isinstance(run, AdapterRun)]
     return ClusterResult(
         run=RunResult(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import simpy
 
 from policies.base import Policy
+from simulator.collection import rare_collections
 from simulator.worker_run import DENOISE_GPU, WorkerRun
 from synerdiff.core import NO_SKIPS, Request, RunResult, SkipBudget, WorkerInfo
 from synerdiff.profile import Profile
@@ -39,7 +40,8 @@ def simulate(
     simulation = WorkerRun(samples, policy, profile, decode_gpus, dispersion_seed, on_progress)
     environment = simpy.Environment()
     environment.process(simulation.run(environment))
-    environment.run()
+    with rare_collections():
+        environment.run()
     return RunResult(
         requests=request_records(requests, samples),
         work=sorted_work([*simulation.step_records, *simulation.chunk_records]),

@@ -14,6 +14,7 @@ from synerdiff.core import (
     CONDITIONAL,
     GUIDED,
     MODE_LETTER,
+    NOTHING,
     NS_PER_S,
     ChunkLaunch,
     ContractError,
@@ -78,6 +79,8 @@ class Worker:
         self.wake_ns: int | None = None
         self.ended = 0
         """Samples that are done, rejected or failed."""
+        self._kept: tuple[tuple[tuple[SampleId, Mode], ...], Step] | None = None
+        """The last decided step and what it was found to be, while no mode was a skip and no member has left."""
         self._arrived: list[Sample] = []
         self._step_done: list[Sample] = []
         self._chunk_done: list[Sample] = []
@@ -124,6 +127,7 @@ class Worker:
                 del self.active[sample.id]
                 self.decoding[sample.id] = sample
                 step.freed.append(sample)
+                self._kept = None
         self._step_done.extend(step.samples)
 
     @staticmethod
@@ -184,6 +188,7 @@ class Worker:
                     self.exclusive_lane = None
         for place in (self.waiting, self.active, self.decoding):
             place.pop(sample.id, None)
+        self._kept = None
         self._end(sample, Phase.FAILED)
 
     def _end(self, sample: Sample, phase: Phase) -> None:
@@ -219,6 +224,9 @@ class Worker:
         self._step_done.clear()
         self._chunk_done.clear()
         self._gone.clear()
+        if decision is NOTHING:
+            self.wake_ns = None
+            return False, []
         early = self.step is not None
         for sample_id in decision.admit:
             sample = self._sample(sample_id, WAITING, "admitted", now_ns)
@@ -250,9 +258,17 @@ class Worker:
     def _make_step(self, decision: Decision, now_ns: int) -> Step:
         if not self.view.denoise_free:
             self._refuse(now_ns, "a step was decided while the denoise lane is busy or held")
+        # The same members take most steps: what was found of them is kept while they are the same.
+        if self._kept is not None and self._kept[0] is decision.step and not decision.pad_rows:
+            known = self._kept[1]
+            if known.rows <= self.view.max_rows:
+                for sample in known.samples:
+                    sample.in_step = True
+                return Step(known.samples, known.ids, known.modes, known.rows, 0)
         samples: list[Sample] = []
         letters = ""
         key = None
+        skips = False
         rows = decision.pad_rows
         if rows < 0:
             self._refuse(now_ns, f"pad_rows is {rows}")
@@ -271,11 +287,14 @@ class Worker:
             else:
                 rows += self._rows_of(sample, mode, now_ns)
                 letters += MODE_LETTER[mode]
+                skips = skips or sample.guided
             sample.in_step = True
             samples.append(sample)
         if rows > self.view.max_rows:
             self._refuse(now_ns, f"the step has {rows} rows; at most {self.view.max_rows} are possible")
-        return Step(samples, tuple([s.id for s in samples]), letters, rows, decision.pad_rows)
+        step = Step(samples, tuple([s.id for s in samples]), letters, rows, decision.pad_rows)
+        self._kept = None if skips or decision.pad_rows else (decision.step, step)
+        return step
 
     def _rows_of(self, sample: Sample, mode: Mode, now_ns: int) -> int:
         """Rows that the sample takes in this mode, once the mode is found to be allowed."""

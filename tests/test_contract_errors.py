@@ -160,3 +160,19 @@ def test_a_rejected_image_rejects_its_request():
     )
     record = simulate([Request(0, 0, steps=1, images=2)], policy, PROFILE).requests[0]
     assert (record.status, record.finished_ns) == ("rejected", -1)
+
+
+def test_a_step_decided_again_as_the_same_object_is_checked_again_once_a_member_has_left():
+    """Both take two steps; sample 0 ends after the second, and the very same step is then refused."""
+    both = ((0, G), (1, G))
+    requests = [Request(0, 0, steps=2), Request(1, 0, steps=3)]
+    decisions = (Decision(admit=(0, 1), step=both), Decision(step=both), Decision(step=both))
+    refused("sample 0.0 cannot be stepped: it is decoding", *decisions, requests=requests)
+
+
+def test_a_step_decided_again_as_the_same_object_may_not_have_a_skip_that_is_spent():
+    """Half of four steps may be skipped, one at a time: the same skipping step twice in a row is refused."""
+    skipping = ((0, R),)
+    decisions = (Decision(admit=(0,), step=((0, G),)), Decision(step=skipping), Decision(step=skipping))
+    budget = SkipBudget(500_000, warmup_steps=1, longest_run=1)
+    refused("mode reuse is not allowed", *decisions, requests=[Request(0, 0, steps=4)], budget=budget)
