@@ -150,7 +150,7 @@ def load_controlnet(name_or_path: str | Path, model: DiffusionModel, name: str |
             known = ", ".join(SHIPPED_CONTROLNETS)
             raise InputError(f"There is no ControlNet {name_or_path}; give a folder that diffusers saved, or {known}.")
         folder = shipped
-    net = _read(folder).to(model.device, model.dtype).eval().requires_grad_(False)
+    net = _read(folder, model.dtype).to(model.device).eval().requires_grad_(False)
     own = name or (str(name_or_path) if str(name_or_path) in SHIPPED_CONTROLNETS else folder.name)
     _check(folder, net, model)
     return ControlNet(own, net)
@@ -180,7 +180,14 @@ def empty_controlnet(unet_config: Any, image_reduction: int, channels: int) -> A
         )
 
 
-def read_control_image(path: str | Path, folder: str | Path, controlnet: ControlNet, model: DiffusionModel) -> Any:
+class ReadsImages(Protocol):
+    """A ControlNet, or what is known of one that runs elsewhere: the channels of its images."""
+
+    @property
+    def channels(self) -> int: ...
+
+
+def read_control_image(path: str | Path, folder: str | Path, controlnet: ReadsImages, model: DiffusionModel) -> Any:
     """A picture from an allowed folder, as the tensor that `ControlUse` wants. Links are followed before the check.
 
     Nothing is resized: InputError, one sentence, unless it has the model's resolution; colours become grey, or grey
@@ -209,14 +216,15 @@ def read_control_image(path: str | Path, folder: str | Path, controlnet: Control
     return (pixels.float() / 255).to(model.device, model.dtype)
 
 
-def _read(folder: Path) -> Any:
+def _read(folder: Path, dtype: torch.dtype) -> Any:
     from diffusers import ControlNetModel
 
     try:
         kind = ControlNetModel.load_config(str(folder)).get("_class_name")
         if kind != "ControlNetModel":
             raise InputError(f"{folder}: this is a {kind}; a ControlNetModel is needed.")
-        return ControlNetModel.from_pretrained(str(folder), use_safetensors=True)  # type: ignore[no-untyped-call]
+        options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
+        return ControlNetModel.from_pretrained(str(folder), **options)  # type: ignore[no-untyped-call]
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:

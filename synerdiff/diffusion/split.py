@@ -54,17 +54,16 @@ class SplitDenoiser:
     """A UNet2DConditionModel's forward, in halves: the same modules in the same order with the same shapes.
 
     So the result equals the forward with `down_block_additional_residuals` and `mid_block_additional_residual` to the
-    last bit. Raises InputError for UNets that are conditioned on more than text.
+    last bit. Other UNets than those that are conditioned on text alone raise InputError when they are called.
     """
 
     def __init__(self, unet: Any) -> None:
         self.unet = unet
-        config = unet.config
-        added = getattr(config, "addition_embed_type", None)
-        if unet.mid_block is None or config.center_input_sample or added not in (None, "text_time"):
-            raise InputError(
-                "Only UNets with a mid block that are conditioned on text alone can be split for ControlNets."
-            )
+        self._by_text_alone = (
+            unet.mid_block is not None
+            and not unet.config.center_input_sample
+            and getattr(unet.config, "addition_embed_type", None) in (None, "text_time")
+        )
 
     def __call__(self, inputs: RowInputs, fetch: Callable[[], Residuals | None]) -> torch.Tensor:
         """Encoder and mid block, then `fetch()`, then the decoder: predicted noise (R, C, h, w)."""
@@ -73,6 +72,8 @@ class SplitDenoiser:
 
     @torch.inference_mode()
     def encode(self, inputs: RowInputs) -> Encoded:
+        if not self._by_text_alone:
+            raise InputError("Only UNets with a mid block that are conditioned on text alone can be split.")
         unet, tokens = self.unet, inputs.tokens
         added = None if inputs.pooled is None else {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
         times = unet.get_time_embed(sample=inputs.latents, timestep=inputs.timesteps)

@@ -41,7 +41,12 @@ class Stage(NamedTuple):
     averaging: float
 
 
-STAGES = {"vae": Stage(1400, 32, 2e-3, 0.0), "unet": Stage(2400, 64, 1.5e-3, 0.999)}
+STAGES = {
+    "vae": Stage(1400, 32, 2e-3, 0.0),
+    "unet": Stage(2400, 64, 1.5e-3, 0.999),
+    "lora": Stage(800, 48, 3e-3, 0.99),
+    "controlnet": Stage(900, 48, 1e-3, 0.99),
+}
 
 
 class OutOfTime(Exception):
