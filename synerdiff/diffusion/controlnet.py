@@ -101,6 +101,9 @@ def control_calls(
     return calls
 
 
+ControlForward = Callable[[RowInputs, torch.Tensor], tuple[torch.Tensor, ...]]
+
+
 class ControlNet:
     """A diffusers ControlNetModel by name; several may serve one step."""
 
@@ -111,6 +114,8 @@ class ControlNet:
         self.net = net
         self.channels = int(net.config.conditioning_channels)
         """Of the images that it reads."""
+        self.forward: ControlForward = self._eager
+        """Unscaled residuals, down then mid; `split_graphs.capture_controlnet` puts a graph per row count here."""
 
     @property
     def size_bytes(self) -> int:
@@ -122,13 +127,17 @@ class ControlNet:
 
         Equal to diffusers' forward with that `conditioning_scale`, in half precision too: the product is rounded once.
         """
-        inputs = call.inputs
+        tensors = self.forward(call.inputs, call.images)
+        scales = to_device([call.scales], call.images.device).view(-1, 1, 1, 1)
+        scaled = [(one * scales).to(one.dtype) for one in tensors]
+        return Residuals(tuple(scaled[:-1]), scaled[-1])
+
+    def _eager(self, inputs: RowInputs, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
         added = None if inputs.pooled is None else {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
         down, mid = self.net(
-            inputs.latents, inputs.timesteps, inputs.tokens, call.images, added_cond_kwargs=added, return_dict=False
+            inputs.latents, inputs.timesteps, inputs.tokens, images, added_cond_kwargs=added, return_dict=False
         )
-        scales = to_device([call.scales], inputs.latents.device).view(-1, 1, 1, 1)
-        return Residuals(tuple((one * scales).to(one.dtype) for one in down), (mid * scales).to(mid.dtype))
+        return (*down, mid)
 
     def example_call(self, model: DiffusionModel, rows: int) -> ControlCall:
         """`rows` rows of the right shapes for `model`, all alike: what a measurement of a forward needs."""

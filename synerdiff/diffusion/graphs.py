@@ -8,7 +8,7 @@ may allocate meanwhile. Not yet run on a GPU; written to torch's documentation o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -17,15 +17,17 @@ from synerdiff.diffusion.chunking import Chunking
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.rows import RowInputs
 
+T = TypeVar("T")
+
 WARM_UPS = 3
 
 
-class CapturedFunction:
-    """A function of tensors with fixed shapes, captured; its output buffer is overwritten by the next call."""
+class CapturedFunction(Generic[T]):
+    """A function of tensors with fixed shapes, captured; its output buffers are overwritten by the next call."""
 
     def __init__(
         self,
-        function: Callable[..., torch.Tensor],
+        function: Callable[..., T],
         examples: Sequence[torch.Tensor],
         stream: torch.cuda.Stream,
         pool: Any,
@@ -41,7 +43,7 @@ class CapturedFunction:
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._output = function(*self._inputs)
 
-    def __call__(self, *arguments: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *arguments: torch.Tensor) -> T:
         """Copy the arguments into the captured buffers and replay, all on the current stream."""
         for buffer, argument in zip(self._inputs, arguments, strict=True):
             buffer.copy_(argument, non_blocking=True)
@@ -52,7 +54,7 @@ class CapturedFunction:
 class GraphedDenoiser:
     """A `Denoise` that replays the graph of exactly the rows given; the caller pads to a bucket first."""
 
-    def __init__(self, graphs: dict[int, CapturedFunction]) -> None:
+    def __init__(self, graphs: dict[int, CapturedFunction[torch.Tensor]]) -> None:
         self._graphs = graphs
 
     def __call__(self, inputs: RowInputs) -> torch.Tensor:
@@ -98,7 +100,7 @@ def capture_chunks(
     for chunk in model.chunks(chunking):
         graph = CapturedFunction(chunk, [hidden], stream, pool)
 
-        def run(tensor: torch.Tensor, graph: CapturedFunction = graph) -> torch.Tensor:
+        def run(tensor: torch.Tensor, graph: CapturedFunction[torch.Tensor] = graph) -> torch.Tensor:
             return graph(tensor).clone()
 
         captured.append(run)

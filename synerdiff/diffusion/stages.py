@@ -33,6 +33,18 @@ def prepare_steps(model: DiffusionModel, row_buckets: Sequence[int], lane: Lane)
         model.row_buckets = tuple(sorted(row_buckets))
 
 
+def prepare_split_steps(model: DiffusionModel, row_buckets: Sequence[int], lane: Lane) -> None:
+    """As `prepare_steps`, for steps in two halves (`model.split`): on a GPU two CUDA graphs per bucket, on `lane`."""
+    if model.device.type == "cuda":
+        from synerdiff.diffusion.cuda_device import CudaLane
+        from synerdiff.diffusion.split_graphs import capture_halves
+
+        assert isinstance(lane, CudaLane)
+        capture_halves(model, row_buckets, lane.stream, lane.graph_pool)
+    else:
+        model.row_buckets = tuple(sorted(row_buckets))
+
+
 def prepare_chunks(model: DiffusionModel, chunking: Chunking, lane: Lane) -> tuple[ChunkFunction, ...]:
     """The chunks of one sample's decode for one decode lane; on a GPU each is a CUDA graph of that lane."""
     if model.device.type == "cuda":
