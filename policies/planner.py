@@ -16,7 +16,7 @@ bound on the time that the missing chunks take at least keep a plan to a fractio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from policies.decode_costs import DecodeCosts
 from synerdiff.core import PPM
@@ -34,14 +34,8 @@ class Plan(NamedTuple):
     skips: int
 
 
-class _Node(NamedTuple):
-    """A reached state; ``before`` leads back to the start."""
-
-    elapsed_ns: int
-    skips: int
-    before: _Node | None
-    action: Action
-
+_Node: TypeAlias = "tuple[int, int, _Node | None, Action]"
+"""A reached state: (time elapsed, skips, the state before, the action from there); a plain tuple, thousands are built."""
 
 _Move = tuple[int, int, int]
 """(chunks done after it, duration of the step, end of its last chunk counted from its begin)."""
@@ -108,13 +102,13 @@ class Planner:
         best: tuple[int, int, int] | None = None
         best_node: _Node | None = None
         bound_ns = 1 << 62
-        layer: list[tuple[int, _Node]] = [(0, _Node(0, 0, None, (0, False)))]
+        layer: list[tuple[int, _Node]] = [(0, (0, 0, None, (0, False)))]
         for j in range(self._horizon):
             limit_ns = ((j + 1) * step_ns + credit_ns) * PPM // theta_ppm
             moves_now = skipping[j] if j < len(skipping) else None
             reached: dict[tuple[int, int], _Node] = {}
             for done, node in layer:
-                elapsed_ns, spent = node.elapsed_ns, node.skips
+                elapsed_ns, spent = node[0], node[1]
                 for skip, moves in ((False, full), (True, moves_now)):
                     if moves is None or (skip and spent >= skips):
                         continue
@@ -127,14 +121,14 @@ class Planner:
                             found = (elapsed_ns + end_ns + penalty_ns * after, after, then_ns)
                             if best is None or found < best:
                                 best, bound_ns = found, found[0]
-                                best_node = _Node(then_ns, after, node, (position - done, skip))
+                                best_node = (then_ns, after, node, (position - done, skip))
                             continue
                         if then_ns + least_ns[position] + penalty_ns * after >= bound_ns:
                             continue
                         key = (position, after)
                         other = reached.get(key)
-                        if other is None or then_ns < other.elapsed_ns:
-                            reached[key] = _Node(then_ns, after, node, (position - done, skip))
+                        if other is None or then_ns < other[0]:
+                            reached[key] = (then_ns, after, node, (position - done, skip))
             layer = _undominated(reached)
             if not layer:
                 break
@@ -192,17 +186,23 @@ class Planner:
 def _undominated(reached: dict[tuple[int, int], _Node]) -> list[tuple[int, _Node]]:
     """States that no other one beats or equals in chunks done, time and skips; most chunks first, then fewest skips."""
     kept: list[tuple[int, _Node]] = []
+    least: list[tuple[int, int]] = []
     for done, skips in sorted(reached, key=lambda key: (-key[0], key[1])):
         node = reached[done, skips]
-        if not any(other.elapsed_ns <= node.elapsed_ns and other.skips <= skips for _, other in kept):
+        elapsed_ns = node[0]
+        for other_ns, other_skips in least:
+            if other_ns <= elapsed_ns and other_skips <= skips:
+                break
+        else:
             kept.append((done, node))
+            least.append((elapsed_ns, skips))
     return kept
 
 
 def _actions(node: _Node) -> tuple[Action, ...]:
     actions = []
     at: _Node | None = node
-    while at is not None and at.before is not None:
-        actions.append(at.action)
-        at = at.before
+    while at is not None and at[2] is not None:
+        actions.append(at[3])
+        at = at[2]
     return tuple(reversed(actions))
