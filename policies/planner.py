@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 
 
 _Node: TypeAlias = "tuple[int, int, _Node | None, Action]"
-"""A reached state: (time elapsed, skips, the state before, the action from there); a plain tuple, thousands are built."""
+"""A reached state: time elapsed, skips, the state before, the action from there. Plain tuples: thousands are built."""
 
 _Move = tuple[int, int, int]
 """(chunks done after it, duration of the step, end of its last chunk counted from its begin)."""
