@@ -29,7 +29,7 @@ from synerdiff.intervals import Interval, t_interval
 SHORTFALL = 0.95
 """A run that achieves less than this share of its offered rate is saturated."""
 
-BANDS = "Lines: means over seeds; bands: 95% t intervals over seeds."
+BANDS = "Lines: means over runs (seeds, or windows of a trace); bands: 95% t intervals over runs."
 HOLLOW = (
     f"Hollow: load 1 or more (continuous-serial is saturated), or under {SHORTFALL:.0%} of the offered rate achieved; "
     "latency there depends on the run's length."

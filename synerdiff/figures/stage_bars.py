@@ -47,7 +47,7 @@ def where_the_time_goes(
     ]
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
     note = (
-        "Means over seeds of each request's last-finishing image; at each bar the mean latency and the share of guided "
+        "Means over runs of each request's last-finishing image; at each bar the mean latency and the share of guided "
         f"steps that were skipped. Scales differ between panels. {caption}"
     )
     return finish(figure, title, note, bool(runs["estimated"].any()))

@@ -60,7 +60,11 @@ def _write(path: Path, text: str) -> None:
 
 def _caption(contest: Contest) -> str:
     budget = contest.skip_budget.budget
+    generated = any(workload.generator is not None for workload in contest.workloads)
     text = f"{contest.requests:,} requests a run, seeds {', '.join(str(seed) for seed in contest.seeds)}."
+    windows = sum(max(1, len(workload.windows)) for workload in contest.workloads if workload.trace is not None)
+    if windows:
+        text = (f"{text} " if generated else "") + f"{windows} windows of the trace, stretched in time to the load."
     text += " Every policy at its best batch size in every cell, on the same requests."
     if budget.fraction_ppm:
         text += f" At most {budget.fraction_ppm / 10_000:g}% of an image's steps may skip guidance."
