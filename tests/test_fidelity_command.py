@@ -209,12 +209,17 @@ def test_the_command_writes_table_and_pictures(
         (["--clip", "folder"], "folder: there are no such weights"),
         (["--scheduler", "often"], "There is no scheduler often"),
         (["--profile", "nowhere"], "nowhere: there is no such profile folder"),
+        (["--profile", "h200-sdxl-estimated"], "'h200-sdxl-estimated' is of model 'sdxl'; the study is of 'digits'."),
+        (["--profile", "large"], "--profile: 'test' is for 64 pixels; the study is of 32x32."),
     ],
 )
 def test_bad_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    large = profile_of_digits()
+    large.info["resolution"] = 64
+    write_profile(tmp_path / "large", large)
     assert fidelity(*arguments) == 2
     assert message in sentence(capsys)
 

@@ -82,6 +82,8 @@ def fidelity(
 
     wanted = None if chosen.dtype is None else getattr(torch, chosen.dtype)
     loaded = load_model(model, device, wanted, chosen.resolution, scheduler)
+    if simulated is not None:
+        _require_profile_of(simulated, model, loaded.height, loaded.width)
     own = loaded if scheduler is None else load_model(model, device, wanted, chosen.resolution)
     head = _head(model, own.solver.scheduler_name, device)
     with _progress() as on_progress:
@@ -93,6 +95,17 @@ def fidelity(
         typer.echo(line)
     for path in [*draw(result, out), *bought]:
         typer.echo(f"{path}")
+
+
+def _require_profile_of(profile: Profile, model: str, height: int, width: int) -> None:
+    """InputError for a profile of another model or resolution: what this study finds says nothing about its images."""
+    from synerdiff.core import InputError
+
+    own, sides = str(profile.info.get("model")), profile.info.get("resolution")
+    if own != model:
+        raise InputError(f"--profile: '{profile.name}' is of model '{own}'; the study is of '{model}'.")
+    if sides not in ([height, width], height if height == width else None):
+        raise InputError(f"--profile: '{profile.name}' is for {sides} pixels; the study is of {height}x{width}.")
 
 
 def _settings(

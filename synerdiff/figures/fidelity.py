@@ -3,7 +3,7 @@ latency against fidelity."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -153,27 +153,35 @@ def latency_against_fidelity(
     """P99 latency over fidelity, and achieved requests per second over fidelity; one point per run (or mean of seeds).
 
     ``runs``: profile, estimated, policy, load, ssim, the metric and request_throughput; a row per (policy, load, seed).
-    Runs of fewer steps are a policy of their own, named ``RIVAL``. Points of one policy are joined in order of SSIM.
+    Runs of fewer steps are a policy of their own, named ``RIVAL``, whose variants begin with the number of steps.
+    Points of one policy are joined in the order of ``runs``.
     """
     loads = sorted(set(runs["load"].tolist()))
     styles = policy_styles(runs["policy"])
     figure = new_figure(4.2 * len(loads) + 2.4, 6.6)
     grid = figure.subplots(2, len(loads), squeeze=False, sharex=True, sharey="row")
     panels = ((metric, "P99 latency (s)"), ("request_throughput", "achieved requests/s"))
-    for axes, (column, label) in zip(grid, panels, strict=True):
+    for line, (axes, (column, label)) in enumerate(zip(grid, panels, strict=True)):
         for axis, load in zip(axes, loads, strict=True):
             at_load = runs[runs["load"] == load]
             for policy, style in styles.items():
                 own = at_load[at_load["policy"] == policy].groupby("variant", sort=False)[["ssim", column]].mean()
-                own = own.sort_values("ssim")
                 error = [ssim_error(value) for value in own["ssim"]]
                 axis.plot(error, own[column], marker=style.marker, color=style.color, linestyle=style.linestyle)
-            if axes is grid[0]:
+                if policy == RIVAL and line == 0:
+                    _name_steps(axis, own.index, error, own[column])
+            if line == 0:
                 axis.set_title(f"load {load:g}", loc="left")
         axes[0].set_ylabel(label)
     plain_log_ticks(grid[0][0])
     for axis in grid[1]:
         ssim_on_x(axis)
     policy_legend(figure, styles)
-    note = f"To the right is closer to full guidance. {SSIM_NOTE}"
+    note = f"Numbers: steps with full guidance. To the right is closer to full guidance. {SSIM_NOTE}"
     return finish(figure, title, f"{note} {caption}", bool(runs["estimated"].any()))
+
+
+def _name_steps(axis: Axes, variants: Iterable[str], x: Sequence[float], y: Iterable[float]) -> None:
+    for name, *place in zip(variants, x, y, strict=True):
+        offset = (4, -9)
+        axis.annotate(name.split()[0], (place[0], place[1]), xytext=offset, textcoords="offset points", fontsize=7)

@@ -21,7 +21,7 @@ RIVAL = "fewer steps, full guidance"
 PLACEMENT = "load-skip"
 """All variants run this policy, so that only skips and steps differ; without a budget it never skips."""
 ALWAYS, QUEUE = "skip always", "skip while samples wait"
-FLOORS = (0.995, 0.99, 0.98, 0.97, 0.95)
+FLOORS = (0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95)
 
 
 class Variant(NamedTuple):
