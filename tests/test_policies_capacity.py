@@ -57,7 +57,7 @@ def test_policies_with_decodes_beside(name: str, chunking: str, contention: str,
 
 @pytest.mark.parametrize("contention", ["mild", "severe"])
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("load-skip", {}), ("load-skip", {"skip_queue": 10_000}), ("edf", {})]
+    ("name", "parameters"), [("load-skip", {}), ("load-skip", {"skip_queue": 10_000}), ("edf", {}), ("auto", {})]
 )
 def test_placement_by_cost_takes_the_better_formula(name: str, parameters: dict[str, int], contention: str) -> None:
     """Mild contention: beside; severe: exclusive. The rows are those that skipping leaves."""
