@@ -31,6 +31,7 @@ COMMANDS = {
     "sweep": "synerdiff.commands.sweep:sweep",
     "contest": "synerdiff.commands.contest:contest",
     "fidelity": "synerdiff.commands.fidelity:fidelity",
+    "adapter-fidelity": "synerdiff.commands.adapter_fidelity:adapter_fidelity",
     "cluster": "synerdiff.commands.cluster:cluster",
     "katz": "synerdiff.commands.katz:katz",
     "swift": "synerdiff.commands.swift:swift",

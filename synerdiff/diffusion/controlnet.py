@@ -19,7 +19,7 @@ from synerdiff.diffusion.split import Residuals
 if TYPE_CHECKING:
     from synerdiff.diffusion.model import DiffusionModel
 
-SHIPPED_CONTROLNETS = {"outline": Path(__file__).parent / "models" / "digits" / "controlnets" / "outline"}
+SHIPPED_CONTROLNETS = {"outline": Path(__file__).parent / "models" / "digits" / "controlnet-outline"}
 """Trained for `digits`."""
 _IMAGE_CHANNELS = {2: (16, 32), 4: (8, 16, 32), 8: (16, 32, 96, 256), 16: (16, 32, 96, 256, 256)}
 """How often images are reduced to latents -> channels of the layers that do it; 8: as in every public ControlNet."""

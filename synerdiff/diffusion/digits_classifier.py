@@ -11,6 +11,8 @@ from torch import nn
 from synerdiff.diffusion.digits_data import LabelledImages, augment
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "models" / "digits" / "classifier.safetensors"
+STYLES_WEIGHTS = SHIPPED_WEIGHTS.with_name("classifier-styles.safetensors")
+"""The same classifier, trained on plain and styled digits alike."""
 
 
 class DigitsClassifier(nn.Module):
