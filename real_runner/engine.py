@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from policies.base import Policy
+from real_runner.adapters.serving import Serving
 from real_runner.dispatch import Dispatch
 from real_runner.execution import GPU, LOOK_EVERY_NS, Execution, OnImage
 from real_runner.faults import FAILED, STOPPED, Fault
 from real_runner.hardware import Hardware, chunking_of
-from real_runner.intake import Entry, Intake
+from real_runner.intake import Entry, Intake, no_controls
 from real_runner.pieces import Image
 from synerdiff.core import NO_SKIPS, NS_PER_S, InputError, Request, RunResult, Sample, SkipBudget, WorkerInfo
 from synerdiff.diffusion.chunking import Chunking
@@ -54,20 +55,24 @@ def run_real(
     on_progress: Callable[[int], None] | None = None,
     on_image: OnImage | None = None,
     watchdog_s: float = WATCHDOG_S,
+    serving: Serving | None = None,
 ) -> RealRun:
-    """Replay requests (by arrival) through a policy on open hardware.
+    """Replay requests (by arrival) through a policy on open hardware; ``serving`` is needed for LoRAs and ControlNets.
 
     ``stop`` ends the run early: what runs is finished, the rest is unfinished. ``on_progress`` is told how many samples
     have ended; ``on_image`` gets every finished image. Raises InputError for what model or profile cannot serve; an
     error after the start is in the result. What has never run on this hardware is warmed up first.
     """
-    require_served(requests, hardware)
+    require_served(requests, hardware, serving)
+    gpu = GPU if serving is None else serving.gpu
     samples = make_samples(requests, profile, budget)
     sample_rows = max((sample.full_rows for sample in samples), default=1)
-    policy.reset(WorkerInfo(profile.max_rows, GPU, (GPU,) * len(hardware.decode), sample_rows), profile)
+    policy.reset(WorkerInfo(profile.max_rows, gpu, (gpu,) * len(hardware.decode), sample_rows), profile)
     cut = chunking_of(profile, getattr(policy, "chunking", "whole"))
     hardware.warm_up(profile.row_buckets or tuple(profile.steps), cut)
-    run = _Run(requests, samples, policy, profile, hardware, cut, sample_rows, round(watchdog_s * NS_PER_S))
+    if serving is not None:
+        serving.begin()
+    run = _Run(requests, samples, policy, profile, hardware, cut, sample_rows, round(watchdog_s * NS_PER_S), serving)
     run.execution.on_image = on_image
     error: Exception | None = None
     try:
@@ -79,6 +84,11 @@ def run_real(
     if error is not None and not hardware.hung:
         run.execution.drain()
     execution = run.execution
+    if serving is not None:
+        if not hardware.hung:
+            serving.finish()
+        execution.records += serving.parts.ledger.records(execution.zero_ns)
+        execution.faults += serving.parts.ledger.faults_since(execution.zero_ns)
     return RealRun(
         RunResult(
             requests=request_records(requests, samples),
@@ -94,16 +104,20 @@ def run_real(
     )
 
 
-def require_served(requests: Sequence[Request], hardware: Hardware) -> None:
-    """InputError for what this engine cannot do: adapters, several models, steps that make more denoiser calls."""
+def require_served(requests: Sequence[Request], hardware: Hardware, serving: Serving | None) -> None:
+    """InputError for what cannot be served: adapters without their folders, several models, steps of several calls."""
     models = {request.base_model for request in requests}
     if len(models) > 1:
         raise InputError(f"the trace asks for {len(models)} base models; a run has one model loaded.")
-    for request in requests:
-        if request.loras or request.controlnets:
-            raise InputError(
-                f"request {request.request_id} asks for LoRAs or ControlNets, which cannot be run on hardware yet."
-            )
+    if serving is not None:
+        serving.require(requests)
+    else:
+        for request in requests:
+            if request.loras or request.controlnets:
+                raise InputError(
+                    f"request {request.request_id} asks for LoRAs or ControlNets; say where they are with --loras, "
+                    "--controlnets and --controlnet-images."
+                )
     for steps in sorted({request.steps for request in requests}):
         calls = hardware.model.denoiser_calls(steps)
         if calls != steps:
@@ -126,12 +140,15 @@ class _Run:
         cut: Chunking,
         sample_rows: int,
         watchdog_ns: int,
+        serving: Serving | None,
     ) -> None:
-        self.policy, self.samples, self.device = policy, samples, hardware.device
-        self.lead_ns = profile.overhead_ns("decision_lead")
+        self.policy, self.samples, self.device, self.serving = policy, samples, hardware.device, serving
+        # When a step with adapters ends cannot be told from the profile's times of plain steps.
+        self.lead_ns = profile.overhead_ns("decision_lead") if serving is None else 0
         chunks = [hardware.chunk_functions(lane, cut) for lane in range(len(hardware.decode))]
         name = getattr(policy, "NAME", "") or type(policy).__name__
-        self.worker = Worker(samples, name, len(cut), profile.max_rows, (GPU,) * len(hardware.decode))
+        gpu = GPU if serving is None else serving.gpu
+        self.worker = Worker(samples, name, len(cut), profile.max_rows, (gpu,) * len(hardware.decode))
         self.samples_of: dict[int, list[Sample]] = {request.request_id: [] for request in requests}
         for sample in samples:
             self.samples_of[sample.request.request_id].append(sample)
@@ -139,8 +156,12 @@ class _Run:
         """Samples that have entered waiting or failed on the way; the rest have yet to arrive."""
         zero_ns = time.monotonic_ns() + HEAD_START_NS
         self.execution = Execution(self.worker, hardware, profile, cut.name, chunks, zero_ns, sample_rows, watchdog_ns)
+        self.execution.gpu = gpu
+        if serving is not None:
+            self.execution.make_step = serving.step_piece
         self.cancel = threading.Event()
-        self.intake = Intake(hardware.intake, hardware.model, requests, zero_ns, self.cancel)
+        controls_of = no_controls if serving is None else serving.controls_of
+        self.intake = Intake(hardware.intake, hardware.model, requests, zero_ns, self.cancel, controls_of)
 
     def run(self, stop: threading.Event, on_progress: Callable[[int], None] | None) -> None:
         """Round after round until all samples have ended, or ``stop``."""
@@ -244,6 +265,8 @@ class _Run:
         decision = self.policy.decide(worker.look(now_ns, self.entered == len(self.samples)))
         step_starts, starting = worker.apply(decision, now_ns)
         execution.dispatch.decide_ns.append(execution.now_ns() - now_ns)
+        if self.serving is not None:
+            self.serving.follow(worker)
         committed = worker.next_step is not None and execution.next_step is None
         if step_starts or committed:
             execution.start_step(cause_ns)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from real_runner.dispatch import Dispatch
@@ -26,6 +27,8 @@ LOOK_EVERY_NS = 100_000_000
 WATCHDOG_FACTOR = 100
 """A piece counts as hung after the watchdog's time or so many times its predicted time, whichever is longer."""
 
+MakeStep = Callable[[Sequence[Image], Sequence[Mode], int], StepPiece]
+"""Images, their modes and rows of padding -> the piece that steps them."""
 OnImage = Callable[[Sample, SampleState, Any], None]
 """Gets each finished image (PIL) with its sample and state."""
 
@@ -75,6 +78,8 @@ class Execution:
         self.faults: list[Fault] = []
         self.dispatch = Dispatch()
         self.on_image: OnImage | None = None
+        self.make_step: MakeStep = partial(StepPiece, hardware.model)
+        self.gpu = GPU
 
     def now_ns(self) -> int:
         return time.monotonic_ns() - self.zero_ns
@@ -102,7 +107,7 @@ class Execution:
         step = committed or self.worker.step
         assert step is not None
         images = [self.images[sample_id] for sample_id in step.ids]
-        content = StepPiece(self.hardware.model, images, [MODES[letter] for letter in step.modes], step.pad_rows)
+        content = self.make_step(images, [MODES[letter] for letter in step.modes], step.pad_rows)
         work = self.hardware.denoise.submit(content.run)
         running = Running(content, work, cause_ns, self.now_ns(), step.rows)
         if committed is None:
@@ -152,10 +157,12 @@ class Execution:
         step = self.worker.end_step(end_ns)
         self.step = None
         self.dispatch.step_ns.append(start_ns - running.cause_ns)
+        if content.forward_began is not None:
+            start_ns = min(end_ns, max(start_ns, content.forward_began() - self.zero_ns))
         self.records.append(
             WorkRecord(
-                GPU, "denoise", "step", start_ns, end_ns, step.rows, step.pad_rows, step.ids, step.modes, -1, False,
-                False,
+                self.gpu, "denoise", "step", start_ns, end_ns, step.rows, step.pad_rows, step.ids, step.modes, -1,
+                False, False,
             )
         )  # fmt: skip
         if content.out_of_memory:

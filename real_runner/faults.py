@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 OUT_OF_MEMORY, FAILED, HUNG, STOPPED = "out of memory", "failed", "hung lane", "stopped"
+SERVICE_LOST = "service lost"
 
 
 class LaneHung(RuntimeError):
@@ -18,7 +19,8 @@ class Fault(NamedTuple):
 
     time_ns: int
     kind: str
-    """``out of memory`` (retried once), ``failed`` (samples that fail alone), ``hung lane`` or ``stopped``."""
+    """``out of memory`` (retried once), ``failed`` (samples that fail alone), ``service lost`` (a process beside the
+    worker), ``hung lane`` or ``stopped``."""
     samples: tuple[str, ...]
     """``request.image`` of those concerned."""
     detail: str

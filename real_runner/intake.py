@@ -5,17 +5,25 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
 from real_runner.faults import one_line
 from synerdiff.core import NS_PER_S, Request
+from synerdiff.diffusion.controlnet import ControlUse
 from synerdiff.diffusion.device import Lane, Work
 from synerdiff.diffusion.model import DiffusionModel, SampleState
 
 LOOKAHEAD = 512
 """Requests that the sender knows ahead, so that it never depends on the engine being quick."""
+
+ControlsOf = Callable[[Request], tuple[ControlUse, ...]]
+"""The ControlNets that steer a request, with their images; raises for an image that cannot be had."""
+
+
+def no_controls(request: Request) -> tuple[ControlUse, ...]:
+    return ()
 
 
 class Entry(NamedTuple):
@@ -41,9 +49,16 @@ class Intake:
     """Sends requests in order on a lane of its own, whatever the engine does; ``zero_ns`` is the trace's 0."""
 
     def __init__(
-        self, lane: Lane, model: DiffusionModel, requests: Sequence[Request], zero_ns: int, stop: threading.Event
+        self,
+        lane: Lane,
+        model: DiffusionModel,
+        requests: Sequence[Request],
+        zero_ns: int,
+        stop: threading.Event,
+        controls_of: ControlsOf,
     ) -> None:
         self._lane, self._model, self._requests = lane, model, requests
+        self._controls_of = controls_of
         self._zero_ns, self._stop = zero_ns, stop
         self._sent: deque[Work[_Sent]] = deque()
         self._submitted = 0
@@ -83,10 +98,14 @@ class Intake:
         seed = seed_of(request)
         prompt = self._model.prompts.default_prompt(seed)
         condition = self._model.encode_prompt(prompt)
-        return [
+        controls = self._controls_of(request)
+        states = [
             self._model.start(seed, request.steps, request.guidance_scale, prompt, image=image, condition=condition)
             for image in range(request.images)
         ]
+        for state in states:
+            state.controls = controls
+        return states
 
     def _entry(self, request: Request, work: Work[_Sent]) -> Entry:
         entered_ns = max(work.end_ns, self._zero_ns + request.arrival_ns)

@@ -43,6 +43,9 @@ class PictureFolder:
             "guidance_scale": f"{state.guidance_scale:g}",
             "modes": sample.modes,
         }
+        for name, entries in (("loras", sample.request.loras), ("controlnets", sample.request.controlnets)):
+            if entries:
+                parameters[name] = ";".join(entries)
         self._queue.put((self._folder / f"{sample.name}.png", image, parameters))
 
     def _write_all(self) -> None:

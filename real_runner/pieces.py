@@ -41,6 +41,8 @@ class StepPiece:
         self.model, self.images, self.modes, self.pad_rows = model, images, modes, pad_rows
         self.out_of_memory = ""
         """What the first attempt said when memory ran out."""
+        self.forward_began: Callable[[], int] | None = None
+        """When the denoiser's own forward began, in ns on the monotonic clock, where something went before it."""
         self._flags: list[tuple[Image, torch.Tensor]] = []
 
     def run(self) -> None:
@@ -57,11 +59,15 @@ class StepPiece:
             if not bool(flag):
                 image.failure = "its latent is not finite"
 
+    def advance(self, batch: list[tuple[Image, Mode]], pad_rows: int) -> None:
+        """All samples of the batch by one step; none of them when it raises."""
+        self.model.step([image.state for image, _ in batch], [mode for _, mode in batch], pad_rows)
+
     def _step(self, batch: list[tuple[Image, Mode]], pad_rows: int, may_halve: bool) -> None:
         if not batch:
             return
         try:
-            self.model.step([image.state for image, _ in batch], [mode for _, mode in batch], pad_rows)
+            self.advance(batch, pad_rows)
             return
         except Exception as found:  # whatever it is, it concerns these samples and not the run
             # The traceback would keep the failed attempt's tensors alive during the retry.

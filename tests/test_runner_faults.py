@@ -187,8 +187,7 @@ def test_what_cannot_be_run_is_refused_before_the_start(hardware):
         with pytest.raises(InputError, match=match):
             run_real(requests, build_policy("static"), more.get("profile", digits_profile()), hardware)
 
-    refused("request 0 asks for LoRAs", requests_at(0, loras=("a",)))
-    refused("request 0 asks for LoRAs or ControlNets", requests_at(0, controlnets=("a",)))
+    refused("request 0 asks for LoRAs or ControlNets; say where they are", requests_at(0, loras=("a",)))
     refused("asks for 2 base models", [*requests_at(0), *requests_at(0, base_model="b")])
 
 

@@ -61,7 +61,7 @@ class TimedLane:
 class TimedIntake:
     """Every request enters exactly when it arrives."""
 
-    def __init__(self, lane, model, requests, zero_ns, stop) -> None:
+    def __init__(self, lane, model, requests, zero_ns, stop, controls_of) -> None:
         self.clock, self.zero_ns, self.left = lane.clock, zero_ns, list(requests)
 
     @property

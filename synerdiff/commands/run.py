@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ import typer
 if TYPE_CHECKING:
     from real_runner.engine import RealRun
     from real_runner.hardware import Hardware
+    from synerdiff.cluster import Cluster
 
 
 def run(
@@ -53,6 +55,17 @@ def run(
     scheduler: Annotated[
         str | None, typer.Option(help="ddim, euler, dpm++2m or a diffusers class (default: the model's own).")
     ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="Cluster file (YAML) with one worker: how LoRAs, ControlNets and guidance are served."),
+    ] = None,
+    loras: Annotated[Path | None, typer.Option(help="Folder of the LoRAs, NAME.safetensors each.")] = None,
+    controlnets: Annotated[
+        Path | None, typer.Option(help="Folder of the ControlNets, a folder each as diffusers saves it.")
+    ] = None,
+    controlnet_images: Annotated[
+        Path | None, typer.Option(help="Folder of the conditioning images; unless a request names one, SEED.png.")
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Empty folder for the images, as PNG files that hold their parameters.")
     ] = None,
@@ -73,6 +86,11 @@ def run(
     from synerdiff.studies import one_run
     from traces.native import read_trace
 
+    if int(os.environ.get("RANK", "0")) and "TORCHELASTIC_RUN_ID" in os.environ:
+        from real_runner.adapters.crew import serve_under_torchrun
+
+        serve_under_torchrun()
+        return
     if not 0 < watchdog < 1e6:
         raise InputError(f"--watchdog is {watchdog:g}; a number of seconds above 0 and below a million is needed.")
     setup = one_run.Setup(
@@ -99,15 +117,24 @@ def run(
     if chosen is None:
         raise InputError(f"profile '{measured.name}' does not say for which model it was made; give --model.")
 
+    from real_runner.adapters.opening import open_serving
+    from real_runner.adapters.serving import Folders
     from real_runner.engine import run_real
     from real_runner.hardware import open_hardware
     from real_runner.pictures import PictureFolder
 
-    lanes = len(setup.decode_gpus)
+    folders = Folders(loras, controlnets, controlnet_images)
+    layout = _layout(cluster, decode_gpus)
+    lanes = len(layout.workers[0].lanes)
+    if device == "cuda":
+        device = f"cuda:{layout.workers[0].denoise_gpu}"
     with (
         open_hardware(str(chosen), device, measured, decode_lanes=lanes, dtype=dtype, scheduler=scheduler) as hardware,
         ExitStack() as stack,
     ):
+        serving = None
+        if cluster is not None or any(request.loras or request.controlnets for request in requests):
+            serving = stack.enter_context(open_serving(hardware, layout, requests, folders, min(30.0, watchdog / 2)))
         on_image = None
         if images is not None:
             shared = {"software": "synerdiff", "model": str(chosen), "policy": policy}
@@ -127,6 +154,7 @@ def run(
             on_progress=on_progress,
             on_image=on_image,
             watchdog_s=watchdog,
+            serving=serving,
         )
         described = {
             "profile": measured.name,
@@ -137,7 +165,8 @@ def run(
             "load": load,
             "policy": policy,
             "parameters": dict(setup.parameters),
-            "decode_gpus": list(setup.decode_gpus),
+            "decode_gpus": list(layout.workers[0].lanes),
+            "cluster": None if serving is None else layout.model_dump(mode="json"),
             "skip_fraction_allowed": setup.budget.fraction_ppm / PPM,
             "min_ssim": min_ssim,
             "decisions": found.result.decisions,
@@ -160,6 +189,19 @@ def run(
     _leave(found, stop.is_set(), summary["unfinished_count"], hardware)
 
 
+def _layout(cluster: Path | None, decode_gpus: str) -> Cluster:
+    """The cluster's one worker; without a file a worker that does everything itself."""
+    from synerdiff.cluster import cluster_of, load_cluster
+    from synerdiff.commands.texts import decode_lanes
+    from synerdiff.core import InputError
+
+    if cluster is None:
+        return cluster_of({"workers": [{"denoise_gpu": 0, "decode_gpus": list(decode_lanes(decode_gpus))}]})
+    if decode_gpus != "0":
+        raise InputError("--decode-gpus excludes --cluster, whose worker lists its decode_gpus.")
+    return load_cluster(cluster)
+
+
 def _leave(found: RealRun, stopped: bool, unfinished: int, hardware: Hardware) -> None:
     """End with the run's own error or exit code, now that everything is written."""
     from real_runner.faults import LaneHung
@@ -168,8 +210,6 @@ def _leave(found: RealRun, stopped: bool, unfinished: int, hardware: Hardware) -
         print(found.error, file=sys.stderr)
         if hardware.model.device.type == "cuda":
             # The driver would wait for the kernel that never ends.
-            import os
-
             sys.stdout.flush()
             os._exit(1)
         raise typer.Exit(1)

@@ -1,0 +1,232 @@
+"""LoRA files on their way from storage through the host to the worker's device, and what is kept of them.
+
+The rules are the simulator's: a file stays while a sample needs it, whatever the caches do; files are loaded in the
+order in which they are asked for, each by the loader that is free first; a cached file is not read again.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from real_runner.adapters.peer import lora_in
+from real_runner.adapters.spans import Clock, Ledger
+from real_runner.faults import SERVICE_LOST, one_line
+from synerdiff.caches import Cache
+from synerdiff.cluster import MIB, LoraStorage
+from synerdiff.core import InputError, SampleId
+from synerdiff.diffusion.link import Link, LinkLost, Op
+from synerdiff.diffusion.lora import LoraFile, read_lora
+
+
+class SourceLost(RuntimeError):
+    """A source of files does not answer any more; what was asked of it can be asked of another."""
+
+
+class Source(Protocol):
+    """Where files come from; ``read`` is called by one thread at a time.
+
+    It raises InputError for a file that cannot be had and SourceLost when it can never serve again.
+    """
+
+    def read(self, file: str) -> LoraFile: ...
+
+
+class OwnReader:
+    """Reads in the calling thread, from the allowed folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, file: str) -> LoraFile:
+        return replace(read_lora(f"{file}.safetensors", self._folder), name=file)
+
+
+class RemoteReader:
+    """A loader process, which reads from the allowed folder."""
+
+    def __init__(self, link: Link, timeout_s: float) -> None:
+        self._link, self._timeout_s = link, timeout_s
+
+    def read(self, file: str) -> LoraFile:
+        try:
+            answer = self._link.ask(Op.READ, {"file": file}, timeout_s=self._timeout_s)
+        except LinkLost as error:
+            raise SourceLost(str(error)) from None
+        if answer.op is not Op.DONE:
+            raise InputError(str(answer.fields["reason"]))
+        return lora_in(answer)
+
+
+class Loading:
+    """One file that some samples need."""
+
+    __slots__ = ("ended", "failure", "lora", "sample", "started", "users")
+
+    def __init__(self, sample: SampleId) -> None:
+        self.users = 0
+        self.sample = sample
+        self.started = False
+        self.ended = threading.Event()
+        self.lora: LoraFile | None = None
+        self.failure = ""
+
+
+class LoraStore:
+    """The worker's files. ``background``: one thread per source loads what is asked for; else the thread that needs
+    a file loads it (`load_now`)."""
+
+    def __init__(
+        self,
+        storage: LoraStorage,
+        sources: Sequence[Source],
+        device: torch.device,
+        gpu: int,
+        ledger: Ledger,
+        background: bool,
+    ) -> None:
+        self.ledger = ledger
+        self.reads = 0
+        """Files read from storage, and files brought to the device, since the store was made."""
+        self.copies = 0
+        self._device, self._gpu = device, gpu
+        self._host = Cache(round(storage.host_cache_mib * MIB), storage.cache)
+        self._on_device = Cache(round(storage.device_cache_mib * MIB), storage.cache)
+        self._host_files: dict[str, LoraFile] = {}
+        self._device_files: dict[str, LoraFile] = {}
+        self._needed: dict[str, Loading] = {}
+        self._lock = threading.Lock()
+        self._queue: queue.SimpleQueue[tuple[str, Loading] | None] = queue.SimpleQueue()
+        self._sources = list(sources)
+        self._alive = len(self._sources)
+        self._threads: list[threading.Thread] = []
+        if background:
+            names = ["loader"] if len(sources) == 1 else [f"loader{number}" for number in range(len(sources))]
+            for name, source in zip(names, sources, strict=True):
+                thread = threading.Thread(target=self._run, args=(name, source), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+
+    def need(self, files: Sequence[str], sample: SampleId) -> None:
+        """A sample needs these from now on."""
+        with self._lock:
+            for file in files:
+                self._needed.setdefault(file, Loading(sample)).users += 1
+
+    def release(self, files: Sequence[str]) -> None:
+        """A sample needs these no more."""
+        with self._lock:
+            for file in files:
+                self._needed[file].users -= 1
+                if not self._needed[file].users:
+                    del self._needed[file]
+
+    def fetch(self, file: str) -> Loading:
+        """Start to load a needed file, unless that has been done."""
+        loading = self._start(file)
+        if loading is not None:
+            self._queue.put((file, loading))
+            if not self._alive:
+                self._fail_all()
+        return self._needed[file]
+
+    def load_now(self, file: str) -> Loading:
+        """Load a needed file in this thread, unless that has been done."""
+        loading = self._start(file)
+        if loading is not None:
+            self._load("loader", self._sources[0], file, loading)
+        return self._needed[file]
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join(1.0)
+
+    def _start(self, file: str) -> Loading | None:
+        """The loading that has to be begun now; None when it has begun, or the file is on the device."""
+        with self._lock:
+            loading = self._needed[file]
+            if loading.started:
+                return None
+            loading.started = True
+            if self._on_device.use(file):
+                loading.lora = self._device_files[file]
+                loading.ended.set()
+                return None
+            return loading
+
+    def _run(self, lane: str, source: Source) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        else:
+            torch.set_num_threads(1)
+        while (job := self._queue.get()) is not None:
+            try:
+                self._load(lane, source, *job)
+            except SourceLost as error:
+                self._alive -= 1
+                self.ledger.fault(SERVICE_LOST, (), one_line(error))
+                self._queue.put(job)
+                if not self._alive:
+                    self._fail_all()
+                return
+
+    def _fail_all(self) -> None:
+        """No source is left: what is asked for fails."""
+        while True:
+            try:
+                job = self._queue.get_nowait()
+            except queue.Empty:
+                return
+            if job is not None:
+                job[1].failure = f"its LoRA {job[0]}.safetensors cannot be loaded: no LoRA loader is left"
+                job[1].ended.set()
+
+    def _load(self, lane: str, source: Source, file: str, loading: Loading) -> None:
+        """Read unless the host has it, copy to the device, and tell who waits."""
+        clock = Clock(self._device)
+        start = clock.now()
+        try:
+            with self._lock:
+                lora = self._host_files.get(file)
+                if lora is not None:
+                    self._host.use(file)
+            if lora is None:
+                lora = source.read(file)
+                self.reads += 1
+                if self._device.type == "cuda":
+                    lora = lora.pinned()
+            copied = lora.to(self._device)
+            if self._device.type == "cuda":
+                torch.cuda.current_stream().synchronize()
+        except SourceLost:
+            raise
+        except Exception as error:  # whatever it is, it concerns the samples that need this file
+            text = one_line(error)
+            loading.failure = text if file in text else f"its LoRA {file}.safetensors cannot be loaded: {text}"
+            loading.ended.set()
+            return
+        with self._lock:
+            self.copies += 1
+            _keep(self._host, self._host_files, file, lora)
+            _keep(self._on_device, self._device_files, file, copied)
+        self.ledger.add(self._gpu, lane, "load", start, clock.now(), samples=(loading.sample,))
+        loading.lora = copied
+        loading.ended.set()
+
+
+def _keep(cache: Cache, files: dict[str, LoraFile], file: str, lora: LoraFile) -> None:
+    """Put a file into a cache if it fits, and drop what the cache has given up."""
+    if file not in cache:
+        cache.put(file, lora.size_bytes)
+    if file in cache:
+        files[file] = lora
+    for name in [name for name in files if name not in cache]:
+        del files[name]

@@ -1,0 +1,104 @@
+"""Opens what a worker needs for its adapters, by the cluster's strategies: in its own process or beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from real_runner.adapters.controlnets import OwnControlNets, RemoteControlNets, Source, controlnet_place
+from real_runner.adapters.crew import Crew, require_processes, started_by_torchrun
+from real_runner.adapters.layout import Role, roles_of
+from real_runner.adapters.loras import LoraStore, OwnReader, RemoteReader
+from real_runner.adapters.loras import Source as FileSource
+from real_runner.adapters.peer import GuidancePeer
+from real_runner.adapters.process import Spec, replicas_of
+from real_runner.adapters.serving import Folders, Parts, Serving
+from real_runner.adapters.spans import Clock, Ledger
+from real_runner.adapters.weights import Weights
+from real_runner.hardware import Hardware
+from synerdiff.adapter_names import controlnet_name
+from synerdiff.cluster import Cluster
+from synerdiff.core import Request
+from synerdiff.diffusion.controlnet import load_controlnet
+from synerdiff.diffusion.merging import MergedWeights
+
+TIMEOUT_S = 30.0
+"""After so long without an answer a process counts as lost; below the engine's watchdog."""
+
+
+def open_serving(
+    hardware: Hardware,
+    cluster: Cluster,
+    requests: Sequence[Request],
+    folders: Folders,
+    timeout_s: float = TIMEOUT_S,
+) -> Serving:
+    """Load what the requests ask for and start the processes that the cluster's strategies name.
+
+    Use as a context manager: leaving ends the processes. Raises InputError for what cannot be served.
+    """
+    roles = roles_of(cluster)
+    names = tuple(sorted({controlnet_name(entry) for request in requests for entry in request.controlnets}))
+    spec = spec_for(hardware, cluster, folders, names, timeout_s)
+    if folders.loras is None:
+        roles = [role for role in roles if role.kind != "loader"]
+    require_processes(roles)
+    crew = Crew(roles, spec) if len(roles) > 1 else None
+    try:
+        parts = _parts(hardware, cluster, folders, names, roles, crew, timeout_s)
+    except BaseException:
+        if crew is not None:
+            crew.close()
+        raise
+    return Serving(hardware, cluster, folders, parts, timeout_s)
+
+
+def spec_for(
+    hardware: Hardware, cluster: Cluster, folders: Folders, controlnets: tuple[str, ...], timeout_s: float
+) -> Spec:
+    model = hardware.model
+    return Spec(
+        cluster=cluster.model_dump(mode="json"),
+        model=model.name,
+        device=model.device.type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        resolution=(model.height, model.width),
+        row_buckets=model.row_buckets,
+        loras="" if folders.loras is None else str(folders.loras.resolve()),
+        controlnets="" if folders.controlnets is None else str(folders.controlnets.resolve()),
+        controlnet_names=controlnets,
+        timeout_s=timeout_s,
+        one_machine=not started_by_torchrun(),
+    )
+
+
+def _parts(
+    hardware: Hardware,
+    cluster: Cluster,
+    folders: Folders,
+    names: tuple[str, ...],
+    roles: list[Role],
+    crew: Crew | None,
+    timeout_s: float,
+) -> Parts:
+    links = {} if crew is None else crew.links
+    device, gpu = hardware.model.device, roles[0].gpu
+    ledger, clock = Ledger(), Clock(device)
+    peer = next((GuidancePeer(links[r.rank], ledger, timeout_s) for r in roles if r.kind == "guidance"), None)
+    store = None
+    if folders.loras is not None:
+        loaders = [RemoteReader(links[role.rank], timeout_s) for role in roles if role.kind == "loader"]
+        sources: list[FileSource] = [*loaders] if loaders else [OwnReader(folders.loras)]
+        store = LoraStore(cluster.loras, sources, device, gpu, ledger, background=bool(loaders))
+    controlnets: Source
+    served = None
+    if cluster.strategies.controlnets == "service":
+        replicas = replicas_of(roles, cluster, links)
+        if all(replica.fixed for replica in replicas):
+            served = frozenset().union(*(replica.names for replica in replicas))
+        controlnets = RemoteControlNets(replicas, ledger, timeout_s)
+    else:
+        places = {name: controlnet_place(name, folders.controlnets) for name in names}
+        nets = {name: load_controlnet(place, hardware.model, name) for name, place in places.items()}
+        controlnets = OwnControlNets(nets, gpu, "denoise", clock, ledger)
+    weights = Weights(MergedWeights(hardware.model.unet), gpu, clock, ledger, peer)
+    return Parts(weights, store, controlnets, served, peer, ledger, clock, crew)

@@ -1,0 +1,308 @@
+"""A worker that serves LoRAs and ControlNets: what the engine asks of it, and what a step does besides its forward.
+
+Strategies and their rules are those of the simulator (``docs/swiftdiffusion.md``). Weights change on the denoise lane
+alone; prompts and images are prepared in the intake; files come from loaders.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from real_runner.adapters.controlnets import NumberedUse, Source, calls_for, controlnet_place
+from real_runner.adapters.crew import Crew
+from real_runner.adapters.forward import forward
+from real_runner.adapters.loras import LoraStore
+from real_runner.adapters.peer import GuidancePeer, PeerLost
+from real_runner.adapters.spans import Clock, Instant, Ledger
+from real_runner.adapters.weights import Weights
+from real_runner.faults import one_line
+from real_runner.hardware import Hardware
+from real_runner.intake import seed_of
+from real_runner.pieces import Image, StepPiece
+from synerdiff.adapter_names import controlnet_name, controlnet_use, lora_use, require_each_once
+from synerdiff.cluster import Cluster
+from synerdiff.core import InputError, Mode, Phase, Request, Sample
+from synerdiff.diffusion.controlnet import ControlUse, read_control_image
+from synerdiff.diffusion.device import Work
+from synerdiff.diffusion.model import PreparedStep
+from synerdiff.diffusion.rows import RowInputs, bucket_of, select_rows
+from synerdiff.worker import Worker
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where adapters come from: nothing outside these folders is read. A ControlNet that ships needs no folder."""
+
+    loras: Path | None = None
+    controlnets: Path | None = None
+    images: Path | None = None
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a worker has for its adapters, by strategy."""
+
+    weights: Weights
+    loras: LoraStore | None
+    controlnets: Source | None
+    served: frozenset[str] | None
+    """ControlNets that services serve; None: any that there is."""
+    peer: GuidancePeer | None
+    ledger: Ledger
+    clock: Clock
+    crew: Crew | None = None
+    """The processes beside the worker."""
+
+
+class Serving:
+    """One worker's adapters, for one run after another."""
+
+    def __init__(self, hardware: Hardware, cluster: Cluster, folders: Folders, parts: Parts, timeout_s: float) -> None:
+        self.hardware, self.folders, self.parts, self.timeout_s = hardware, folders, parts, timeout_s
+        self.gpu = cluster.workers[0].denoise_gpu
+        strategies = cluster.strategies
+        self.asynchronous = strategies.loras == "asynchronous"
+        self.bound_steps = strategies.lora_bound_steps
+        self._asking: dict[int, Sample] = {}
+        """Samples that need LoRAs and have not been denoised, by id."""
+        self._restoring: Work[None] | None = None
+        self._numbers = count()
+        """Of conditioning images."""
+
+    # --- before and after a run ---------------------------------------------------------------------------------
+
+    def require(self, requests: Sequence[Request]) -> None:
+        """InputError for what can be served in no case; a file that turns out to be broken fails its request alone."""
+        for request in requests:
+            require_each_once(request)
+            for entry in request.loras:
+                lora_use(entry)
+            for entry in request.controlnets:
+                controlnet_use(entry)
+            if request.loras and self.parts.loras is None:
+                raise InputError(f"request {request.request_id} asks for LoRAs; give their folder with --loras.")
+            if request.controlnets and self.folders.images is None:
+                raise InputError(
+                    f"request {request.request_id} asks for ControlNets; give the folder of their conditioning images "
+                    "with --controlnet-images."
+                )
+        served = self.parts.served
+        for name in sorted({controlnet_name(entry) for request in requests for entry in request.controlnets}):
+            if served is not None and name not in served:
+                known = ", ".join(sorted(served)) or "none"
+                raise InputError(
+                    f"no ControlNet service serves '{name}', which a request asks for; they serve {known}."
+                )
+            controlnet_place(name, self.folders.controlnets)
+
+    def begin(self) -> None:
+        """A run begins: what the records hold is its own."""
+        self.parts.ledger.clear()
+        self._asking.clear()
+
+    def finish(self) -> None:
+        """A run has ended and its lanes are idle: the weights become the originals again."""
+        if self._restoring is not None:
+            self._restoring.result()
+            self._restoring = None
+        for sample in self._asking.values():
+            self._release(sample)
+        self._asking.clear()
+        if self.parts.weights.held:
+            self.hardware.denoise.submit(lambda: self.parts.weights.restore(())).result()
+
+    def close(self) -> None:
+        if self.parts.loras is not None:
+            self.parts.loras.close()
+        if self.parts.crew is not None:
+            self.parts.crew.close()
+
+    def __enter__(self) -> Serving:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    def controls_of(self, request: Request) -> tuple[ControlUse, ...]:
+        """The request's ControlNets with their images, for all of its samples; called in the intake."""
+        uses = []
+        for entry in request.controlnets:
+            use = controlnet_use(entry)
+            assert self.folders.images is not None
+            place = controlnet_place(use.name, self.folders.controlnets)
+            image = use.image or f"{seed_of(request)}.png"
+            tensor = read_control_image(image, self.folders.images, image_channels(place), self.hardware.model)
+            # Strides as a message would give it: convolutions may round differently for other strides.
+            plain = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+            uses.append(NumberedUse(use.name, plain, use.scale, next(self._numbers)))
+        return tuple(uses)
+
+    def follow(self, worker: Worker) -> None:
+        """After each decision: ask for the LoRAs of admitted samples, and restore weights that nobody needs."""
+        store = self.parts.loras
+        if store is None:
+            return
+        for sample in [sample for sample in self._asking.values() if sample.phase is not Phase.ACTIVE]:
+            del self._asking[sample.id]
+            self._release(sample)
+        for sample in worker.active.values():
+            if sample.request.loras and sample.id not in self._asking:
+                self._asking[sample.id] = sample
+                files = [lora_use(entry).file for entry in sample.request.loras]
+                store.need(files, sample.id)
+                if self.asynchronous:
+                    for file in files:
+                        store.fetch(file)
+        self._restore_while_idle(worker)
+
+    def _release(self, sample: Sample) -> None:
+        assert self.parts.loras is not None
+        self.parts.loras.release([lora_use(entry).file for entry in sample.request.loras])
+
+    def _restore_while_idle(self, worker: Worker) -> None:
+        if worker.denoise_held or worker.next_step is not None:
+            return
+        if self._restoring is not None and not self._restoring.done():
+            return
+        weights = self.parts.weights
+        wanted = {lora_use(entry) for sample in worker.active.values() for entry in sample.request.loras}
+        keep = [file for file, scale in weights.held.items() if (file, scale) in wanted]
+        if len(keep) < len(weights.held):
+            self._restoring = self.hardware.denoise.submit(lambda: weights.restore(keep))
+
+    # --- steps, on the denoise lane -----------------------------------------------------------------------------
+
+    def step_piece(self, images: Sequence[Image], modes: Sequence[Mode], pad_rows: int) -> StepPiece:
+        return AdaptedStep(self, images, modes, pad_rows)
+
+    def make_weights_ready(self, images: Sequence[Image]) -> None:
+        """Take foreign LoRAs out, merge those that are there, and at the bound wait for the rest.
+
+        All samples of a step ask for the same. A LoRA that cannot be had fails them.
+        """
+        weights, store = self.parts.weights, self.parts.loras
+        wanted = [lora_use(entry) for entry in images[0].sample.request.loras]
+        ids = tuple(image.sample.id for image in images)
+        held = weights.held
+        keep = [file for file, scale in held.items() if (file, scale) in wanted]
+        if len(keep) < len(held):
+            weights.restore(keep, ids)
+        must_wait = not self.asynchronous or max(image.state.step_index for image in images) >= self.bound_steps
+        for file, scale in wanted:
+            if file in keep:
+                continue
+            assert store is not None
+            loading = store.fetch(file) if self.asynchronous else store.load_now(file)
+            if not loading.ended.is_set():
+                if not must_wait:
+                    continue
+                loading.ended.wait(self.timeout_s)
+            failure = loading.failure
+            if loading.lora is not None:
+                try:
+                    weights.merge(loading.lora, scale, ids)
+                except InputError as error:
+                    failure = str(error)
+            elif not failure:
+                failure = f"its LoRA {file}.safetensors has not been loaded after {self.timeout_s:g} s"
+            if failure:
+                for image in images:
+                    image.failure = failure
+                return
+
+    def denoised(self, step: PreparedStep, ids: Sequence[int], pad_rows: int) -> tuple[torch.Tensor, Instant]:
+        """Predicted noise of a step's rows (conditional ones, then unconditional ones), and when the forward began."""
+        parts, model = self.parts, self.hardware.model
+        peer = parts.peer
+        if peer is None or not peer.alive:
+            calls = calls_for(step.states, ids, step.rows_of_state, step.inputs)
+            done = forward(model, step.inputs, calls, parts.controlnets, parts.clock)
+            return done.outputs, done.began
+        count, guided = len(step.states), step.guided
+        first = _rows(step.inputs, range(count), (pad_rows + 1) // 2, model.row_buckets)
+        own_calls = calls_for(step.states, ids, _own_row, first)
+        if not guided:
+            done = forward(model, first, own_calls, parts.controlnets, parts.clock)
+            return done.outputs, done.began
+        second = _rows(step.inputs, range(count, count + guided), pad_rows // 2, model.row_buckets)
+        other_calls = calls_for(step.states[:guided], ids[:guided], _own_row, second)
+        try:
+            peer.begin(second, other_calls, ids[:guided])
+        except PeerLost:
+            return self.denoised(step, ids, pad_rows)
+        try:
+            done = forward(model, first, own_calls, parts.controlnets, parts.clock)
+        except Exception:
+            peer.drop()
+            raise
+        try:
+            predicted = peer.predicted()
+        except PeerLost:
+            predicted = forward(model, second, other_calls, parts.controlnets, parts.clock).outputs
+        return torch.cat([done.outputs[:count], predicted[:guided]]), done.began
+
+
+class AdaptedStep(StepPiece):
+    """A step that makes its weights ready first, and whose forward ControlNets steer."""
+
+    def __init__(self, serving: Serving, images: Sequence[Image], modes: Sequence[Mode], pad_rows: int) -> None:
+        super().__init__(serving.hardware.model, images, modes, pad_rows)
+        self._serving = serving
+
+    def run(self) -> None:
+        """On the lane."""
+        live = [image for image in self.images if not image.failure]
+        if live:
+            try:
+                self._serving.make_weights_ready(live)
+            except Exception as error:  # out of memory, say: the weights are the originals again, these samples fail
+                for image in live:
+                    image.failure = one_line(error.with_traceback(None))
+        super().run()
+
+    def advance(self, batch: list[tuple[Image, Mode]], pad_rows: int) -> None:
+        model = self.model
+        step = model.prepare([image.state for image, _ in batch], [mode for _, mode in batch], pad_rows)
+        id_of = {id(image.state): image.sample.id for image, _ in batch}
+        ids = [id_of[id(state)] for state in step.states]
+        outputs, began = self._serving.denoised(step, ids, pad_rows)
+        if self.forward_began is None:
+            self.forward_began = began
+        model.finish(step, outputs)
+
+
+def _own_row(position: int) -> tuple[int, ...]:
+    return (position,)
+
+
+def _rows(inputs: RowInputs, rows: range, pad_rows: int, buckets: Sequence[int] | None) -> RowInputs:
+    """These rows, and the last of them again up to the bucket of their number and ``pad_rows``."""
+    total = bucket_of(len(rows) + pad_rows, buckets)
+    return select_rows(inputs, [*rows, *[rows[-1]] * (total - len(rows))])
+
+
+class KnownChannels(NamedTuple):
+    """What a picture is read for: a ControlNet that may run in another process."""
+
+    channels: int
+
+
+def image_channels(controlnet: Path) -> KnownChannels:
+    """Channels of the images that a ControlNet reads, by its configuration."""
+    try:
+        return KnownChannels(
+            int(json.loads((controlnet / "config.json").read_text(encoding="utf-8"))["conditioning_channels"])
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{controlnet}: its config.json does not say how many conditioning_channels it reads."
+        ) from None

@@ -1,0 +1,117 @@
+"""What adapters did and when: spans on lanes, and faults, on the monotonic clock until a run's end turns them into
+records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from real_runner.faults import Fault
+from synerdiff.core import SampleId, WorkRecord
+
+Instant = Callable[[], int]
+"""Nanoseconds on `time.monotonic_ns`; on a GPU known only once the stream has come there."""
+
+
+class Span(NamedTuple):
+    """One piece of work beside the steps."""
+
+    gpu: int
+    lane: str
+    kind: str
+    start: Instant
+    end: Instant
+    rows: int
+    samples: tuple[SampleId, ...]
+
+
+class Clock:
+    """Instants in the order of a device's work: the host's clock on a CPU, events of the current stream on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = None
+        if device.type == "cuda":
+            from synerdiff.diffusion.cuda_device import EventClock
+
+            self._events = EventClock(device)
+
+    def now(self) -> Instant:
+        """When what has been submitted so far has ended."""
+        events = self._events
+        if events is None:
+            return at(time.monotonic_ns())
+        from synerdiff.diffusion.cuda_device import timing_event
+
+        event = timing_event()
+        event.record(torch.cuda.current_stream())
+
+        def resolved() -> int:
+            event.synchronize()
+            return events.host_ns(event)
+
+        return resolved
+
+
+def at(instant_ns: int) -> Instant:
+    return lambda: instant_ns
+
+
+class Ledger:
+    """Spans and faults of one run; several threads add to it."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.faults: list[Fault] = []
+        """With times on the monotonic clock."""
+
+    def clear(self) -> None:
+        self.spans.clear()
+        self.faults.clear()
+
+    def add(
+        self,
+        gpu: int,
+        lane: str,
+        kind: str,
+        start: Instant,
+        end: Instant,
+        rows: int = 0,
+        samples: tuple[SampleId, ...] = (),
+    ) -> None:
+        self.spans.append(Span(gpu, lane, kind, start, end, rows, samples))
+
+    def fault(self, kind: str, samples: tuple[str, ...], detail: str) -> None:
+        self.faults.append(Fault(time.monotonic_ns(), kind, samples, detail))
+
+    def sent(self) -> dict[str, Any]:
+        """All of it as fields of a message, for the ledger of another process; this one is then empty."""
+        spans = [[*span[:3], span.start(), span.end(), *span[5:]] for span in self.spans]
+        found = {"spans": spans, "faults": [fault[1:] for fault in self.faults]}
+        self.clear()
+        return found
+
+    def take_in(self, fields: Mapping[str, Any]) -> None:
+        """What another process has `sent`."""
+        for gpu, lane, kind, start_ns, end_ns, rows, samples in fields["spans"]:
+            self.add(int(gpu), str(lane), str(kind), at(start_ns), at(end_ns), int(rows), tuple(samples))
+        for kind, samples, detail in fields["faults"]:
+            self.fault(str(kind), tuple(samples), str(detail))
+
+    def records(self, zero_ns: int) -> list[WorkRecord]:
+        """All spans as records, counted from ``zero_ns``."""
+        found = []
+        for span in list(self.spans):
+            start_ns = max(0, span.start() - zero_ns)
+            end_ns = max(start_ns, span.end() - zero_ns)
+            found.append(
+                WorkRecord(
+                    span.gpu, span.lane, span.kind, start_ns, end_ns, span.rows, 0, span.samples, "", -1, False, False
+                )
+            )
+        return found
+
+    def faults_since(self, zero_ns: int) -> list[Fault]:
+        return [fault._replace(time_ns=max(0, fault.time_ns - zero_ns)) for fault in self.faults]
