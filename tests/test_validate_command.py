@@ -7,10 +7,8 @@ import json
 import pytest
 import torch
 
-from profiler.solo import BATCH
 from synerdiff import cli
 from synerdiff.profile_files import load_profile, write_profile
-from synerdiff.studies.refresh import ROUNDS
 from tests.builders import affine_profile, make_profile
 from tests.hardware import digits_profile
 
@@ -51,8 +49,9 @@ def test_a_validation_measures_predicts_and_judges(world, capsys):
         assert case["metrics"]["step_time_s"]["measured"] > 0
         assert len(case["metrics"]["step_time_s"]["repeats"]) == 1
     refreshed = load_profile(world / "o" / "profile")
-    assert refreshed.steps[2].n == 5 * ROUNDS * BATCH, "a pass before the first run and one after each of four"
+    assert refreshed.steps[2].n >= 6 * 3, "three plain steps in two passes before the first run and one after each"
     assert refreshed.steps[2].median != 9_000_000
+    assert refreshed.corun["whole", 0][2].chunk.n >= 1
     printed = capsys.readouterr().out
     assert printed == (world / "o" / "report.md").read_text()
     assert printed.startswith("# Prediction against hardware: " + ("passed" if data["passed"] else "failed"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +13,11 @@ from real_runner.dispatch import Dispatch
 from simulator import simulate
 from synerdiff.core import InputError
 from synerdiff.profile_files import load_profile
+from synerdiff.studies.cell_tour import Beside, Seen, handed_over
+from synerdiff.studies.machine_load import MachineLoad
 from synerdiff.studies.prediction_errors import TOLERANCES, case_errors, checks
-from synerdiff.studies.refresh import Solo, all_times_scaled, cells_for, refreshed
-from synerdiff.studies.validate import SATURATION, Case, Observation, OtherLoad, Plan, Session
+from synerdiff.studies.refresh import all_times_scaled, cells_for, refreshed
+from synerdiff.studies.validate import SATURATION, Case, Observation, Plan, Session
 from synerdiff.studies.validation_report import as_json, require_validation_folder, write_report
 from tests.builders import affine_profile, requests_at
 
@@ -29,30 +32,44 @@ FACTS = {
 }
 
 
-def solo_of(profile, factor: float = 1.0, spread: int = 0) -> Solo:
-    """Cells that say exactly what the profile does, times a factor, or ``spread`` ns around it."""
+DISPATCH_NS = 200_000
+
+
+def seen_of(profile, factor: float = 1.0, spread: int = 0) -> Seen:
+    """Cells that say exactly what the profile does, times a factor, or ``spread`` ns around it, and the hand-over."""
 
     def samples(ns: int) -> list[int]:
-        return [round(ns * factor) + offset for offset in (-spread, 0, spread)]
+        return [round(ns * factor) + offset + DISPATCH_NS for offset in (-spread, 0, spread)]
 
-    return Solo(
+    def beside(slowdown_ppm: int) -> Beside:
+        return Beside(slowdown_ppm, 1e6, 1)
+
+    return Seen(
         {rows: samples(cell.median) for rows, cell in profile.steps.items()},
         {name: [samples(cell.median) for cell in cells] for name, cells in profile.chunks.items()},
         {name: [cell.median] for name, cell in profile.overheads.items()},
+        {
+            (name, chunk, rows): (beside(cell.step.median), beside(cell.chunk.median))
+            for (name, chunk), cells in profile.corun.items()
+            for rows, cell in cells.items()
+        },
     )
 
 
-def coruns_of(profile):
-    return {
-        (name, chunk, rows): ([cell.step.median], [cell.chunk.median])
-        for (name, chunk), cells in profile.corun.items()
-        for rows, cell in cells.items()
-    }
+def on_hardware(result, dispatch_ns: int = DISPATCH_NS):
+    """A simulated run as the runner would record it: a lane's piece begins once it has been handed over."""
+    dispatch = Dispatch()
+    work = []
+    for record in result.work:
+        waits_ns = dispatch.step_ns if record.kind == "step" else dispatch.chunk_ns
+        waits_ns.append(dispatch_ns)
+        work.append(record._replace(start_ns=record.start_ns + dispatch_ns))
+    return SimpleNamespace(result=replace(result, work=work), faults=[], dispatch=dispatch)
 
 
 def contended():
     slowdowns = {1: (1_500_000, 1_400_000), 32: (1_300_000, 1_200_000)}
-    return affine_profile(slowdowns=slowdowns, overheads={"step_dispatch": 200_000})
+    return affine_profile(slowdowns=slowdowns, overheads={"step_dispatch": DISPATCH_NS, "chunk_dispatch": DISPATCH_NS})
 
 
 def make_session(
@@ -61,43 +78,60 @@ def make_session(
     """A session whose hardware is the simulator with the profile ``truth``."""
     profile = contended()
     plan = Plan(policies, loads, repeats, range_factors=(1 - factor, 1 + factor))
-    solos, coruns = [solo_of(profile)], [coruns_of(profile)]
-    cells = cells_for(profile, 16, ["whole"])
-    session = Session(plan, profile, cells, refreshed(profile, solos, coruns), dict.fromkeys(loads, 1.0), solos, coruns)
+    passes = [seen_of(profile)]
+    session = Session(plan, profile, cells_for(profile, 16, ["whole"]), dict.fromkeys(loads, 1.0), passes)
     for case in plan.cases:
         gap_ms = 0 if case.saturated else 30 / case.load
         requests = requests_at(*(gap_ms * i for i in range(60)), steps=5)
         session.observations[case] = []
         for repeat in range(repeats):
-            dispatch = Dispatch()
-            dispatch.step_ns, dispatch.chunk_ns = [300_000, 500_000], [100_000]
 
             def run(times, requests=requests, case=case):
                 return simulate(requests, build_policy(case.policy), times)
 
-            solos.append(solo_of(profile))
-            seen = Observation(
-                repeat, len(solos) - 2, requests, SimpleNamespace(result=run(truth), faults=[], dispatch=dispatch)
-            )
+            passes.append(seen_of(profile))
+            seen = Observation(repeat, len(passes) - 1, session.pooled, requests, on_hardware(run(truth)))
             now = session.profile_of(seen)
             seen.predicted = run(now)
             seen.low, seen.high = (run(all_times_scaled(now, f)) for f in plan.range_factors)
             session.observations[case].append(seen)
-    coruns.extend(coruns_of(profile) for _ in range(repeats))
     return session
 
 
-def test_refreshed_cells_are_the_medians_of_all_passes():
+def test_refreshed_cells_are_the_means_of_their_passes():
     profile = contended()
-    new = refreshed(profile, [solo_of(profile, 1.1, spread=1000), solo_of(profile, 1.3)], [coruns_of(profile)])
-    pooled = sorted([round(profile.step_ns(4) * 1.1) + offset for offset in (-1000, 0, 1000)])
-    pooled += [round(profile.step_ns(4) * 1.3)] * 3
-    assert new.steps[4].median == round((pooled[2] + pooled[3]) / 2)
+    passes = [seen_of(profile, 1.1, spread=1000), seen_of(profile, 1.3)]
+    new = refreshed(profile, passes, passes)
+    assert new.steps[4].median == pytest.approx(1.2 * profile.step_ns(4), abs=1)
     assert new.steps[4].n == 6
+    assert new.steps[4].p10 < new.steps[4].median < new.steps[4].p90
+    assert new.chunks["whole"][0].median == pytest.approx(1.2 * profile.decode_ns(), abs=1)
     assert new.overhead_ns("step_dispatch") == 200_000
     assert new.slowdown_ppm(32, "whole", 0) == profile.slowdown_ppm(32, "whole", 0)
     assert profile.step_ns(4) == affine_profile().step_ns(4), "the profile itself is untouched"
     assert new.step_ns(4) == new.steps[4].median, "no lookup of the old profile is remembered"
+
+
+def test_a_long_tail_is_paid_for():
+    profile = contended()
+    seen = seen_of(profile)
+    steps = dict(seen.steps) | {4: [10_200_000] * 9 + [110_200_000]}
+    new = refreshed(profile, [replace(seen, steps=steps)], [seen])
+    assert new.step_ns(4) == 20_000_000, "the median would leave out what one step in ten costs"
+
+
+def test_slowdowns_are_summed_before_they_are_divided_and_bounded():
+    profile = contended()
+    seen = seen_of(profile)
+
+    def with_cell(step: Beside, chunk: Beside) -> Seen:
+        return replace(seen, beside=dict(seen.beside) | {("whole", 0, 32): (step, chunk)})
+
+    first = with_cell(Beside(1_000, 900.0, 1), Beside(500, 500.0, 1))
+    second = with_cell(Beside(2_000, 1_100.0, 2), Beside(1_000, -400.0, 2))
+    new = refreshed(profile, [first, second], [first, second])
+    assert new.slowdown_ppm(32, "whole", 0) == (1_500_000, 10_000_000)
+    assert new.corun["whole", 0][32].step.n == 3
 
 
 def test_scaled_profiles_scale_times_and_not_slowdowns():
@@ -113,7 +147,7 @@ def test_cells_are_those_that_the_runs_can_meet():
     cells = cells_for(contended(), 10, ["whole", "c4", "whole"])
     assert cells.rows == (1, 2, 3, 4, 6, 8, 12)
     assert cells.chunkings == ("whole", "c4")
-    assert cells.corun_rows == (1, 32), "the measured point above the largest bucket is needed to interpolate"
+    assert cells_for(contended(), 10, ["whole"], even_only=True).rows == (2, 4, 6, 8, 12)
 
 
 def test_a_true_prediction_has_no_error_and_passes_strictly():
@@ -122,7 +156,7 @@ def test_a_true_prediction_has_no_error_and_passes_strictly():
         found = case_errors(session, case)
         assert {metric.error.value for metric in found.metrics.values() if metric.error is not None} == {0.0}
         assert all(check.passed for check in checks(found, TOLERANCES["strict"]))
-        assert found.dispatch_s == {"step": 0.0004, "chunk": 0.0001, "decide": 0.0}
+        assert found.dispatch_s == {"step": 0.0002, "chunk": 0.0002, "decide": 0.0}
         assert all(predicted == measured for _, predicted, measured in found.latencies)
         assert len(found.latencies) == 60
 
@@ -177,8 +211,6 @@ def test_only_complete_repeats_count():
     session.observations[Case("continuous-parallel", 0.8)].pop()
     assert session.repeats == 2
     assert len(case_errors(session, Case("continuous-serial", 0.5)).metrics["step_time_s"].repeats) == 2
-    session.coruns = session.coruns[:2]
-    assert session.repeats == 1
 
 
 def test_the_report_says_what_failed_and_where(tmp_path):
@@ -211,20 +243,28 @@ def test_the_report_says_what_failed_and_where(tmp_path):
         require_validation_folder(tmp_path / "o")
 
 
-def test_a_run_is_predicted_from_the_passes_beside_it():
+def test_a_run_is_predicted_from_the_passes_around_it():
     session = make_session(contended(), repeats=2)
-    case = session.plan.cases[-1]
-    seen = session.observations[case][1]
-    session.solos[seen.place] = solo_of(session.profile, 1.2)
-    session.solos[seen.place + 1] = solo_of(session.profile, 1.2)
+    case = session.plan.cases[1]
+    seen = session.observations[case][0]
+    assert seen.place == 3
+    for place in (1, 2, 3, 4):
+        session.passes[place] = seen_of(session.profile, 1.2)
     assert session.profile_of(seen).step_ns(4) == round(1.2 * session.profile.step_ns(4))
-    other = session.observations[session.plan.cases[0]][0]
+    other = session.observations[session.plan.cases[3]][1]
     assert session.profile_of(other).step_ns(4) == session.profile.step_ns(4)
 
 
+def test_pieces_are_compared_with_their_hand_over():
+    """A lane's record leaves out what the simulator counts as a part of the piece."""
+    result = simulate(requests_at(0, 1, 2), build_policy("continuous-parallel"), contended())
+    assert handed_over(on_hardware(result)) == result.work
+
+
 def test_others_on_the_machine_are_noticed():
-    watch = OtherLoad()
-    assert watch.cores() is None or 0 <= watch.cores() < 1024
+    found = MachineLoad().load()
+    assert found.others is None or 0 <= found.others < 1024
+    assert found.stolen is None or 0 <= found.stolen < 1024
 
 
 def test_plans_are_checked():

@@ -69,13 +69,12 @@ def validate(
         raise InputError(f"profile '{measured.name}' does not say for which model it was made; give --model.")
 
     from profiler.facts import device_name, software
-    from profiler.sampling import QUICK
     from real_runner.hardware import open_hardware
     from synerdiff.commands.run import stop_on_interrupt
 
     with open_hardware(name, device, measured) as hardware, stop_on_interrupt() as stop:
         with _progress() as on_progress:
-            session = study.measure_session(plan, measured, requests, hardware, QUICK, stop, on_progress)
+            session = study.measure_session(plan, measured, requests, hardware, stop, on_progress)
         if session.repeats == 0:
             print("Interrupted before the first repeat was complete; there is nothing to report.", file=sys.stderr)
             raise typer.Exit(130)

@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from synerdiff.figures.lane_chart import draw_lanes, lane_legend, lanes_of, largest_step
 from synerdiff.figures.style import finish, new_figure, policy_legend, policy_styles, styled
 
+FAR = 0.5
+"""Interval ends beyond this, and beyond twice the largest error, are cut off at the edge."""
 _WITHIN, _BEYOND = "#2a7f62", "#c1121f"
 
 
@@ -18,7 +20,8 @@ def prediction_errors(
 ) -> Figure:
     """One panel per metric, one line per case: the median error with its interval, and the tolerance as a band.
 
-    ``errors``: case, metric, error, low, high (shares; infinite bounds are drawn to the edge), limit (NaN: not judged).
+    ``errors``: case, metric, error, low, high (shares; far or infinite bounds are drawn to the edge), limit (NaN: not
+    judged).
     """
     metrics = list(dict.fromkeys(errors["metric"]))
     cases = list(dict.fromkeys(errors["case"]))
@@ -27,10 +30,11 @@ def prediction_errors(
     places = {case: place for place, case in enumerate(cases)}
     for axis, metric in zip(axes, metrics, strict=True):
         of_metric = errors[errors["metric"] == metric]
-        finite = of_metric[["error", "low", "high"]].to_numpy(float)
-        finite = finite[np.isfinite(finite)]
+        ends = np.abs(of_metric[["low", "high"]].to_numpy(float))
         limit = float(of_metric["limit"].max())
-        reach = 1.15 * max([0.01, *np.abs(finite), *([limit] if limit == limit else [])])
+        farthest = max([0.01, *of_metric["error"].abs(), *([limit] if limit == limit else [])])
+        # One disturbed repeat must not squeeze all the others into a point.
+        reach = 1.15 * max(farthest, *np.minimum(ends[np.isfinite(ends)], max(FAR, 2 * farthest)), 0.01)
         if limit == limit:
             axis.axvspan(-100 * limit, 100 * limit, color="#e7f1ec", zorder=0)
         axis.axvline(0, color="#888888", linewidth=0.8)
@@ -48,7 +52,7 @@ def prediction_errors(
     axes[0].set_ylim(len(cases) - 0.4, -0.6)
     note = (
         "Points: medians over repeats; lines: their 95% intervals (order statistics). Band: tolerance. Green: within; "
-        f"red: beyond; grey: not judged by itself. {caption}"
+        f"red: beyond; grey: not judged by itself. A line that reaches an edge goes on. {caption}"
     )
     return finish(figure, title, note, estimated=False)
 

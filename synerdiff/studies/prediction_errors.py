@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from synerdiff.core import NS_PER_S, RunResult, WorkRecord
 from synerdiff.intervals import Interval, percentile_interval
 from synerdiff.profile import Profile
+from synerdiff.studies.cell_tour import handed_over
 from synerdiff.studies.validate import Case, Observation, Session
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ def case_errors(session: Session, case: Case) -> CaseErrors:
     for one in seen:
         profile = session.profile_of(one)
         assert one.predicted is not None
-        pairs.append((_metrics(one.run.result, one, profile), _metrics(one.predicted, one, profile)))
+        measured_run = replace(one.run.result, work=handed_over(one.run))
+        pairs.append((_metrics(measured_run, one, profile), _metrics(one.predicted, one, profile)))
         found.faults += len(one.run.faults)
     for key, (_, kind) in METRICS.items():
         known: list[tuple[float, float]] = []

@@ -1,134 +1,79 @@
-"""Measures a profile's cells again, on the very lanes on which a run follows: machines drift between two sittings."""
+"""A profile with cells measured again, on the very lanes on which runs follow: machines drift between two sittings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from synerdiff.core import PPM
 from synerdiff.profile import Corun, Profile, Spread
+from synerdiff.studies.cell_tour import Beside, CellTour, Seen, cells_seen, joined
 
 if TYPE_CHECKING:
-    from profiler.sampling import Rule
     from real_runner.hardware import Hardware
 
-ROUNDS = 3
-"""Rounds of a few samples of every cell in one pass over what runs alone."""
-
-Samples = Sequence[int]
-CorunKey = tuple[str, int, int]
-"""(chunking, chunk, rows)"""
+ROUNDS = 1
+"""Visits of every cell in one pass."""
+MOST_SLOWDOWN = 10
+"""A piece that seems to stand still beside the other lane counts as slowed down so many times."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """What a study's runs can meet: step rows, chunkings, and the rows at which steps run beside chunks."""
+    """What a study's runs can meet: step rows and chunkings."""
 
     rows: tuple[int, ...]
     chunkings: tuple[str, ...]
-    corun_rows: tuple[int, ...]
-    """Empty when nothing ever runs beside a step."""
 
 
-@dataclass(frozen=True, slots=True)
-class Solo:
-    """Samples (ns) of one pass over the pieces that run alone."""
+def cells_for(profile: Profile, most_rows: int, chunkings: Sequence[str], even_only: bool = False) -> Cells:
+    """The profile's row buckets up to that of ``most_rows``, and the chunkings that the policies use.
 
-    steps: Mapping[int, Samples]
-    chunks: Mapping[str, Sequence[Samples]]
-    overheads: Mapping[str, Samples]
-
-
-Coruns = Mapping[CorunKey, tuple[Samples, Samples]]
-"""Samples of one pass over the co-runs: slowdowns (ppm) of step and chunk. Ratios to solo times measured beside them,
-so they drift far less than times do."""
-
-
-def cells_for(profile: Profile, most_rows: int, chunkings: Sequence[str]) -> Cells:
-    """The profile's cells up to the bucket of ``most_rows``, for the chunkings that the policies use."""
+    ``even_only``: all samples are guided and none skips, so that only even numbers of rows occur.
+    """
     largest = profile.bucket(min(most_rows, profile.max_rows))
-    points = profile.row_buckets or tuple(profile.steps)
-    rows = tuple(r for r in points if r <= largest)
-    names = tuple(dict.fromkeys(chunkings))
-    beside = {
-        r
-        for name in names
-        for chunk in range(profile.chunk_count(name))
-        for r, cell in profile.corun.get((name, chunk), {}).items()
-        if not cell.held_out
-    }
-    wanted = tuple(sorted(beside))
-    # Lookups interpolate, so one measured point at or above the largest bucket is needed.
-    above = [r for r in wanted if r >= largest][:1]
-    return Cells(rows, names, tuple(r for r in wanted if r < largest) + tuple(above))
+    if even_only:
+        rows = {profile.bucket(r) for r in range(2, min(most_rows, profile.max_rows) + 1, 2)}
+    else:
+        rows = {r for r in profile.row_buckets or tuple(profile.steps) if r <= largest}
+    return Cells(tuple(sorted(rows)), tuple(dict.fromkeys(chunkings)))
 
 
-class Refresh:
-    """Takes passes over the cells, with the profiler's own functions on the hardware's own lanes."""
+def take_pass(hardware: Hardware, profile: Profile, cells: Cells) -> Seen:
+    """Every cell once, in a small run for each chunking. Raises what ended one of them early."""
+    from real_runner.engine import run_real
 
-    def __init__(self, hardware: Hardware, profile: Profile, cells: Cells, rule: Rule) -> None:
-        from profiler.bench import Bench
-        from profiler.pieces import StepPiece
-        from profiler.solo import chunks_sampler, overhead_samplers, step_samplers
-        from real_runner.hardware import chunking_of
-
-        self._cells = cells
-        self._bench = bench = Bench(hardware.model, hardware.device, hardware.denoise, hardware.decode[0], rule)
-        names = (*cells.chunkings, "whole")
-        self._functions = {name: hardware.chunk_functions(0, chunking_of(profile, name)) for name in names}
-        self._samplers = {f"chunks {name}": chunks_sampler(bench, self._functions[name]) for name in cells.chunkings}
-        self._samplers |= step_samplers(bench, cells.rows, cells.rows[-1])
-        small = StepPiece(bench.model, cells.rows[0])
-        self._samplers |= overhead_samplers(bench, small, self._functions["whole"][0])
-
-    def solo(self) -> Solo:
-        """A few samples of everything that runs alone, in rounds."""
-        from profiler.solo import take_round
-
-        rounds = [take_round(self._samplers) for _ in range(ROUNDS)]
-        found = {
-            name: [[ns for column in parts for ns in column] for parts in zip(*(r[name] for r in rounds), strict=True)]
-            for name in self._samplers
-        }
-        return Solo(
-            {rows: found[f"step {rows}"][0] for rows in self._cells.rows},
-            {name: found[f"chunks {name}"] for name in self._cells.chunkings},
-            {name.split()[1]: columns[0] for name, columns in found.items() if name.startswith("overhead ")},
-        )
-
-    def coruns(self) -> Coruns:
-        """Every pair of a step and a chunk."""
-        from profiler.corun import chunk_pieces, measure_corun
-        from profiler.pieces import StepPiece
-
-        bench = self._bench
-        return {
-            (name, chunk, rows): measure_corun(bench, StepPiece(bench.model, rows), piece, ([], []))
-            for name in self._cells.chunkings
-            for chunk, piece in enumerate(chunk_pieces(bench, self._functions[name]))
-            for rows in self._cells.corun_rows
-        }
+    parts = []
+    for name in cells.chunkings:
+        tour = CellTour(name, cells.rows, ROUNDS)
+        run = run_real(tour.requests, tour, profile, hardware, stop=tour.over)
+        if run.error is not None:
+            raise run.error
+        parts.append(cells_seen(name, run))
+    return joined(parts)
 
 
-def refreshed(profile: Profile, solos: Sequence[Solo], coruns: Sequence[Coruns]) -> Profile:
-    """The profile with these cells in place of its own, from the samples of all passes; other cells stay."""
-    from profiler.sampling import spread_of
+def refreshed(profile: Profile, times: Sequence[Seen], ratios: Sequence[Seen]) -> Profile:
+    """The profile with these cells in place of its own; other cells stay.
 
-    def pooled(parts: Iterable[Samples]) -> Spread:
-        return spread_of([sample for part in parts for sample in part])
-
-    corun = {key: dict(cells) for key, cells in profile.corun.items()}
-    for key in coruns[0]:
-        pairs = [one[key] for one in coruns]
-        cell = Corun(pooled(step for step, _ in pairs), pooled(chunk for _, chunk in pairs), False)
-        corun.setdefault(key[:2], {})[key[2]] = cell
+    Times come from the passes ``times``; slowdowns, which are ratios and drift far less, from ``ratios``. Both are
+    means: a run pays the mean of its pieces, and single pieces on a shared machine have a long tail, which medians
+    leave out.
+    """
+    overheads = {name: _mean(seen.overheads[name] for seen in times) for name in times[0].overheads}
+    # The simulator adds the hand-over to every piece; one within a decode is shorter than one to a lane that sleeps.
+    step_ns, chunk_ns = (overheads[name].median for name in ("step_dispatch", "chunk_dispatch"))
+    steps = {rows: _mean((seen.steps[rows] for seen in times), step_ns) for rows in times[0].steps}
     chunks = {
-        name: tuple(pooled(one.chunks[name][i] for one in solos) for i in range(len(columns)))
-        for name, columns in solos[0].chunks.items()
+        name: tuple(_mean((seen.chunks[name][i] for seen in times), chunk_ns) for i in range(len(columns)))
+        for name, columns in times[0].chunks.items()
     }
-    steps = {rows: pooled(one.steps[rows] for one in solos) for rows in solos[0].steps}
-    overheads = {name: pooled(one.overheads[name] for one in solos) for name in solos[0].overheads}
+    corun = {key: dict(cells) for key, cells in profile.corun.items()}
+    for chunking, chunk, rows in ratios[0].beside:
+        both = [seen.beside[chunking, chunk, rows] for seen in ratios]
+        cell = Corun(_slowdown([step for step, _ in both]), _slowdown([part for _, part in both]), False)
+        corun.setdefault((chunking, chunk), {})[rows] = cell
     return replace(
         profile,
         steps=dict(profile.steps) | steps,
@@ -140,6 +85,23 @@ def refreshed(profile: Profile, solos: Sequence[Solo], coruns: Sequence[Coruns])
         _step_memo={},
         _slowdown_memo={},
     )
+
+
+def _mean(parts: Iterable[Sequence[int]], less_ns: int = 0) -> Spread:
+    """The mean, in the place where lookups look, with p10 and p90; ``less_ns`` is taken off every sample."""
+    from profiler.sampling import spread_of
+
+    samples = [max(1, sample - less_ns) if less_ns else sample for part in parts for sample in part]
+    found, mean_ns = spread_of(samples), round(sum(samples) / len(samples))
+    return Spread(mean_ns, min(found.p10, mean_ns), max(found.p90, mean_ns), found.n)
+
+
+def _slowdown(parts: Sequence[Beside]) -> Spread:
+    """Overlap over progress (ppm), summed over all pieces; single pieces tell too little for a spread."""
+    overlap_ns = sum(part.overlap_ns for part in parts)
+    least_ns = overlap_ns / MOST_SLOWDOWN
+    ppm = round(PPM * overlap_ns / max(least_ns, sum(part.progress_ns for part in parts))) if overlap_ns else PPM
+    return Spread(ppm, ppm, ppm, sum(part.pieces for part in parts))
 
 
 def all_times_scaled(profile: Profile, factor: float) -> Profile:

@@ -1,35 +1,36 @@
 """Prediction against hardware: profile cells and runs, interleaved in one process, then the simulator's view of each.
 
-Machines drift within seconds, so what runs alone is measured between any two runs, and a run is predicted from the
-passes just before and just after it. Slowdowns are ratios and are pooled over all passes, one per repeat. What is
-compared is the median over repeats.
+Machines drift within seconds, so between any two runs a pass over all cells is made, and a run is predicted with the
+times of the passes around it. Slowdowns are ratios and are pooled over all passes. What is compared is the median over
+repeats.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from policies.base import Policy
 from policies.registry import build_policy
 from synerdiff.core import NO_SKIPS, Decision, InputError, Request, RunResult, SkipBudget, View, WorkerInfo
 from synerdiff.profile import Profile
+from synerdiff.studies.cell_tour import Seen
+from synerdiff.studies.machine_load import UNKNOWN, Load, MachineLoad
 from synerdiff.studies.one_run import time_scale_for_load
-from synerdiff.studies.refresh import Cells, Coruns, Refresh, Solo, all_times_scaled, cells_for, refreshed
+from synerdiff.studies.refresh import Cells, all_times_scaled, cells_for, refreshed, take_pass
 
 if TYPE_CHECKING:
-    from profiler.sampling import Rule
     from real_runner.engine import RealRun
     from real_runner.hardware import Hardware
 
 SATURATION = float("inf")
 """The load of a burst: all requests at once, for throughput."""
 FEWEST_REPEATS = 7
+PASSES_AROUND = 2
+"""Passes before a run and after it from which its times are taken: single pieces scatter more than speed drifts
+between neighbouring passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,9 @@ class Observation:
 
     repeat: int
     place: int
-    """Which pass over the solo cells came just before it."""
+    """How many passes over the cells came before it."""
+    planning: Profile
+    """What the policy planned with, in both engines: the cells of all passes that came before."""
     requests: Sequence[Request]
     run: RealRun
     predicted: RunResult | None = None
@@ -93,31 +96,27 @@ class Session:
     profile: Profile
     """As it was shipped."""
     cells: Cells
-    first: Profile
-    """Refreshed at the start: what loads refer to and what the policies plan with, in both engines."""
     time_scales: dict[float, float]
-    solos: list[Solo]
-    """One before the first run, one after each run."""
-    coruns: list[Coruns]
-    """One before the first repeat, one after each repeat."""
+    passes: list[Seen]
+    """Some before the first run, one after each run."""
     observations: dict[Case, list[Observation]] = field(default_factory=dict)
-    others: float | None = None
-    """Cores that other processes kept busy meanwhile, on average; None where the system does not tell."""
+    load: Load = UNKNOWN
+    """What else kept the machine busy meanwhile."""
 
     @property
     def repeats(self) -> int:
-        """Repeats of which every case was run and the closing cells were measured."""
-        runs = min((len(found) for found in self.observations.values()), default=0)
-        return max(0, min(runs, len(self.coruns) - 1))
+        """Repeats of which every case was run."""
+        return min((len(found) for found in self.observations.values()), default=0)
 
     @property
     def pooled(self) -> Profile:
         """From all passes."""
-        return refreshed(self.profile, self.solos, self.coruns)
+        return refreshed(self.profile, self.passes, self.passes)
 
     def profile_of(self, seen: Observation) -> Profile:
-        """From what was measured just before and just after that run."""
-        return refreshed(self.profile, self.solos[seen.place : seen.place + 2], self.coruns)
+        """Times from the passes around that run, slowdowns from all."""
+        around = self.passes[max(0, seen.place - PASSES_AROUND) : seen.place + PASSES_AROUND]
+        return refreshed(self.profile, around, self.passes)
 
 
 class Planned:
@@ -144,11 +143,10 @@ def measure_session(
     profile: Profile,
     requests: Sequence[Request],
     hardware: Hardware,
-    rule: Rule,
     stop: threading.Event,
     on_progress: OnProgress,
 ) -> Session:
-    """Cells, then for each repeat every case, with what runs alone measured after each; ``stop`` ends it.
+    """Passes over the cells, then for each repeat every case, with a pass after each; ``stop`` ends it.
 
     Cases take turns in going first. A run that ends early (a hung lane, a broken contract) raises its error.
     """
@@ -157,8 +155,9 @@ def measure_session(
 
     guided = any(request.guidance_scale > 1 for request in requests)
     info = WorkerInfo(profile.max_rows, 0, (0,) * len(hardware.decode), 2 if guided else 1)
-    cells = cells_for(profile, _most_rows(plan, profile, info), _chunkings(plan, profile, info))
-    total = plan.repeats * (len(plan.cases) + 1) + 1
+    even_only = plan.budget.fraction_ppm == 0 and all(request.guidance_scale > 1 for request in requests)
+    cells = cells_for(profile, _most_rows(plan, profile, info), _chunkings(plan, profile, info), even_only)
+    total = plan.repeats * len(plan.cases) + PASSES_AROUND
     done = 0
 
     def report(what: str) -> None:
@@ -168,59 +167,32 @@ def measure_session(
 
     for name in cells.chunkings:
         hardware.warm_up(cells.rows, chunking_of(profile, name))
-    watch = OtherLoad()
-    refresh = Refresh(hardware, profile, cells, rule)
-    coruns, solos = [refresh.coruns()], [refresh.solo()]
-    first = refreshed(profile, solos, coruns)
+    watch = MachineLoad()
+    passes: list[Seen] = []
+    for _ in range(PASSES_AROUND):
+        passes.append(take_pass(hardware, profile, cells))
+        report("profile cells")
+    first = refreshed(profile, passes, passes)
     scales = {load: 0.0 if load == SATURATION else time_scale_for_load(requests, first, load) for load in plan.loads}
-    session = Session(plan, profile, cells, first, scales, solos, coruns, {case: [] for case in plan.cases})
-    report("profile cells")
+    session = Session(plan, profile, cells, scales, passes, {case: [] for case in plan.cases})
     for repeat in range(plan.repeats):
         turn = repeat % len(plan.cases)
         for case in plan.cases[turn:] + plan.cases[:turn]:
             if stop.is_set():
                 break
             offered = _at_scale(requests, session.time_scales[case.load])
-            policy = Planned(build_policy(case.policy), first)
-            run = run_real(offered, policy, first, hardware, budget=plan.budget, stop=stop)
+            planning = session.pooled
+            run = run_real(
+                offered, Planned(build_policy(case.policy), planning), planning, hardware, budget=plan.budget, stop=stop
+            )
             if run.error is not None:
                 raise run.error
-            solos.append(refresh.solo())
+            passes.append(take_pass(hardware, profile, cells))
             if not stop.is_set():
-                session.observations[case].append(Observation(repeat, len(solos) - 2, offered, run))
+                session.observations[case].append(Observation(repeat, len(passes) - 1, planning, offered, run))
             report(case.label)
-        if stop.is_set():
-            break
-        coruns.append(refresh.coruns())
-        report("profile cells")
-    session.others = watch.cores()
+    session.load = watch.load()
     return session
-
-
-class OtherLoad:
-    """How busy other processes keep the machine, from Linux's /proc/stat and this process's own time."""
-
-    def __init__(self) -> None:
-        self._since = self._now()
-
-    def cores(self) -> float | None:
-        """Cores that others kept busy since the start, on average."""
-        now = self._now()
-        if now is None or self._since is None:
-            return None
-        wall_s, busy_s, own_s = (after - before for after, before in zip(now, self._since, strict=True))
-        return max(0.0, (busy_s - own_s) / wall_s)
-
-    @staticmethod
-    def _now() -> tuple[float, float, float] | None:
-        """(wall, busy on all cores, own) seconds."""
-        try:
-            fields = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:]
-        except OSError:
-            return None
-        user, nice, system, _, _, irq, softirq = (int(field) for field in fields[:7])
-        ticks = os.sysconf("SC_CLK_TCK")
-        return time.monotonic(), (user + nice + system + irq + softirq) / ticks, time.process_time()
 
 
 def predict(session: Session, lanes: int, on_progress: OnProgress) -> None:
@@ -244,7 +216,7 @@ def predict(session: Session, lanes: int, on_progress: OnProgress) -> None:
 def _simulated(session: Session, case: Case, seen: Observation, times: Profile, lanes: int) -> RunResult:
     from simulator import simulate
 
-    policy = Planned(build_policy(case.policy), session.first)
+    policy = Planned(build_policy(case.policy), seen.planning)
     return simulate(seen.requests, policy, times, decode_gpus=(0,) * lanes, budget=session.plan.budget)
 
 

@@ -86,7 +86,8 @@ def as_json(
             "range_factors": list(plan.range_factors),
             "range_at_every_load": tolerance.range_everywhere,
         },
-        "cores_busy_with_others": session.others,
+        "cores_busy_with_others": session.load.others,
+        "cores_stolen_by_host": session.load.stolen,
         "drift": drift(session.profile, session.pooled, session),
         "cases": [_case_json(one) for one in cases],
         "checks": [
@@ -105,8 +106,8 @@ def as_json(
 
 def drift(before: Profile, now: Profile, session: Session) -> dict[str, float]:
     """Median over the measured cells of now / as shipped, per table."""
-    cells = session.solos[0]
-    corun = [(now.corun[key[:2]][key[2]], before.corun.get(key[:2], {}).get(key[2])) for key in session.coruns[0]]
+    cells = session.passes[0]
+    corun = [(now.corun[key[:2]][key[2]], before.corun.get(key[:2], {}).get(key[2])) for key in cells.beside]
     known = [(new, old) for new, old in corun if old is not None]
     found = {
         "step_time": [now.steps[r].median / before.step_ns(r) for r in cells.steps],
@@ -156,7 +157,7 @@ def report_text(data: Mapping[str, Any]) -> str:
         f"# Prediction against hardware: {verdict}",
         "",
         f"Model {data['model']} on {data['device']} ({data['date']}; {data['software']}). Trace {data['trace']}, "
-        f"{data['requests']} requests. {data['repeats']} of {data['repeats_wanted']} repeats; in each, profile cells "
+        f"{data['requests']} requests. {data['repeats']} of {data['repeats_wanted']} repeats; profile cells "
         f"and runs in turn, in one process. Warm-up {data['warm_up_s']:.1f} s, not part of any number.",
         "",
         "Errors are measured / predicted - 1 (stages: as a share of the predicted mean latency; lanes and skipping: "
@@ -166,7 +167,7 @@ def report_text(data: Mapping[str, Any]) -> str:
         + ("" if limits["range_at_every_load"] else f"mean latency up to load 0.5 {limits['mean_latency']:.0%}, ")
         + f"{where} the mean latency inside what is simulated with all times x {low:g} and x {high:g}.",
         "",
-        _others_text(data["cores_busy_with_others"])
+        _load_text_of(data["cores_busy_with_others"], data["cores_stolen_by_host"])
         + "Against the shipped profile, the cells measured here are: "
         + ", ".join(f"{name.replace('_', ' ')} x {ratio:.2f}" for name, ratio in data["drift"].items())
         + " (medians).",
@@ -181,8 +182,10 @@ def report_text(data: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _others_text(cores: float | None) -> str:
-    return "" if cores is None else f"Other processes kept {cores:.2f} cores busy meanwhile. "
+def _load_text_of(others: float | None, stolen: float | None) -> str:
+    if others is None or stolen is None:
+        return ""
+    return f"Meanwhile other processes kept {others:.2f} cores busy and the host took {stolen:.2f} cores. "
 
 
 def _load_table(load: str, cases: Sequence[Mapping[str, Any]]) -> list[str]:
