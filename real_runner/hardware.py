@@ -100,6 +100,7 @@ class Hardware:
             if (lane, chunking) not in self._chunks:
                 self._warm_decode(lane, chunking)
         self.device.synchronize()
+        self.device.align_clocks()
         self.warm_up_ns += time.monotonic_ns() - began_ns
 
     def _warm_step(self, rows: int) -> None:

@@ -30,16 +30,22 @@ class EventClock:
     """Turns CUDA events into host nanoseconds.
 
     elapsed_time is a float32 of milliseconds, so its resolution fades with distance (4 us after a minute): the
-    anchor moves to a recent event every two seconds. The first anchor is recorded on an idle device.
+    anchor moves to a recent event every two seconds. `anchor` records a new one on an idle device.
     """
 
     def __init__(self, device: torch.device) -> None:
-        torch.cuda.synchronize(device)
-        self._anchor = timing_event()
-        self._anchor.record(torch.cuda.current_stream(device))
-        self._anchor.synchronize()
-        self._anchor_ns = time.monotonic_ns()
+        self._device = device
         self._lock = threading.Lock()
+        self.anchor()
+
+    def anchor(self) -> None:
+        """Wait for the device and start again from the host's clock: the two run apart by some parts per million."""
+        torch.cuda.synchronize(self._device)
+        event = timing_event()
+        event.record(torch.cuda.current_stream(self._device))
+        event.synchronize()
+        with self._lock:
+            self._anchor, self._anchor_ns = event, time.monotonic_ns()
 
     def host_ns(self, event: torch.cuda.Event) -> int:
         """When a completed event happened, on `time.monotonic_ns`."""
@@ -67,15 +73,18 @@ class CudaWork(Work[T]):
     def launch(self, stream: torch.cuda.Stream) -> None:
         """Enqueue on `stream`; called by one thread only."""
         assert self._function is not None
-        with torch.cuda.stream(stream):
-            stream.wait_event(self._ready)
-            self._start.record(stream)
-            try:
-                self._value.append(self._function())
-            except BaseException as error:  # out of memory, for one, belongs to whoever asks for the result
-                self._error = error
-            self._end.record(stream)
-        self._launched.set()
+        try:
+            with torch.cuda.stream(stream):
+                stream.wait_event(self._ready)
+                self._start.record(stream)
+                try:
+                    self._value.append(self._function())
+                except BaseException as error:  # out of memory, for one, belongs to whoever asks for the result
+                    self._error = error
+                self._end.record(stream)
+        finally:
+            # A device that is lost raises here; without this whoever waits would never look, and never learn of it.
+            self._launched.set()
 
     def done(self) -> bool:
         return self._launched.is_set() and bool(self._end.query())  # type: ignore[no-untyped-call]
@@ -172,3 +181,6 @@ class CudaDevice(Device):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.torch_device)
+
+    def align_clocks(self) -> None:
+        self._clock.anchor()

@@ -43,6 +43,8 @@ class CapturedFunction(Generic[T]):
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._output = function(*self._inputs)
 
+    # The buffers are inference tensors, which only inference mode may write to, and a chunk's caller is not in it.
+    @torch.inference_mode()
     def __call__(self, *arguments: torch.Tensor) -> T:
         """Copy the arguments into the captured buffers and replay, all on the current stream."""
         for buffer, argument in zip(self._inputs, arguments, strict=True):

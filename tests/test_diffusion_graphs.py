@@ -1,0 +1,65 @@
+"""What a captured function does around its graph, with stand-ins for CUDA: a replay runs the function again."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from synerdiff.diffusion import graphs
+from synerdiff.diffusion.chunking import Chunking
+from synerdiff.diffusion.graphs import capture_chunks, capture_denoiser
+from synerdiff.diffusion.loading import load_model
+
+torch.set_num_threads(1)
+STREAM = SimpleNamespace(device="cpu", wait_stream=lambda other: None, synchronize=lambda: None)
+
+
+class Replaying(graphs.CapturedFunction):
+    """Replays into the output that the capture made, as a graph does."""
+
+    def __init__(self, function, examples, stream, pool) -> None:
+        super().__init__(function, examples, stream, pool)
+        self._graph.replay = lambda: self._output.copy_(function(*self._inputs))
+
+
+@pytest.fixture(autouse=True)
+def no_cuda(monkeypatch):
+    @contextmanager
+    def nothing(*_, **__):
+        yield
+
+    monkeypatch.setattr(graphs, "CapturedFunction", Replaying)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", nothing)
+    monkeypatch.setattr(torch.cuda, "stream", nothing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: STREAM)
+
+
+def test_captured_chunks_are_called_outside_inference_mode_and_keep_their_results():
+    model = load_model("digits")
+    cut = Chunking("c3", (4, 9))
+    chunks = capture_chunks(model, cut, STREAM, pool=())
+    assert not torch.is_inference_mode_enabled()
+    latents = [model.start(seed, 2).latent for seed in (1, 2)]
+    hidden = list(latents)
+    for chunk in chunks:
+        hidden = [chunk(one) for one in hidden]
+    for latent, image in zip(latents, hidden, strict=True):
+        assert torch.equal(image, model.decode(latent)), "another decode that runs in between overwrites nothing"
+
+
+def test_captured_steps_equal_eager_ones():
+    eager, captured = load_model("digits"), load_model("digits")
+    capture_denoiser(captured, (2, 4, 8), STREAM, pool=())
+    assert captured.row_buckets == (2, 4, 8)
+    ends = []
+    for model in (eager, captured):
+        states = [model.start(seed, 3, 4.0) for seed in (1, 2, 3)]
+        while not states[0].done:
+            model.step(states)
+        ends.append(states)
+    for one, other in zip(*ends, strict=True):
+        assert float((one.latent - other.latent).abs().max()) < 1e-5
