@@ -68,6 +68,7 @@ def test_the_shipped_experiments_are_valid() -> None:
     root = Path(__file__).resolve().parent.parent
     assert load_experiment(root / "experiments.yaml").name == "default"
     assert load_experiment(root / "experiments" / "gentd26.yaml").name == "gentd26"
+    assert load_experiment(root / "experiments" / "fidelity.yaml").name == "fidelity"
     for name in ("ablation", "headline", "regimes"):
         assert load_contest(root / "experiments" / f"{name}.yaml").name == name
 
