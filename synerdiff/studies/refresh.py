@@ -74,12 +74,17 @@ def refreshed(profile: Profile, times: Sequence[Seen], ratios: Sequence[Seen]) -
         both = [seen.beside[chunking, chunk, rows] for seen in ratios]
         cell = Corun(_slowdown([step for step, _ in both]), _slowdown([part for _, part in both]), False)
         corun.setdefault((chunking, chunk), {})[rows] = cell
+    again = (
+        f"means over pieces of runs: steps of {', '.join(map(str, steps))} rows, chunkings {', '.join(chunks)}, what ran "
+        "beside each other of these, overheads; all else is as first measured"
+    )
     return replace(
         profile,
         steps=dict(profile.steps) | steps,
         chunks=dict(profile.chunks) | chunks,
         corun=corun,
         overheads=dict(profile.overheads) | overheads,
+        info=dict(profile.info) | {"measured_again": again},
         content_hash="",
         _bucket_memo={},
         _step_memo={},
