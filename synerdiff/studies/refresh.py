@@ -75,8 +75,8 @@ def refreshed(profile: Profile, times: Sequence[Seen], ratios: Sequence[Seen]) -
         cell = Corun(_slowdown([step for step, _ in both]), _slowdown([part for _, part in both]), False)
         corun.setdefault((chunking, chunk), {})[rows] = cell
     again = (
-        f"means over pieces of runs: steps of {', '.join(map(str, steps))} rows, chunkings {', '.join(chunks)}, what ran "
-        "beside each other of these, overheads; all else is as first measured"
+        f"means over pieces of runs: steps of {', '.join(map(str, steps))} rows, chunkings {', '.join(chunks)}, "
+        "what ran beside each other of these, overheads; all else is as first measured"
     )
     return replace(
         profile,
