@@ -26,7 +26,7 @@ class Auto(ContinuousPolicy):
       sum(c * s_v) - sum(c) <= n * (sum(c) - sum(delta)), n samples waiting or active (with a long queue this is
       sum(delta) <= sum(c)); else exclusively at the next step boundary. Lanes on other GPUs are always used.
     - When decodes beside steps take longer than the steps that feed them, a step waits while ``decode_queue`` more
-      decodes do than fit beside it, so that these run at full speed.
+      decodes do than fit beside the steps until the next sample is denoised, so that these run at full speed.
     - While ``skip_queue`` samples wait, as many samples skip guidance as shorten the step most per skip: with row
       buckets that is a certain number, and any other wastes budget. Those with most skips left per step go first.
     """
@@ -36,7 +36,15 @@ class Auto(ContinuousPolicy):
         BATCH,
         Parameter("size_weight", float, 2.0, 0.0, 1000.0, "service times", "how far a small request goes first"),
         Parameter("skip_queue", int, 0, 0, 1_000_000, "samples", "skip guidance while at least so many wait"),
-        Parameter("decode_queue", int, 3, 1, 1_000_000, "samples", "waiting decodes, beyond a step's, that hold it"),
+        Parameter(
+            "decode_queue",
+            int,
+            3,
+            1,
+            1_000_000,
+            "samples",
+            "waiting decodes, beyond what fits beside, that hold a step",
+        ),
     )
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
@@ -129,7 +137,9 @@ class Auto(ContinuousPolicy):
         busy = any(self.home[lane.index] and (not lane.free or lane.index in used) for lane in view.decode_lanes)
         if not rows or not busy or len(waiting) < self.parameters["decode_queue"] or not self.bound():
             return False, ()
-        fitting = self.costs.step_ns(rows) // max(1, sum(self.costs.beside(rows).progress))
+        # No decode comes before the next member ends, so what fits beside the steps until then keeps the lane busy.
+        steps_ns = min([sample.steps_left for sample in self.members.members]) * self.costs.step_ns(rows)
+        fitting = steps_ns // max(1, sum(self.costs.beside(rows).progress))
         return len(waiting) >= self.parameters["decode_queue"] + fitting, ()
 
     def bound(self) -> bool:
