@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import threading
 from itertools import pairwise
 
 import pytest
 import torch
 
 from policies.registry import build_policy
+from real_runner.adapters.loras import LoraStore, SourceLost
 from real_runner.adapters.opening import open_serving
-from real_runner.adapters.serving import Folders
+from real_runner.adapters.serving import Folders, image_channels
 from real_runner.engine import run_real
-from synerdiff.cluster import cluster_of
+from synerdiff.cluster import LoraStorage, cluster_of
 from synerdiff.core import InputError, Request
 from tests.adapter_world import kinds, made_alone, make_world, same_weights, weights_of
 from tests.builders import requests_at
@@ -147,5 +150,55 @@ def test_what_cannot_be_served_is_refused_before_the_start(hardware, folders):
     refused("asks for a LoRA twice", request(0, loras=("ink", "ink@0.5")))
     refused("after the @ a number is needed", request(0, loras=("ink@x",)))
     refused("has 2 workers", request(0), described={"workers": [{"denoise_gpu": 0}, {"denoise_gpu": 1}]})
+    refused("every decode lane is on", request(0), described={"workers": [{"denoise_gpu": 0, "decode_gpus": [1]}]})
+    refused("the links that it has", request(0), described={**ONE, "link": {"latency_us": 1}})
+    refused("the storage that it has", request(0), described={**ONE, "loras": {"storage_gb_per_s": 1}})
+    refused("files have the sizes that they have", request(0), described={**ONE, "loras": {"sizes_mib": {"ink": 1}}})
+    slots = {"workers": [{"denoise_gpu": 0, "controlnet_slots": 1}]}
+    refused("a worker holds all ControlNets of its trace", request(0), described=slots)
     with pytest.raises(InputError, match="request 0 asks for LoRAs or ControlNets; say where they are"):
         run_real(requests_at(0, loras=("a",)), build_policy("static"), digits_profile(), hardware)
+
+
+class SlowSource:
+    """Files that come when it is too late."""
+
+    def __init__(self):
+        self.asked, self.let_go = [], threading.Event()
+
+    def read(self, file):
+        self.asked.append(file)
+        self.let_go.wait(30)
+        raise SourceLost("it was too slow anyway")
+
+
+def test_a_lora_that_does_not_come_fails_its_request_at_the_bound(hardware, folders):
+    source = SlowSource()
+    requests = [request(0, steps=4, loras=("ink",)), request(1, steps=2)]
+    with open_serving(hardware, cluster_of(ONE), requests, folders, timeout_s=0.3) as serving:
+        parts = serving.parts
+        parts.loras = LoraStore(
+            LoraStorage(), [source], torch.device("cpu"), 0, parts.clock, parts.ledger, background=True
+        )
+        serving.asynchronous, serving.bound_steps = True, 2
+        found = run_real(requests, build_policy("static"), digits_profile(), hardware, serving=serving)
+        source.let_go.set()
+    assert source.asked == ["ink"]
+    assert [record.status for record in found.result.requests] == ["failed", "done"]
+    assert found.result.requests[0].modes == ("ggg",), "two steps without it, and the one that failed"
+    assert [fault.detail for fault in found.faults] == ["its LoRA ink.safetensors has not been loaded after 0.3 s"]
+
+
+def test_a_controlnet_whose_channels_are_unknown_fails_its_request(hardware, folders, tmp_path):
+    with pytest.raises(InputError, match=r"its config\.json does not say how many conditioning_channels it reads"):
+        image_channels(tmp_path)
+    assert image_channels(folders.controlnets / "edges").channels == 1
+
+
+def test_torchrun_must_start_as_many_processes_as_there_are_roles(hardware, folders, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    described = {**ONE, "strategies": {"loras": "asynchronous"}}
+    match = "torchrun started 3 processes; this run needs 2: the worker on GPU 0, LoRA loader 0."
+    with pytest.raises(InputError, match=re.escape(match)):
+        open_serving(hardware, cluster_of(described), [request(0)], folders)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -167,14 +169,23 @@ def test_a_lost_service_is_replaced_by_another_and_then_fails_its_requests_alone
     """Last of those that use the services: it ends them."""
     processes = services.parts.crew.processes
     requests = [request(i, controlnets=("edges",)) if i != 4 else request(4, steps=8) for i in range(6)]
-    victims = {1: 1, 3: 2}
-    found, made = run(hardware, services, requests, on_done=lambda number: kill(processes, victims.get(number)))
+    services.parts.controlnets._timeout_s = 5.0
+    for replica in services.parts.controlnets.replicas:
+        replica.link.send_timeout_s = 5.0
+
+    def on_done(number):
+        if number == 1:
+            processes[1].send_signal(signal.SIGSTOP)  # It lives, and answers no more.
+        kill(processes, 2 if number == 3 else None)
+
+    found, made = run(hardware, services, requests, on_done=on_done)
+    kill(processes, 1)
     assert statuses(found)[:5] == ["done"] * 5
     assert statuses(found)[5] == "failed"
     assert torch.equal(made[0], inline[0])
     lost = [fault.detail for fault in found.faults if fault.kind == "service lost"]
     assert len(lost) == 2
-    assert "the ControlNet service on GPU 2 is gone" in lost[0]
+    assert "the ControlNet service on GPU 2" in lost[0]
     assert "the ControlNet service on GPU 3 is gone" in lost[1]
     failed = [fault for fault in found.faults if fault.kind == "failed"]
     assert [(f.samples, f.detail) for f in failed] == [

@@ -96,6 +96,8 @@ class Crew:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for link in self.links.values():
+            link.join(max(0.1, until - time.monotonic()))
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -110,10 +112,11 @@ def require_processes(roles: list[Role]) -> None:
 
 
 def serve_under_torchrun() -> None:
-    """Be the process of this rank, once the worker has said what it needs."""
+    """Be the process of this rank, once the worker has said what it needs; this process then ends."""
     store = _torchrun_store()
     with suppress(LinkLost):
         serve(own_rank(), spec_from(store.get("spec").decode()), store)
+    os._exit(0)
 
 
 def _publish(spec: Spec) -> Any:

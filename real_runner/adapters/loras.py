@@ -88,6 +88,7 @@ class LoraStore:
         sources: Sequence[Source],
         device: torch.device,
         gpu: int,
+        clock: Clock,
         ledger: Ledger,
         background: bool,
     ) -> None:
@@ -95,7 +96,7 @@ class LoraStore:
         self.reads = 0
         """Files read from storage, and files brought to the device, since the store was made."""
         self.copies = 0
-        self._device, self._gpu = device, gpu
+        self._device, self._gpu, self._clock = device, gpu, clock
         self._host = Cache(round(storage.host_cache_mib * MIB), storage.cache)
         self._on_device = Cache(round(storage.device_cache_mib * MIB), storage.cache)
         self._host_files: dict[str, LoraFile] = {}
@@ -191,7 +192,7 @@ class LoraStore:
 
     def _load(self, lane: str, source: Source, file: str, loading: Loading) -> None:
         """Read unless the host has it, copy to the device, and tell who waits."""
-        clock = Clock(self._device)
+        clock = self._clock
         start = clock.now()
         try:
             with self._lock:

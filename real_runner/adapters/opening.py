@@ -88,7 +88,7 @@ def _parts(
     if folders.loras is not None:
         loaders = [RemoteReader(links[role.rank], timeout_s) for role in roles if role.kind == "loader"]
         sources: list[FileSource] = [*loaders] if loaders else [OwnReader(folders.loras)]
-        store = LoraStore(cluster.loras, sources, device, gpu, ledger, background=bool(loaders))
+        store = LoraStore(cluster.loras, sources, device, gpu, clock, ledger, background=bool(loaders))
     controlnets: Source
     served = None
     if cluster.strategies.controlnets == "service":

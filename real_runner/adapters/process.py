@@ -91,7 +91,14 @@ def open_links(role: Role, roles: list[Role], spec: Spec, store: Any) -> dict[in
         device = host if "loader" in (role.kind, other.kind) else device_of(role, spec)
         side = int(role.rank == second)
         links[other.rank] = Link(
-            store, f"{first}-{second}", other.name, side, device, one_machine=spec.one_machine, timeout_s=START_S
+            store,
+            f"{first}-{second}",
+            other.name,
+            side,
+            device,
+            one_machine=spec.one_machine,
+            timeout_s=START_S,
+            send_timeout_s=spec.timeout_s,
         )
     return links
 

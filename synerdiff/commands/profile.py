@@ -29,11 +29,18 @@ def profile(
         str | None, typer.Option(help="Row buckets, rising, for example 1,2,4,8 (default: 10 from 1 to 32).")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, chunks and samples: a first look.")] = False,
+    adapters: Annotated[
+        bool,
+        typer.Option("--adapters", help="Measure adapters.csv of the finished profile in --out: LoRAs, ControlNets."),
+    ] = False,
 ) -> None:
     """Measure steps, decode chunks, both sides' slowdowns when they run together, and overheads.
 
     An interrupted measurement goes on where it stopped when the same command is given again.
     """
+    if adapters:
+        _adapters(model, out, device, quick)
+        return
     from profiler.settings import make_settings
 
     settings = make_settings(model, device, dtype, resolution, rows, quick)
@@ -53,6 +60,29 @@ def profile(
     info = measured.info
     save(profile_picture(measured, caption=f"{info['model']} on {info['device']}, {info['date']}."), out, "profile")
     typer.echo(f"{out}: tables, profile.yaml and the picture profile.png, measured in {info['measured_for_s']:.0f} s")
+
+
+def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
+    """Add adapters.csv to a finished profile of this model."""
+    from profiler.adapter_cells import measure_adapters, rows_line
+    from synerdiff.adapters import QUANTITIES, write_adapters
+    from synerdiff.core import InputError
+    from synerdiff.diffusion.device import find_device
+    from synerdiff.profile_files import load_profile
+
+    measured = load_profile(out)
+    if measured.info.get("model") != model:
+        raise InputError(f"{out}: this profile was made for the model {measured.info.get('model')}, not for {model}.")
+    with _progress() as on_progress:
+        found = measure_adapters(measured, find_device(device), quick, on_progress)
+    write_adapters(out, found)
+    timed = [name for name, (at, unit, _) in QUANTITIES.items() if unit == "ns" and at != "constant"]
+    typer.echo("  medians, ms by bytes or rows")
+    for line in rows_line(found, timed):
+        typer.echo(line)
+    link = f"{found.constant('link_bytes_per_s') / 1e9:.3g} GB/s after {found.constant('link_latency') / 1000:.0f} us"
+    typer.echo(f"  link                {link}")
+    typer.echo(f"{out}: adapters.csv")
 
 
 def report(measured: Profile) -> list[str]:

@@ -134,7 +134,7 @@ def run(
     ):
         serving = None
         if cluster is not None or any(request.loras or request.controlnets for request in requests):
-            serving = stack.enter_context(open_serving(hardware, layout, requests, folders, min(30.0, watchdog / 2)))
+            serving = stack.enter_context(open_serving(hardware, layout, requests, folders, min(30.0, watchdog / 4)))
         on_image = None
         if images is not None:
             shared = {"software": "synerdiff", "model": str(chosen), "policy": policy}

@@ -75,8 +75,11 @@ class Link:
         *,
         one_machine: bool,
         timeout_s: float,
+        send_timeout_s: float,
     ) -> None:
         self.peer = peer
+        self.send_timeout_s = send_timeout_s
+        """How long a message may take to be taken in by the other end."""
         self._device = device
         self._other = 1 - side
         self._lost = ""
@@ -116,7 +119,7 @@ class Link:
             if len(data):
                 works.append(self._out.send([data], self._other, _TAG_DATA))
             for work in works:
-                work.wait()
+                work.wait(timedelta(seconds=self.send_timeout_s))
         except RuntimeError as error:
             self._lost = _first(error)
             raise LinkLost(f"{self.peer} is gone ({self._lost})") from None
@@ -147,6 +150,10 @@ class Link:
         """Send and wait for the answer."""
         self.send(op, fields, tensors)
         return self.receive(timeout_s)
+
+    def join(self, timeout_s: float) -> None:
+        """Wait until the other end is gone: a thread that is still inside torch would abort this process's end."""
+        self._thread.join(timeout_s)
 
     def _take_in(self) -> None:
         try:
