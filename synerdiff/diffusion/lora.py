@@ -15,7 +15,7 @@ from synerdiff.core import InputError
 from synerdiff.files import atomic
 
 SHIPPED_LORAS = Path(__file__).parent / "models" / "digits" / "loras"
-"""Trained for `digits`: `slanted` and `hollow`."""
+"""Trained for `digits`: `slanted`."""
 _PREFIX = "unet."
 _HALVES = {
     ".lora_A.weight": "down",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from copy import deepcopy
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,32 +89,32 @@ def bound_study(
     from synerdiff.diffusion.merging import MergedWeights
 
     tried = [*sorted({0, *(bound for bound in bounds if bound < steps)}), steps]
-    total_rows, rows_done, now = 2 * steps * len(subjects) * len(tried), 0, ""
+    steps_run = steps + sum(steps - bound for bound in tried)
+    total_rows, rows_done = 2 * steps_run * len(subjects), 0
 
     def on_rows(rows: int) -> None:
         nonlocal rows_done
         rows_done += rows
-        on_progress(now, min(1.0, rows_done / total_rows))
+        on_progress(f"{lora.name} after at most {steps} steps", min(1.0, rows_done / total_rows))
 
     sampler, weights = Sampler(model, guidance_scale, batch, on_rows), MergedWeights(model.unet)
     weights.check(lora)
-
-    def images_at(bound: int) -> torch.Tensor:
-        made = []
-        for start in range(0, len(subjects), batch):
-            states = sampler.start(steps, subjects[start : start + batch])
-            for step in range(steps):
-                if step == bound:
-                    weights.merge(lora, scale)
-                sampler.step(states)
-            weights.restore()
-            made.append(sampler.images(torch.cat([state.latent for state in states])).cpu())
-        return torch.cat(made)
-
-    images = {}
-    for bound in tried:
-        now = f"{lora.name} after {bound} of {steps} steps"
-        images[bound] = images_at(bound)
+    made: dict[int, list[torch.Tensor]] = {bound: [] for bound in tried}
+    for start in range(0, len(subjects), batch):
+        # One run without the LoRA serves every bound up to its merge.
+        states, waiting = sampler.start(steps, subjects[start : start + batch]), {}
+        for step in range(steps):
+            if step in made:
+                waiting[step] = [replace(state, progress=deepcopy(state.progress)) for state in states]
+            sampler.step(states)
+        weights.merge(lora, scale)
+        for own in waiting.values():
+            while not own[0].done:
+                sampler.step(own)
+        weights.restore()
+        for bound, own in {**waiting, steps: states}.items():
+            made[bound].append(sampler.images(torch.cat([state.latent for state in own])).cpu())
+    images = {bound: torch.cat(parts) for bound, parts in made.items()}
     with_lora, without = images[0], images[steps]
     change = (with_lora - without).flatten(1)
     size = change.square().sum(dim=1)

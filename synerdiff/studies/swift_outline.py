@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from synerdiff.intervals import Interval
 
 SOURCES_SEED = 377
-SCALES = (0.0, 0.5, 1.0)
+SCALES = (0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def outline_study(
     controlnet: ControlNet,
     gate: Gate,
     *,
-    samples: int = 128,
+    samples: int = 64,
     steps: int = 25,
     guidance_scale: float = 4.0,
     batch: int = 32,
