@@ -34,9 +34,9 @@ def burst(count: int, steps: int = 3, **more):
     return requests_at(*(2 * i for i in range(count)), steps=steps, guidance_scale=4.0, **more)
 
 
-def run_with(hardware, faults, requests, policy="continuous-parallel", profile=None, **more):
+def run_with(hardware, faults, requests, policy="continuous-parallel", profile=None, parameters=None, **more):
     with faulty(hardware, faults), watched_chunks():
-        return run_real(requests, build_policy(policy), profile or digits_profile(), hardware, **more)
+        return run_real(requests, build_policy(policy, parameters or {}), profile or digits_profile(), hardware, **more)
 
 
 def statuses(run):
@@ -73,7 +73,8 @@ def test_a_step_without_memory_is_retried_in_halves_and_later_steps_are_smaller(
 def test_a_sample_that_never_finds_memory_fails_after_one_retry(hardware):
     faults = Faults()
     faults.never_enough_memory = {1}
-    run = run_with(hardware, faults, requests_at(0, 120, 240, steps=2, guidance_scale=4.0))
+    # One sample a step: which samples would share a step that finds no memory is a matter of time.
+    run = run_with(hardware, faults, requests_at(0, 1, 2, steps=2, guidance_scale=4.0), parameters={"batch": 1})
     assert statuses(run) == {0: "done", 1: "failed", 2: "done"}
     assert [fault.kind for fault in run.faults] == ["out of memory", "failed"]
     assert run.max_rows == 2, "never below what one sample needs"
