@@ -93,6 +93,16 @@ def test_messages_of_the_file(tmp_path: Path, old: str, new: str, message: str) 
         load_contest(written(tmp_path, TINY.replace(old, new)))
 
 
+def test_a_policy_that_cannot_be_built_is_named_before_anything_runs(tmp_path: Path) -> None:
+    for policy, message in (
+        ("{policy: autp}", "autp"),
+        ("{policy: auto, parameters: {size_weight: -1}}", "'auto': size_weight is -1; allowed is a number from 0"),
+    ):
+        contest = load_contest(written(tmp_path, TINY.replace("{policy: auto}", policy).replace("focus: auto\n", "")))
+        with pytest.raises(InputError, match=message):
+            contest_tasks(contest, tmp_path, tmp_path / "out")
+
+
 def test_a_contest_from_file_to_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = load_contest(written(tmp_path))
     tasks = contest_tasks(found, tmp_path, tmp_path / "out")

@@ -73,7 +73,11 @@ class Task:
 
 
 def contest_tasks(contest: Contest, base: Path, folder: Path) -> list[Task]:
-    """Every policy in every cell, a cell that is listed twice only once."""
+    """Every policy in every cell, a cell that is listed twice only once. InputError when a policy cannot be built."""
+    from policies.registry import build_policy
+
+    for entry in contest.policies:
+        build_policy(entry.policy, dict(entry.parameters), base)
     experiment = contest.experiment
     profiles: dict[str, tuple[Path, Profile]] = {}
     for name in dict.fromkeys(name for machines in contest.machines for name in machines.profiles):
