@@ -135,6 +135,34 @@ def test_the_conventions_of_the_documentation() -> None:
     assert worst[1] < 0.0135
 
 
+def test_the_second_training_seed_of_the_documentation() -> None:
+    """The ranking of the rules, and calibrated reuse against fewer steps, on a model trained from another seed."""
+    from scipy.stats import spearmanr
+
+    folder = ROOT / "docs" / "figures"
+    with (folder / "fidelity-second-seed.csv").open() as file:
+        again = {line["rule"]: line for line in csv.DictReader(file)}
+    with (folder / "fidelity-second-seed-comparisons.csv").open() as file:
+        compared = {(x["rule"], x["against"], x["images"]): x for x in csv.DictReader(file)}
+    setting = ("DDIMScheduler", 25, 4.0)
+    rules = [key[3] for key in SCORES if key[:3] == setting and key[3] != "full-25"]
+    text = " ".join(section("A second training seed").split())
+    assert f"ranking of the {len(rules)} rules" in text
+    by_ssim = spearmanr([SCORES[(*setting, r)].ssim for r in rules], [float(again[r]["ssim"]) for r in rules]).statistic
+    by_psnr = spearmanr([SCORES[(*setting, r)].psnr_db for r in rules], [float(again[r]["psnr_db"]) for r in rules])
+    assert f"rank correlation {by_ssim:.2f} in SSIM and {by_psnr.statistic:.3f} in PSNR" in text
+    assert max(abs(SCORES[(*setting, r)].ssim - float(again[r]["ssim"])) for r in rules) < 0.0115
+    shown = cells(section("A second training seed"))[1:]
+    assert len(shown) == 5
+    for rule, ssim, ssim_again, rival, difference, difference_again in shown:
+        pair = (rule.strip("`"), rival.strip("`"))
+        assert numbers(ssim) == [round(SCORES[(*setting, pair[0])].ssim, 4)]
+        assert float(ssim_again) == pytest.approx(float(again[pair[0]]["ssim"]), abs=0.000051)
+        assert numbers(difference) == [round(value, 4) for value in comparisons()[(*setting, *pair, "held out")]]
+        found = compared[(*pair, "held out")]
+        assert numbers(difference_again) == [round(float(found[name]), 4) for name in ("difference", "low", "high")]
+
+
 def test_the_latencies_of_the_documentation() -> None:
     shown = cells(section("Latency, throughput and fidelity"))[1:]
     assert len(shown) == 8
