@@ -68,6 +68,8 @@ def _caption(contest: Contest) -> str:
     text += " Every policy at its best batch size in every cell, on the same requests."
     if budget.fraction_ppm:
         text += f" At most {budget.fraction_ppm / 10_000:g}% of an image's steps may skip guidance."
+    if any(entry.steps_scale < 1 for entry in contest.policies):
+        text += " Fewer steps, all guided, are the rival of skipping: what both do to images is known for digits only."
     return text
 
 
