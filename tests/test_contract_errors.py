@@ -14,7 +14,7 @@ START = Decision(admit=(0,), step=((0, G),))
 """Sample 0 is denoised from 0 to 100."""
 
 
-def refused(reason, *decisions, requests=None, budget=None, chunking="c2", gpus=(0, 0)):
+def check_refused(reason, *decisions, requests=None, budget=None, chunking="c2", gpus=(0, 0)):
     requests = requests or [Request(0, 0, steps=1), Request(1, 0, steps=1)]
     with pytest.raises(ContractError, match=rf"policy 'script' at [0-9.]+ s: {reason}"):
         simulate(
@@ -49,7 +49,7 @@ def refused(reason, *decisions, requests=None, budget=None, chunking="c2", gpus=
     ],
 )
 def test_a_first_decision_that_is_wrong(reason, decision):
-    refused(reason, decision)
+    check_refused(reason, decision)
 
 
 @pytest.mark.parametrize(
@@ -70,33 +70,33 @@ def test_a_first_decision_that_is_wrong(reason, decision):
     ],
 )
 def test_a_decision_after_a_step_that_is_wrong(reason, decision):
-    refused(reason, START, decision)
+    check_refused(reason, START, decision)
 
 
 def test_lanes_hold_one_piece_at_a_time():
     requests = [Request(i, 0, steps=1) for i in range(3)]
     both = Decision(admit=(0, 1), step=((0, G), (1, G)))
-    refused(
+    check_refused(
         "decode lane 0 is busy with sample 0.0",
         both,
         Decision(chunks=(ChunkLaunch(0, 2), ChunkLaunch(1, 2))),
         requests=requests,
     )
-    refused(
+    check_refused(
         "a step was decided while the denoise lane is busy or held",
         both,
         Decision(admit=(2,), step=((2, G),), chunks=(ChunkLaunch(0, 1),)),
         Decision(step=((2, G),)),
         requests=requests,
     )
-    refused(
+    check_refused(
         "a step was decided while the denoise lane is busy or held",
         both,
         Decision(admit=(2,), chunks=(ChunkLaunch(0, 2, exclusive=True),)),
         Decision(step=((2, G),)),
         requests=requests,
     )
-    refused(
+    check_refused(
         "an exclusive launch needs the denoise lane idle",
         both,
         Decision(chunks=(ChunkLaunch(0, 2, 0, exclusive=True), ChunkLaunch(1, 2, 1, exclusive=True))),
@@ -107,14 +107,14 @@ def test_lanes_hold_one_piece_at_a_time():
 def test_samples_of_different_keys_do_not_share_a_step():
     for field in ({"base_model": "other"}, {"loras": ("style",)}, {"height": 64, "width": 64}):
         requests = [Request(0, 0, steps=1), Request(1, 0, steps=1, **field)]
-        refused("sample 1.0 has batch key", Decision(admit=(0, 1), step=((0, G), (1, G))), requests=requests)
+        check_refused("sample 1.0 has batch key", Decision(admit=(0, 1), step=((0, G), (1, G))), requests=requests)
 
 
 def test_an_unguided_sample_takes_conditional_steps_only():
     requests = [Request(0, 0, steps=1, guidance_scale=1.0)]
     reason = "sample 0.0 is unguided and takes only conditional steps, not"
-    refused(f"{reason} guided", Decision(admit=(0,), step=((0, G),)), requests=requests)
-    refused(f"{reason} reuse", Decision(admit=(0,), step=((0, R),)), requests=requests)
+    check_refused(f"{reason} guided", Decision(admit=(0,), step=((0, G),)), requests=requests)
+    check_refused(f"{reason} reuse", Decision(admit=(0,), step=((0, R),)), requests=requests)
 
 
 def skip(mode):
@@ -139,7 +139,7 @@ def skip(mode):
     ],
 )
 def test_the_engine_owns_the_skip_budget(budget, decisions):
-    refused(
+    check_refused(
         "mode (conditional|reuse) is not allowed for sample 0.0", *decisions, requests=[Request(0, 0, 4)], budget=budget
     )
 
@@ -167,7 +167,7 @@ def test_a_step_decided_again_as_the_same_object_is_checked_again_once_a_member_
     both = ((0, G), (1, G))
     requests = [Request(0, 0, steps=2), Request(1, 0, steps=3)]
     decisions = (Decision(admit=(0, 1), step=both), Decision(step=both), Decision(step=both))
-    refused("sample 0.0 cannot be stepped: it is decoding", *decisions, requests=requests)
+    check_refused("sample 0.0 cannot be stepped: it is decoding", *decisions, requests=requests)
 
 
 def test_a_step_decided_again_as_the_same_object_may_not_have_a_skip_that_is_spent():
@@ -175,4 +175,4 @@ def test_a_step_decided_again_as_the_same_object_may_not_have_a_skip_that_is_spe
     skipping = ((0, R),)
     decisions = (Decision(admit=(0,), step=((0, G),)), Decision(step=skipping), Decision(step=skipping))
     budget = SkipBudget(500_000, warmup_steps=1, longest_run=1)
-    refused("mode reuse is not allowed", *decisions, requests=[Request(0, 0, steps=4)], budget=budget)
+    check_refused("mode reuse is not allowed", *decisions, requests=[Request(0, 0, steps=4)], budget=budget)
