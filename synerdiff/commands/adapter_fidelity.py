@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from synerdiff.commands.image_progress import image_progress
 
 if TYPE_CHECKING:
     from synerdiff.diffusion.lora import LoraFile
@@ -90,7 +91,7 @@ def adapter_fidelity(
         f"{loaded.name}, {loaded.solver.scheduler_name.removesuffix('Scheduler')}, {steps} steps, guidance {guidance:g}"
     )
     caption, rows, pictures = f"{what}, {samples} images, LoRA at scale {scale:g}.", [], []
-    with _progress() as on_progress:
+    with image_progress() as on_progress:
         for file in files:
             result = bound_study(
                 loaded,
@@ -182,15 +183,3 @@ def _outlines(
         f"recognised {result.recognised[scale]:.1%} (of their sources {result.recognised_sources:.1%}), n = {found.n}"
         for scale, found in result.overlap.items()
     ]
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """What runs and how far it is, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as bar:
-        task = bar.add_task("loading", total=1.0)
-        yield lambda what, share: bar.update(task, completed=share, description=what)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from synerdiff.commands.image_progress import image_progress
 
 if TYPE_CHECKING:
     from synerdiff.profile import Profile
@@ -86,7 +87,7 @@ def fidelity(
         _require_profile_of(simulated, model, loaded.height, loaded.width)
     own = loaded if scheduler is None else load_model(model, device, wanted, chosen.resolution)
     head = _head(model, own.solver.scheduler_name, device)
-    with _progress() as on_progress:
+    with image_progress() as on_progress:
         study = Study(loaded, settings, out, on_progress)
         result = study.run(head)
         extra = _extras(study, result, frechet, clip)
@@ -203,15 +204,3 @@ def _trade_offs(
         )
         written += save(latency_against_fidelity(frame, caption=caption), out, name)
     return written
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """What runs and how far it is, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as bar:
-        task = bar.add_task("loading", total=1.0)
-        yield lambda what, share: bar.update(task, completed=share, description=what)
