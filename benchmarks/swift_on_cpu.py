@@ -1,68 +1,120 @@
-"""The three mechanisms of SwiftDiffusion on a CPU: predicted latency of one request against the measured one.
+"""The three mechanisms of SwiftDiffusion on a CPU: predicted latency against the measured one, alone and under load.
 
-``python -m benchmarks.swift_on_cpu --out FILE.csv``. In one process: profile and adapters.csv are measured, then every
-way of serving takes its turn again and again with one request alone, then both are measured once more. The simulator
-gets the means of the two measurements. Processes beside the worker are the runner's own.
+``python -m benchmarks.swift_on_cpu --out FILE.csv``, which also draws FILE.png. In one process and in rounds, so that
+drift reaches all alike: the cells that a prediction needs (steps and decodes from plain runs, adapters.csv as
+``synerdiff profile --adapters`` measures it), then every way of serving with one request alone, now and then also under
+load. The simulator gets means over all rounds, and its prediction is compared with the mean latency. Processes beside
+the worker are the runner's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import random
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
+from policies.base import Policy
 from policies.registry import build_policy
-from profiler.adapter_cells import measure_adapters
+from profiler.adapter_cells import drop_from_cache, open_session
+from profiler.bench import Bench
 from profiler.measure import measure_profile
+from profiler.sampling import QUICK
 from profiler.settings import make_settings
 from real_runner.adapters.opening import open_serving
 from real_runner.adapters.serving import Folders, Serving
 from real_runner.engine import run_real
 from real_runner.hardware import Hardware, open_hardware
 from simulator import simulate_cluster
-from synerdiff.adapters import Adapters
+from synerdiff.adapters import QUANTITIES, Adapters
 from synerdiff.cluster import MIB, Cluster, cluster_of
 from synerdiff.core import NS_PER_S, Request, RunResult
 from synerdiff.diffusion.controlnet import random_controlnet
 from synerdiff.diffusion.loading import load_model
 from synerdiff.diffusion.lora import random_lora, save_lora
+from synerdiff.figures.style import finish, new_figure, save, styled
 from synerdiff.profile import Profile, Spread
+from synerdiff.studies.cell_tour import Seen, cells_seen, joined
+from synerdiff.studies.refresh import refreshed
 
 BOUND = 5
 RANK = 16
-NET, LORA = ("net",), ("style",)
-CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], tuple[str, ...]]] = {
-    "plain": ({}, (), ()),
-    "ControlNet inline": ({}, NET, ()),
-    "ControlNet as a service": ({"controlnets": "service"}, NET, ()),
-    "LoRA synchronous": ({}, (), LORA),
-    "LoRA asynchronous": ({"loras": "asynchronous", "lora_bound_steps": BOUND}, (), LORA),
-    "guidance in two processes": ({"guidance": "two-gpus"}, (), ()),
-    "ControlNet and LoRA, all in one process": ({}, NET, LORA),
-    "ControlNet and LoRA, service and asynchronous": (
-        {"controlnets": "service", "loras": "asynchronous", "lora_bound_steps": BOUND},
-        NET,
-        LORA,
-    ),
-}
-"""Name -> strategies, ControlNets and LoRAs of the request."""
+GUIDANCE = 4.0
+NET, LORA = ("net=1.png",), ("style",)
+SERVICE, LOADER = {"controlnets": "service"}, {"loras": "asynchronous", "lora_bound_steps": BOUND}
+HALVES = {"guidance": "two-gpus"}
+CELLS_PER_ROUND = 2
+"""On a shared machine the same piece takes 5 ms now and 9 ms a moment later: cells need many samples too."""
+GAP_S = 0.4
+"""Between requests under load, on average."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests and a way of serving them; a measurement is their mean latency."""
+
+    name: str
+    strategies: dict[str, Any]
+    requests: list[Request]
+    batch: int = 1
+
+    def policy(self) -> Policy:
+        return build_policy("continuous-serial", {"batch": self.batch})
+
+
+def one_request(steps: int) -> list[Case]:
+    """Each way of serving with one request alone."""
+
+    def case(name: str, strategies: dict[str, Any], controlnets: tuple[str, ...], loras: tuple[str, ...]) -> Case:
+        request = Request(0, 0, steps, guidance_scale=GUIDANCE, seed=1, controlnets=controlnets, loras=loras)
+        return Case(name, strategies, [request])
+
+    return [
+        case("plain", {}, (), ()),
+        case("ControlNet inline", {}, NET, ()),
+        case("ControlNet as a service", SERVICE, NET, ()),
+        case("LoRA synchronous", {}, (), LORA),
+        case("LoRA asynchronous", LOADER, (), LORA),
+        case("guidance in two processes", HALVES, (), ()),
+        case("ControlNet and LoRA, all in one process", {}, NET, LORA),
+        case("ControlNet and LoRA, service and asynchronous", SERVICE | LOADER, NET, LORA),
+        case("ControlNet and LoRA, all three (four processes)", SERVICE | LOADER | HALVES, NET, LORA),
+    ]
+
+
+def under_load(steps: int, count: int) -> list[Case]:
+    """Some ways with the same Poisson arrivals: plain, with a ControlNet, with a LoRA, with both, in turn; batch 2."""
+    gaps = random.Random(1)
+    arrival_s, requests = 0.0, []
+    for number in range(count):
+        controlnets = NET if number % 2 else ()
+        loras = LORA if number % 4 > 1 else ()
+        requests.append(
+            Request(
+                number, round(arrival_s * NS_PER_S), steps, guidance_scale=GUIDANCE, seed=number,
+                controlnets=controlnets, loras=loras,
+            )
+        )  # fmt: skip
+        arrival_s += gaps.expovariate(1 / GAP_S)
+    ways = {"all in one process": {}, "service": SERVICE, "asynchronous": LOADER, "both": SERVICE | LOADER}
+    return [Case(f"under load, {name}", strategies, requests, batch=2) for name, strategies in ways.items()]
 
 
 def cluster_for(strategies: dict[str, Any], lora_bytes: int) -> Cluster:
     worker: dict[str, Any] = {"denoise_gpu": 0}
     if strategies.get("guidance") == "two-gpus":
         worker["guidance_gpu"] = 1
-    services = [{"gpu": 2, "controlnets": list(NET)}] if strategies.get("controlnets") == "service" else []
+    services = [{"gpu": 2, "controlnets": ["net"]}] if strategies.get("controlnets") == "service" else []
     fields = {"workers": [worker], "strategies": strategies, "controlnet_services": services}
     return cluster_of({**fields, "loras": {"mib": lora_bytes / MIB}})
 
@@ -73,123 +125,193 @@ def make_folders(root: Path) -> tuple[Folders, int]:
     for name in ("loras", "controlnets", "images"):
         (root / name).mkdir()
     size = save_lora(random_lora(model.unet, LORA[0], RANK), root / "loras" / f"{LORA[0]}.safetensors").size_bytes
-    random_controlnet(NET[0], model).net.save_pretrained(str(root / "controlnets" / NET[0]))
+    random_controlnet("net", model).net.save_pretrained(str(root / "controlnets" / "net"))
     Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(root / "images" / "1.png")
     return Folders(root / "loras", root / "controlnets", root / "images"), size
 
 
-def measured_tables(folder: Path) -> tuple[Profile, Adapters]:
-    profile = measure_profile(make_settings("digits", "cpu", rows="1,2", quick=True), folder)
-    return profile, measure_adapters(profile, torch.device("cpu"))
+def plain_cases(steps: int) -> list[Case]:
+    """Without adapters, so that steps have 1, 2 and 4 rows."""
+
+    def case(guidances: tuple[float, ...]) -> Case:
+        requests = [
+            Request(number, 0, steps, guidance_scale=guidance, seed=number) for number, guidance in enumerate(guidances)
+        ]
+        return Case("plain", {}, requests, batch=len(guidances))
+
+    return [case((1.0,)), case((GUIDANCE,)), case((GUIDANCE, GUIDANCE))]
 
 
-def mean_of(first: tuple[Profile, Adapters], second: tuple[Profile, Adapters]) -> tuple[Profile, Adapters]:
-    """Means of the medians of two measurements."""
+def plain_cells(cases: list[Case], hardware: Hardware, profile: Profile) -> Seen:
+    """Steps, decodes and overheads as the runner has them when step follows step."""
+    parts = []
+    for case in cases:
+        run = run_real(case.requests, case.policy(), profile, hardware)
+        assert run.error is None, run.error
+        parts.append(cells_seen(case.policy().chunking, run))
+    return joined(parts)
 
-    def mean(a: Spread, b: Spread) -> Spread:
-        value = (a.median + b.median) // 2
-        return Spread(value, value, value, a.n + b.n)
 
-    (profile, adapters), (later, later_adapters) = first, second
-    steps = {rows: mean(spread, later.steps[rows]) for rows, spread in profile.steps.items()}
-    chunks = {
-        name: tuple(mean(a, b) for a, b in zip(spreads, later.chunks[name], strict=True))
-        for name, spreads in profile.chunks.items()
-        if name in later.chunks and len(later.chunks[name]) == len(spreads)
-    }
-    overheads = {name: mean(spread, later.overheads[name]) for name, spread in profile.overheads.items()}
+def bench_of(hardware: Hardware) -> Bench:
+    """The runner's lanes, for the profiler."""
+    return Bench(hardware.model, hardware.device, hardware.denoise, hardware.decode[0], QUICK)
+
+
+def means_of(samples: dict[tuple[str, int], list[int]], adapters: Adapters) -> Adapters:
+    """The table with means of all times in the place where lookups look."""
+
+    def mean(name: str, at: int, found: Spread) -> Spread:
+        taken = samples.get((name, at))
+        timed = taken is not None and QUANTITIES[name][1] == "ns"
+        value = round(fmean(taken)) if timed else found.median
+        return Spread(value, min(found.p10, value), max(found.p90, value), found.n)
+
     tables = {
-        name: {at: mean(spread, later_adapters.tables[name][at]) for at, spread in table.items()}
-        for name, table in adapters.tables.items()
+        name: {at: mean(name, at, found) for at, found in table.items()} for name, table in adapters.tables.items()
     }
-    corun = {key: cells for key, cells in profile.corun.items() if key[0] in chunks}
-    memos: dict[str, Any] = {"_bucket_memo": {}, "_step_memo": {}, "_slowdown_memo": {}}
-    means = replace(profile, steps=steps, chunks=chunks, corun=corun, overheads=overheads, **memos)
-    return means, Adapters("mean", tables)
+    return Adapters("mean", tables)
 
 
-def latency_s(result: RunResult) -> float:
-    record = result.requests[0]
-    assert record.status == "done", record
-    return (record.finished_ns - record.request.arrival_ns) / NS_PER_S
+def mean_latency_s(result: RunResult) -> float:
+    assert {record.status for record in result.requests} == {"done"}, result.requests
+    return fmean(record.finished_ns - record.request.arrival_ns for record in result.requests) / NS_PER_S
 
 
-def serve_all(
-    cases: dict[str, tuple[Serving, Request]], profile: Profile, hardware: Hardware, repeats: int
-) -> tuple[dict[str, list[float]], dict[tuple[str, str], list[int]]]:
-    """Seconds of each run, and the durations (ns) of each case's pieces by kind; cases take turns in going first."""
-    found: dict[str, list[float]] = {name: [] for name in cases}
-    pieces: dict[tuple[str, str], list[int]] = {}
-    names = list(cases)
-    for repeat in range(-1, repeats):
-        turn = repeat % len(names)
-        for name in names[turn:] + names[:turn]:
-            serving, request = cases[name]
-            policy = build_policy("continuous-serial", {"batch": 1})
-            run = run_real([request], policy, profile, hardware, serving=serving)
-            assert run.error is None, name
-            assert not run.faults, (name, run.faults)
-            if repeat >= 0:
-                found[name].append(latency_s(run.result))
-                for work in run.result.work:
-                    pieces.setdefault((name, work.kind), []).append(work.end_ns - work.start_ns)
-    return found, pieces
+def serve(
+    case: Case, serving: Serving, profile: Profile, hardware: Hardware, file: Path, pieces: dict[str, list[int]]
+) -> float:
+    """The mean latency in seconds; the durations (ns) of the pieces are added by kind."""
+    drop_from_cache(file)
+    run = run_real(case.requests, case.policy(), profile, hardware, serving=serving)
+    assert run.error is None, run.error
+    assert not run.faults, run.faults
+    for work in run.result.work:
+        pieces.setdefault(work.kind, []).append(work.end_ns - work.start_ns)
+    return mean_latency_s(run.result)
 
 
-def compare(steps: int, repeats: int, out: Path, say: Callable[[str], None]) -> None:
+@dataclass
+class Found:
+    """What was measured of one case."""
+
+    seconds: list[float] = field(default_factory=list)
+    pieces: dict[str, list[int]] = field(default_factory=dict)
+
+
+def compare(
+    alone: list[Case], loaded: list[Case], rounds: int, load_every: int, out: Path, say: Callable[[str], None]
+) -> None:
+    """``loaded`` cases take part in every ``load_every``-th round."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         root = Path(name)
         folders, lora_bytes = make_folders(root)
-        before = measured_tables(root / "before")
-        profile = before[0]
+        settings = make_settings("digits", "cpu", rows="1,2,4", quick=True)
+        profile = measure_profile(settings, root / "profile")
         hardware = stack.enter_context(open_hardware("digits", "cpu", profile))
-        cases = {}
-        clusters = {}
-        for case, (strategies, controlnets, loras) in CASES.items():
-            request = Request(0, 0, steps, guidance_scale=4.0, seed=1, controlnets=controlnets, loras=loras)
-            clusters[case] = cluster_for(strategies, lora_bytes)
-            serving = stack.enter_context(open_serving(hardware, clusters[case], [request], folders))
-            cases[case] = serving, request
-        measured, pieces = serve_all(cases, profile, hardware, repeats)
-        after = measured_tables(root / "after")
-        times, adapters = mean_of(before, after)
-        rows = []
-        for case, (_, request) in cases.items():
-            simulated = simulate_cluster(
-                [request],
-                lambda: build_policy("continuous-serial", {"batch": 1}),
-                times,
-                clusters[case],
-                adapters=adapters,
+        session = stack.enter_context(open_session(settings, bench_of(hardware)))
+        plain = plain_cases(alone[0].requests[0].steps)
+        cases = [*alone, *loaded]
+        clusters = {case.name: cluster_for(case.strategies, lora_bytes) for case in cases}
+        servings = {
+            case.name: stack.enter_context(open_serving(hardware, clusters[case.name], case.requests, folders))
+            for case in cases
+        }
+        found = {case.name: Found() for case in cases}
+        passes = []
+        for number in range(-1, rounds):
+            for _ in range(CELLS_PER_ROUND):
+                seen = plain_cells(plain, hardware, profile)
+                session.round(keep=number >= 0)
+                if number >= 0:
+                    passes.append(seen)
+            turn = number % len(alone)
+            these = alone[turn:] + alone[:turn] + (loaded if number % load_every == 0 else [])
+            for case in these:
+                kept = found[case.name] if number >= 0 else Found()
+                file = root / "loras" / f"{LORA[0]}.safetensors"
+                kept.seconds.append(serve(case, servings[case.name], profile, hardware, file, kept.pieces))
+            say(f"round {number + 1} of {rounds}")
+        times = refreshed(profile, passes, passes)
+        adapters = means_of(session.samples, Adapters("measured", session.tables()))
+        predicted = {
+            case.name: mean_latency_s(
+                simulate_cluster(case.requests, case.policy, times, clusters[case.name], adapters=adapters).run
             )
-            predicted = latency_s(simulated.run)
-            middle = median(measured[case])
-            rows.append(
-                [case, len(measured[case]), predicted, middle, min(measured[case]), max(measured[case]),
-                 middle / predicted - 1]
-            )  # fmt: skip
-            say(
-                f"{case:<48} predicted {predicted * 1e3:7.1f} ms  measured {middle * 1e3:7.1f} ms "
-                f"({min(measured[case]) * 1e3:.1f} to {max(measured[case]) * 1e3:.1f})  {middle / predicted - 1:+.1%}"
-            )
-    say("medians of pieces, ms: " + ", ".join(
-        f"{case}, {kind} {median(spent) / 1e6:.2f}" for (case, kind), spent in pieces.items()
+            for case in cases
+        }
+    report(found, predicted, out, say)
+    steps, count = alone[0].requests[0].steps, len(loaded[0].requests)
+    caption = (
+        f"digits, {steps} guided steps; one request alone (batch 1, {rounds} runs each) and "
+        f"{count} requests of a Poisson process (batch 2). Dots: means with 95% intervals; grey: from the least to the "
+        "largest run; numbers: measured against predicted. Cells and runs in turn on one machine."
+    )
+    save(picture(out, caption), out.parent, out.stem)
+    say("cells, ms: " + ", ".join(
+        f"{name} {at}: {spread.median / 1e6:.2f}"
+        for name, table in adapters.tables.items() if QUANTITIES[name][1] == "ns"
+        for at, spread in table.items()
     ))  # fmt: skip
-    alone = {name: adapters.tables[name] for name in ("controlnet_forward", "denoise_encoder", "denoise_decoder")}
-    say("alone, ms by rows: " + ", ".join(
-        f"{name} {at}: {spread.median / 1e6:.2f}" for name, table in alone.items() for at, spread in table.items()
-    ))  # fmt: skip
-    say(f"steps alone, ms: {[(rows, spread.median / 1e6) for rows, spread in times.steps.items()]}")
+    say("steps, ms: " + ", ".join(f"{at}: {spread.median / 1e6:.2f}" for at, spread in times.steps.items()))
+
+
+def report(found: dict[str, Found], predicted: dict[str, float], out: Path, say: Callable[[str], None]) -> None:
+    """A line for each case, and the same as CSV."""
     with out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", "runs", "predicted_s", "measured_s", "least_s", "largest_s", "error"])
-        writer.writerows([[*row[:2], *(f"{value:.5f}" for value in row[2:])] for row in rows])
+        writer.writerow(["case", "runs", "predicted_s", "mean_s", "half_interval_s", "least_s", "largest_s", "error"])
+        for name, case in found.items():
+            runs, mean_s = case.seconds, fmean(case.seconds)
+            values = predicted[name], mean_s, half_interval(runs), min(runs), max(runs), mean_s / predicted[name] - 1
+            writer.writerow([name, len(runs), *(f"{value:.5f}" for value in values)])
+            ms = [value * 1e3 for value in values]
+            say(
+                f"{name:<48} predicted {ms[0]:6.1f} ms  measured {ms[1]:6.1f} +- {ms[2]:.1f} ms "
+                f"({ms[3]:.1f} to {ms[4]:.1f})  {values[5]:+.1%}"
+            )
+    for name, case in found.items():
+        say(f"{name}: " + ", ".join(f"{kind} {fmean(spent) / 1e6:.2f} ms" for kind, spent in case.pieces.items()))
+
+
+def half_interval(runs: list[float]) -> float:
+    """Of the 95% interval of their mean."""
+    return 1.96 * stdev(runs) / len(runs) ** 0.5 if len(runs) > 1 else float("nan")
+
+
+@styled
+def picture(table: Path, caption: str) -> Figure:
+    """Predicted and measured latency of each case of a report; bars: 95% intervals, thin lines: all runs."""
+    figure = new_figure(9, 5.2)
+    axis = figure.subplots()
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for place, row in enumerate(rows):
+        mean_s, half_s, least_s, largest_s = (
+            float(row[name]) for name in ("mean_s", "half_interval_s", "least_s", "largest_s")
+        )
+        axis.plot([least_s, largest_s], [place, place], color="#9a9a9a", linewidth=0.8)
+        label = "" if place else "measured"
+        axis.errorbar(mean_s, place, xerr=half_s, fmt="o", color="#0072b2", capsize=3, label=label)
+        label = "" if place else "predicted"
+        axis.plot(float(row["predicted_s"]), place, "D", color="#d55e00", markersize=5, label=label)
+        axis.annotate(f"{float(row['error']):+.0%}", (largest_s, place), (5, 0), textcoords="offset points",
+                      va="center", fontsize=8)  # fmt: skip
+    axis.set_yticks(range(len(rows)), [row["case"] for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.margins(x=0.08)
+    axis.set_xlabel("mean latency of a run, s")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
+    return finish(figure, "SwiftDiffusion on two CPU cores: predicted against measured", caption, False)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--load-every", type=int, default=5, help="rounds from one run under load to the next")
+    parser.add_argument("--requests", type=int, default=16, help="of a run under load")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    compare(given.steps, given.repeats, given.out, print)
+    alone, loaded = one_request(given.steps), under_load(given.steps, given.requests)
+    compare(alone, loaded, given.rounds, given.load_every, given.out, print)

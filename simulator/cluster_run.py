@@ -146,7 +146,8 @@ def _require(
         needs += ["guidance runs on two GPUs"] if two_gpus else []
         if needs:
             raise InputError(
-                f"{needs[0]}, and profile '{profile.name}' has no adapters.csv, which says what that costs."
+                f"{needs[0]}, and profile '{profile.name}' has no adapters.csv, which says what that costs; "
+                "synerdiff profile --adapters measures it."
             )
         return False
     if controlnets is not None and cluster.strategies.controlnets == "service":

@@ -65,7 +65,7 @@ class ControlNetServices:
             best.loads += 1
             best.held.put(name)
             self._record(best, "load", best_ns - load_ns, best_ns, 0, samples)
-        end_ns = best.free_ns = best_ns + self.draws.draw(self.adapters.spread("controlnet_forward", rows))
+        end_ns = best.free_ns = best_ns + self.draws.draw(self.adapters.spread_beside("controlnet_forward", rows))
         self._record(best, "controlnet", best_ns, end_ns, rows, samples)
         return end_ns
 

@@ -87,10 +87,12 @@ class StepPlanner:
             return plan
         second = sum(letter == "g" for letter in step.modes)
         first_rows = len(step.samples) + (step.pad_rows + 1) // 2
-        self._forward(plan, step, self.gpu, first_rows, _controlnet_rows(step, 1, 1), ready)
-        if second:
+        both = second > 0
+        self._forward(plan, step, self.gpu, first_rows, _controlnet_rows(step, 1, 1), ready, both)
+        if both:
             rows = second + step.pad_rows // 2
-            last = self._forward(plan, step, self.guidance_gpu, rows, _controlnet_rows(step, 1, 0), ready)
+            sent = plan.add(Segment("scatter", begin=self._transfer("latent_bytes", rows)), ready)
+            last = self._forward(plan, step, self.guidance_gpu, rows, _controlnet_rows(step, 1, 0), sent, both)
             plan.add(Segment("gather", begin=self._transfer("prediction_bytes", rows)), last)
         return plan
 
@@ -145,9 +147,19 @@ class StepPlanner:
         return last
 
     def _forward(
-        self, plan: Plan, step: Step, gpu: int, rows: int, controlnets: Mapping[str, int], before: Segment | None
+        self,
+        plan: Plan,
+        step: Step,
+        gpu: int,
+        rows: int,
+        controlnets: Mapping[str, int],
+        before: Segment | None,
+        beside: bool = False,
     ) -> Segment:
-        """The denoiser's forward of ``rows`` rows on one GPU; its last segment. ``controlnets``: name -> rows."""
+        """The denoiser's forward of ``rows`` rows on one GPU; its last segment. ``controlnets``: name -> rows.
+
+        ``beside``: the other half of the guidance runs at the same time.
+        """
         if controlnets and self.as_service:
             return self._forward_with_services(plan, step, gpu, rows, controlnets, before)
         last = before
@@ -155,17 +167,29 @@ class StepPlanner:
             work_ns = self.draws.draw(self.adapters.spread("controlnet_forward", its_rows))
             work_ns += self.adapters.ns("residual_add", its_rows)
             last = plan.add(Segment("controlnet", gpu=gpu, rows=its_rows, work_ns=work_ns), last)
-        return plan.add(Segment("step", gpu=gpu, rows=rows, work_ns=self.times.step_ns(rows)), last)
+        work_ns = self.times.step_ns(rows)
+        if beside and "denoise_forward_beside" in self.adapters.tables:
+            bucket = self.profile.bucket(rows)
+            step_ns, drawn_ns = self.profile.step_ns(rows), work_ns - self.dispatch_ns
+            rest_ns = max(0, step_ns - self.adapters.forward_ns(bucket))
+            beside_ns = self.adapters.ns("denoise_forward_beside", bucket) + rest_ns
+            work_ns = beside_ns * drawn_ns // step_ns + self.dispatch_ns
+        return plan.add(Segment("step", gpu=gpu, rows=rows, work_ns=work_ns), last)
 
     def _forward_with_services(
         self, plan: Plan, step: Step, gpu: int, rows: int, controlnets: Mapping[str, int], before: Segment | None
     ) -> Segment:
-        """Encoder and mid block beside the ControlNet services; the decoder waits for all residuals."""
+        """Encoder and mid block beside the ControlNet services; the decoder waits for all residuals.
+
+        What a step takes beyond encoder and decoder comes with the decoder: its rows are assembled, guided and
+        stepped. A step that was drawn longer or shorter has both halves longer or shorter.
+        """
         adapters = self.adapters
         bucket = self.profile.bucket(rows)
-        scale = (self.times.step_ns(rows) - self.dispatch_ns, self.profile.step_ns(rows))
-        encoder_ns = adapters.ns("denoise_encoder", bucket) * scale[0] // scale[1] + self.dispatch_ns
-        decoder_ns = adapters.ns("denoise_decoder", bucket) * scale[0] // scale[1]
+        drawn_ns, step_ns = self.times.step_ns(rows) - self.dispatch_ns, self.profile.step_ns(rows)
+        rest_ns = max(0, step_ns - adapters.forward_ns(bucket))
+        encoder_ns = adapters.ns_beside("denoise_encoder", bucket) * drawn_ns // step_ns + self.dispatch_ns
+        decoder_ns = (adapters.ns_beside("denoise_decoder", bucket) + rest_ns) * drawn_ns // step_ns
         encoder = plan.add(Segment("encoder", gpu=gpu, rows=rows, work_ns=encoder_ns), before)
         arrivals = []
         for name, its_rows in controlnets.items():

@@ -30,9 +30,13 @@ QUANTITIES = {
     "lora_restore": ("bytes", "ns", "take it out of the weights again"),
     "controlnet_load": ("bytes", "ns", "bring a ControlNet onto a GPU that does not hold it"),
     "controlnet_forward": ("rows", "ns", "one forward of a ControlNet"),
+    "controlnet_forward_beside": ("rows", "ns", "the same in a service, beside the encoder of the step that asked"),
     "residual_add": ("rows", "ns", "add one ControlNet's residuals to the skip connections"),
     "denoise_encoder": ("rows", "ns", "the denoiser's encoder and mid block"),
+    "denoise_encoder_beside": ("rows", "ns", "the same beside a ControlNet service"),
     "denoise_decoder": ("rows", "ns", "the denoiser's decoder"),
+    "denoise_decoder_beside": ("rows", "ns", "the same after the residuals of a ControlNet service have come"),
+    "denoise_forward_beside": ("rows", "ns", "encoder and decoder beside another forward of the denoiser, elsewhere"),
     "controlnet_bytes": ("constant", "bytes", "size of a ControlNet"),
     "latent_bytes": ("row", "bytes", "latent and timestep sent to a ControlNet service, per row"),
     "residual_bytes": ("row", "bytes", "residuals that a ControlNet sends back, per row"),
@@ -42,7 +46,7 @@ QUANTITIES = {
 }
 """Name -> what ``at`` counts, unit of the values, meaning."""
 OPTIONAL = ("lora_merge_more", "residual_add", "link_latency")
-"""Taken as 0 when the table lacks them."""
+"""Taken as 0 when the table lacks them; a ``_beside`` as what it is beside nothing."""
 _ZERO = Spread(0, 0, 0, 0)
 
 
@@ -82,6 +86,18 @@ class Adapters:
     def ns(self, name: str, at: int) -> int:
         """The median at that size."""
         return self.spread(name, at).median
+
+    def spread_beside(self, name: str, at: int) -> Spread:
+        """The quantity while the other half of a ControlNet call runs; alone when only that is known."""
+        beside = f"{name}_beside"
+        return self.spread(beside if beside in self.tables else name, at)
+
+    def forward_ns(self, at: int) -> int:
+        """Encoder and decoder, one after the other."""
+        return self.ns("denoise_encoder", at) + self.ns("denoise_decoder", at)
+
+    def ns_beside(self, name: str, at: int) -> int:
+        return self.spread_beside(name, at).median
 
     def bytes_of(self, name: str, rows: int) -> int:
         """Bytes of so many rows."""

@@ -170,8 +170,6 @@ def test_a_lost_service_is_replaced_by_another_and_then_fails_its_requests_alone
     processes = services.parts.crew.processes
     requests = [request(i, controlnets=("edges",)) if i != 4 else request(4, steps=8) for i in range(6)]
     services.parts.controlnets._timeout_s = 5.0
-    for replica in services.parts.controlnets.replicas:
-        replica.link.send_timeout_s = 5.0
 
     def on_done(number):
         if number == 1:

@@ -519,7 +519,9 @@ def test_interrupting_keeps_finished_runs(world: Path) -> None:
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in error
-    assert error.strip().splitlines()[-1] == "Interrupted."
+    # Once in hundreds of interrupts joblib's own process for leftovers warns that there are none left.
+    said = [line for line in error.splitlines() if "resource_tracker" not in line]
+    assert said[-1] == "Interrupted.", error
     kept = {path.name: path.stat().st_mtime_ns for path in (world / "out" / "runs").glob("[!.]*.parquet")}
     assert 3 <= len(kept) < 32
     assert not (world / "out" / "runs.parquet").exists()

@@ -67,7 +67,8 @@ def test_katz_s_decoder_waits_for_the_last_residuals() -> None:
         step_ms = max(encoder_ms, residuals_ms) + parts["step"] * (1 - parts["encoder_mid_share"])
         step_ms += controlnets * parts["residual_add"]
         gather_ms = parts["prediction_bytes"] / parts["link_gb_per_s"] / 1e6 + parts["link_latency"]
-        expected_s = 50 * (step_ms + gather_ms) / 1000 + parts["text_vae_post"] / 1000
+        # The unconditional half begins when its latents are there.
+        expected_s = 50 * (sent_ms + step_ms + gather_ms) / 1000 + parts["text_vae_post"] / 1000
         assert predict("katz", controlnets, 0) == pytest.approx(expected_s, abs=1e-5)
 
 

@@ -38,6 +38,24 @@ def test_the_decoder_waits_for_the_residuals_of_a_service() -> None:
     ]
 
 
+def test_what_service_and_encoder_take_beside_each_other_counts_where_it_is_known() -> None:
+    described = cluster(services=[{"controlnets": ["a"]}], controlnets="service")
+    known = toy_adapters(
+        controlnet_forward_beside={2: 45}, denoise_encoder_beside={1: 44, 2: 50}, denoise_decoder_beside={2: 61}
+    )
+    result = serve([Request(0, 0, 1, controlnets=("a",))], described, SERIAL, adapters=known)
+    # Latents to 25, the forward to 70, residuals to 105 while the encoder ended at 50; the decoder takes 61.
+    assert spans(result, "controlnet", "denoise") == [
+        (0, "denoise", "step", 0, 166),
+        (200, "controlnet", "controlnet", 25, 70),
+    ]
+    slow = toy_adapters(denoise_encoder_beside={2: 110})
+    result = serve([Request(0, 0, 1, controlnets=("a",))], described, SERIAL, adapters=slow)
+    assert spans(result, "denoise") == [(0, "denoise", "step", 0, 170)]
+    inline = serve([Request(0, 0, 1, controlnets=("a",))], cluster(), SERIAL, adapters=known)
+    assert spans(inline, "denoise")[-1][4] == 130
+
+
 def test_a_quick_service_hides_behind_the_encoder() -> None:
     described = cluster(services=[{"controlnets": ["a"]}], controlnets="service")
     quick = toy_adapters(controlnet_forward={2: 1}, latent_bytes={1: 0}, residual_bytes={1: 0}, link_latency={0: 0})
@@ -198,12 +216,22 @@ def test_storage_bandwidth_of_the_cluster_takes_the_place_of_the_profile_s_read(
 
 def test_the_halves_of_the_guidance_run_on_two_gpus_and_come_together() -> None:
     result = serve([Request(0, 0, 1)], cluster(guidance="two-gpus"), SERIAL)
-    # One row each: 60; the prediction comes back in 5 + 8; the decode follows.
+    # One row each: 60; the other row's latents go there in 5 + 10 and its prediction comes back in 5 + 8.
     assert spans(result) == [
-        (0, "denoise", "step", 0, 73),
-        (100, "guidance", "half", 0, 60),
-        (0, "decode0", "chunk", 73, 113),
+        (0, "denoise", "step", 0, 88),
+        (100, "guidance", "half", 15, 75),
+        (0, "decode0", "chunk", 88, 128),
     ]
+    beside = toy_adapters(
+        denoise_forward_beside={1: 75, 2: 100}
+    )  # where encoder and decoder of a row take 50, a step 60
+    result = serve([Request(0, 0, 1)], cluster(guidance="two-gpus"), SERIAL, adapters=beside)
+    assert spans(result, "guidance", "denoise") == [
+        (0, "denoise", "step", 0, 113),
+        (100, "guidance", "half", 15, 100),
+    ]
+    alone = serve([Request(0, 0, 1, guidance_scale=1.0)], cluster(guidance="two-gpus"), SERIAL, adapters=beside)
+    assert spans(alone, "denoise") == [(0, "denoise", "step", 0, 60)]
     assert result.gpus == 2
 
 
@@ -221,19 +249,23 @@ def test_all_three_strategies_together() -> None:
         lora_bound_steps=9,
     )
     result = serve([Request(0, 0, 5, controlnets=("a",), loras=("x",))], described, SERIAL)
-    # A half: latents 15, forward 15, residuals 20: at 50; encoder to 20; decoder 30: 80; the other half's prediction
-    # 13 later: 93 a step. At 279 the LoRA (250) is there and merged on both GPUs: 299.
+    # A half: latents 15, forward 15, residuals 20: at 50; encoder to 20; decoder 30 and what else a step takes, 10: 90.
+    # The other half gets its latents 15 later and its prediction takes 13: 118 a step. The LoRA (250) is there at 354
+    # and merged on both GPUs: 374.
     assert spans(result, "denoise") == [
-        (0, "denoise", "step", 0, 93),
-        (0, "denoise", "step", 93, 186),
-        (0, "denoise", "step", 186, 279),
-        (0, "denoise", "merge", 279, 299),
-        (0, "denoise", "step", 299, 392),
-        (0, "denoise", "step", 392, 485),
-        (0, "denoise", "restore", 525, 532),
+        (0, "denoise", "step", 0, 118),
+        (0, "denoise", "step", 118, 236),
+        (0, "denoise", "step", 236, 354),
+        (0, "denoise", "merge", 354, 374),
+        (0, "denoise", "step", 374, 492),
+        (0, "denoise", "step", 492, 610),
+        (0, "denoise", "restore", 650, 657),
     ]
-    assert spans(result, "guidance")[2:4] == [(100, "guidance", "half", 186, 266), (100, "guidance", "merge", 279, 299)]
-    assert [w.gpu for w in result.run.work if w.kind == "controlnet"][:2] == [200, 201]
+    assert spans(result, "guidance")[2:4] == [(100, "guidance", "half", 251, 341), (100, "guidance", "merge", 354, 374)]
+    # The second half's call comes at 30, when the first one has just ended.
+    assert spans(result, "controlnet")[:2] == [
+        (200, "controlnet", "controlnet", start, start + 15) for start in (15, 30)
+    ]
 
 
 def test_a_chunk_contends_with_what_runs_on_its_gpu_and_not_with_a_wait() -> None:

@@ -144,7 +144,7 @@ class Replica:
             "scales": control.scales,
             "samples": call.samples,
         }
-        self.link.send(Op.CONTROL, fields, input_tensors(control.inputs) | self._images.missing(call))
+        self.link.send(Op.CONTROL, fields, control.inputs.named() | self._images.missing(call))
         self.waiting += len(control.rows)
         if not self.fixed:
             self.names.add(control.name)
@@ -211,7 +211,7 @@ class RemoteControlNets:
         self.ledger.take_in(answer.fields)
         if answer.op is not Op.DONE:
             raise ServiceLost(f"{replica.link.peer}: {answer.fields['reason']}")
-        return residuals_in(answer)
+        return Residuals.from_named(answer.tensors)
 
     def _lose(self, replica: Replica, reason: str) -> None:
         replica.alive = False
@@ -243,34 +243,9 @@ def _trim(images: OrderedDict[int, Any]) -> None:
 def control_call_in(message: Message, memory: ImageMemory) -> ControlCall:
     """What `Replica.send` sent."""
     fields = message.fields
-    inputs = inputs_in(message)
+    inputs = RowInputs.from_named(message.tensors)
     images = memory.batch(fields["images"], message)
     return ControlCall(str(fields["name"]), tuple(range(len(images))), inputs, images, tuple(fields["scales"]))
-
-
-def input_tensors(inputs: RowInputs) -> dict[str, torch.Tensor]:
-    """A message's tensors, for `inputs_in`."""
-    return dict(zip(("latents", "timesteps", "tokens", "pooled", "time_ids"), inputs.tensors(), strict=False))
-
-
-def inputs_in(message: Message) -> RowInputs:
-    tensors = message.tensors
-    return RowInputs(
-        tensors["latents"],
-        tensors["timesteps"],
-        tensors["tokens"],
-        tensors.get("pooled"),
-        tensors.get("time_ids"),
-    )
-
-
-def residuals_out(residuals: Residuals) -> dict[str, torch.Tensor]:
-    return {str(number): tensor for number, tensor in enumerate(residuals.tensors())}
-
-
-def residuals_in(message: Message) -> Residuals:
-    tensors = tuple(message.tensors[str(number)] for number in range(len(message.tensors)))
-    return Residuals(tensors[:-1], tensors[-1])
 
 
 def controlnet_place(name: str, folder: Path | None) -> Path:

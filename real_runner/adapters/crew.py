@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from real_runner.adapters.layout import Role
-from real_runner.adapters.process import START_S, Spec, open_links, serve, spec_from
+from real_runner.adapters.process import START_S, Spec, open_links, ready_key, serve, spec_from
 from synerdiff.core import InputError
 from synerdiff.diffusion.link import Link, LinkLost, Op
 
@@ -46,11 +46,13 @@ class Crew:
         self._folder = Path(tempfile.mkdtemp(prefix="synerdiff-"))
         try:
             store = _publish(spec) if started_by_torchrun() else self._start(spec)
-            self._wait_for(store)
+            self._wait_for(store, [f"up{role.rank}" for role in roles[1:]])
             self.links = open_links(roles[0], roles, spec, store)
-            for rank, link in self.links.items():
-                if (answer := link.receive(START_S)).op is not Op.DONE:
-                    raise InputError(f"{roles[rank].name} cannot start: {answer.fields['reason'].rstrip('.')}.")
+            self._wait_for(store, [ready_key(role.rank) for role in roles[1:]])
+            for role in roles[1:]:
+                answer = store.get(ready_key(role.rank)).decode()
+                if answer.startswith("failed: "):
+                    raise InputError(f"{role.name} cannot start: {answer.removeprefix('failed: ').rstrip('.')}.")
         except LinkLost as error:
             self.close()
             raise InputError(f"a process beside the worker cannot start: {error}.") from None
@@ -71,10 +73,11 @@ class Crew:
             )
         return _distributed().FileStore(str(meeting), -1)
 
-    def _wait_for(self, store: Any) -> None:
+    def _wait_for(self, store: Any, keys: list[str]) -> None:
+        """Wait until each process beside the worker has set its key."""
         until = time.monotonic() + START_S
-        for role in self._roles[1:]:
-            while not store.check([f"up{role.rank}"]):
+        for role, key in zip(self._roles[1:], keys, strict=True):
+            while not store.check([key]):
                 process = self.processes.get(role.rank)
                 if process is not None and process.poll() is not None:
                     raise InputError(f"{role.name} ended with exit code {process.returncode} before it was up.")
@@ -96,8 +99,6 @@ class Crew:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for link in self.links.values():
-            link.join(max(0.1, until - time.monotonic()))
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

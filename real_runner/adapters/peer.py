@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import torch
 
-from real_runner.adapters.controlnets import Call, ImagesSent, input_tensors
+from real_runner.adapters.controlnets import Call, ImagesSent
 from real_runner.adapters.spans import Ledger
 from real_runner.faults import SERVICE_LOST
 from synerdiff.core import SampleId
@@ -58,7 +58,7 @@ class GuidancePeer:
 
     def begin(self, inputs: RowInputs, calls: Sequence[Call], samples: Sequence[SampleId]) -> None:
         """Send the unconditional rows. Raises PeerLost."""
-        tensors = input_tensors(inputs)
+        tensors = inputs.named()
         described = []
         for call in calls:
             control = call.control

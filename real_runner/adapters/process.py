@@ -26,6 +26,7 @@ from synerdiff.diffusion.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion.loading import load_model
 from synerdiff.diffusion.model import DiffusionModel
 
+LOADER_NICENESS = 10
 START_S = 120.0
 """How long a process waits for the others to come up."""
 
@@ -98,7 +99,6 @@ def open_links(role: Role, roles: list[Role], spec: Spec, store: Any) -> dict[in
             device,
             one_machine=spec.one_machine,
             timeout_s=START_S,
-            send_timeout_s=spec.timeout_s,
         )
     return links
 
@@ -111,6 +111,11 @@ def replicas_of(roles: list[Role], cluster: Cluster, links: Mapping[int, Link]) 
             service = cluster.controlnet_services[role.index]
             found.append(Replica(links[role.rank], service.controlnets, service.slots is None))
     return found
+
+
+def ready_key(rank: int) -> str:
+    """Under which a process says that it is ready, or ``failed:`` and why it cannot start."""
+    return f"ready{rank}"
 
 
 def serve(rank: int, spec: Spec, store: Any) -> None:
@@ -129,11 +134,15 @@ def serve(rank: int, spec: Spec, store: Any) -> None:
     try:
         answers = _answers_for(role, roles, cluster, spec, device, links)
     except Exception as error:  # the worker reports it
-        worker.send(Op.FAILED, {"reason": one_line(error)})
+        store.set(ready_key(rank), f"failed: {one_line(error)}")
         return
-    worker.send(Op.DONE)
-    if spec.device == "cpu" and (core := core_of(rank)) is not None:
-        os.sched_setaffinity(0, {core})
+    store.set(ready_key(rank), "ready")
+    if spec.device == "cpu":
+        if (core := core_of(rank)) is not None:
+            os.sched_setaffinity(0, {core})
+        if role.kind == "loader":
+            # Nobody waits for a file before the bound; who computes on the same core comes first.
+            os.nice(LOADER_NICENESS)
     if role.kind == "controlnet":
         for link in [link for other, link in links.items() if other != 0]:
             threading.Thread(target=_answer_all, args=(link, answers), daemon=True).start()

@@ -17,8 +17,6 @@ from real_runner.adapters.controlnets import (
     RemoteControlNets,
     control_call_in,
     controlnet_place,
-    inputs_in,
-    residuals_out,
 )
 from real_runner.adapters.forward import forward
 from real_runner.adapters.loras import OwnReader
@@ -30,7 +28,7 @@ from synerdiff.diffusion.controlnet import ControlCall, ControlNet, load_control
 from synerdiff.diffusion.link import Message, Op
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.diffusion.model import DiffusionModel
-from synerdiff.diffusion.rows import select_rows
+from synerdiff.diffusion.rows import RowInputs, select_rows
 
 Answer = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
 
@@ -77,7 +75,7 @@ class ControlNetService:
                 since_ns = self._span(ledger, "load", since_ns, 0, samples)
             residuals = self._nets[call.name].residuals(call)
             self._span(ledger, "controlnet", since_ns, len(call.rows), samples)
-        return ledger.sent(), residuals_out(residuals)
+        return ledger.sent(), residuals.named()
 
     def _span(self, ledger: Ledger, kind: str, since_ns: int, rows: int, samples: tuple[int, ...]) -> int:
         if self._model.device.type == "cuda":
@@ -132,7 +130,7 @@ class GuidanceHalf:
         return self._ledger.sent(), {}
 
     def _half(self, message: Message, memory: ImageMemory, samples: tuple[int, ...]) -> torch.Tensor:
-        inputs = inputs_in(message)
+        inputs = RowInputs.from_named(message.tensors)
         calls = []
         for name, rows, images, scales, users in message.fields["calls"]:
             control = ControlCall(

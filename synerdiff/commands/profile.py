@@ -80,7 +80,10 @@ def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
     typer.echo("  medians, ms by bytes or rows")
     for line in rows_line(found, timed):
         typer.echo(line)
-    link = f"{found.constant('link_bytes_per_s') / 1e9:.3g} GB/s after {found.constant('link_latency') / 1000:.0f} us"
+    link = "not measured, and no service: that needs a second GPU"
+    if "link_latency" in found.tables:
+        gb_per_s, latency_us = found.constant("link_bytes_per_s") / 1e9, found.constant("link_latency") / 1000
+        link = f"{gb_per_s:.3g} GB/s after {latency_us:.0f} us"
     typer.echo(f"  link                {link}")
     typer.echo(f"{out}: adapters.csv")
 

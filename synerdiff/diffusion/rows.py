@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +30,22 @@ class RowInputs:
         """Those that are present, in the order of the fields."""
         present = (self.latents, self.timesteps, self.tokens, self.pooled, self.time_ids)
         return tuple(tensor for tensor in present if tensor is not None)
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """Those that are present, by field: a message's tensors, for `from_named`."""
+        fields = ("latents", "timesteps", "tokens", "pooled", "time_ids")
+        return {name: tensor for name in fields if (tensor := getattr(self, name)) is not None}
+
+    @classmethod
+    def from_named(cls, tensors: Mapping[str, torch.Tensor]) -> RowInputs:
+        """From what `named` gave; what else is in there is left alone."""
+        return cls(
+            tensors["latents"],
+            tensors["timesteps"],
+            tensors["tokens"],
+            tensors.get("pooled"),
+            tensors.get("time_ids"),
+        )
 
 
 def runs_of(rows: Sequence[int]) -> list[slice]:

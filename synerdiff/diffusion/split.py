@@ -5,7 +5,7 @@ Between the halves a worker may wait for a ControlNet that runs elsewhere. Each 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -24,6 +24,15 @@ class Residuals:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (*self.down, self.mid)
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """A message's tensors, for `from_named`."""
+        return {str(number): tensor for number, tensor in enumerate(self.tensors())}
+
+    @classmethod
+    def from_named(cls, tensors: Mapping[str, torch.Tensor]) -> Residuals:
+        all_of_them = tuple(tensors[str(number)] for number in range(len(tensors)))
+        return cls(all_of_them[:-1], all_of_them[-1])
 
     @property
     def size_bytes(self) -> int:

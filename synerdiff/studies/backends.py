@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
 from synerdiff.core import InputError
@@ -57,9 +58,11 @@ class LokyBackend:
             try:
                 with parallel_config(backend="loky", initializer=_leave_interrupts_to_the_command):
                     parallel = Parallel(n_jobs=jobs, return_as="generator_unordered")
-                for number, result in parallel([numbered(number, item) for number, item in left.items()]):
-                    del left[number]
-                    yield result
+                # Closed by name: left to the garbage collector, an interrupted one would end its workers at exit.
+                with closing(parallel([numbered(number, item) for number, item in left.items()])) as results:
+                    for number, result in results:
+                        del left[number]
+                        yield result
             except TerminatedWorkerError:
                 attempts = ATTEMPTS if len(left) < before else attempts - 1
                 if attempts == 0:
