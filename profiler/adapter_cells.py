@@ -317,5 +317,5 @@ def rows_line(adapters: Adapters, names: Sequence[str]) -> list[str]:
     lines = []
     for name in names:
         table = adapters.tables.get(name, {})
-        lines.append(f"  {name:<20}" + "  ".join(f"{at}: {s.median / 1e6:.3g}" for at, s in sorted(table.items())))
+        lines.append(f"  {name:<26}" + "  ".join(f"{at}: {s.median / 1e6:.3g}" for at, s in sorted(table.items())))
     return lines

@@ -84,7 +84,7 @@ def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
     if "link_latency" in found.tables:
         gb_per_s, latency_us = found.constant("link_bytes_per_s") / 1e9, found.constant("link_latency") / 1000
         link = f"{gb_per_s:.3g} GB/s after {latency_us:.0f} us"
-    typer.echo(f"  link                {link}")
+    typer.echo(f"  {'link':<26}{link}")
     typer.echo(f"{out}: adapters.csv")
 
 

@@ -290,6 +290,8 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _first(error: BaseException) -> str:
-    """The reason in an error of torch's, without the place in its source."""
+    """The first sentence of an error of torch's, without the place in its source."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return text.rpartition("] ")[2][:200].rstrip(". ") if text.startswith("[") else text[:200].rstrip(". ")
+    if text.startswith("["):
+        text = text.partition("] ")[2]
+    return text.partition(". ")[0][:200].rstrip(". ")
