@@ -77,7 +77,7 @@ def settings_of(profile: Profile, device: torch.device, quick: bool) -> Settings
 
 @contextmanager
 def open_session(settings: Settings, bench: Bench) -> Iterator[Session]:
-    """Everything ready, with the second process where there is a second core or GPU."""
+    """Everything ready, with the second process except on a machine with one GPU."""
     device = bench.device.torch_device
     with tempfile.TemporaryDirectory(prefix="synerdiff-") as name, ExitStack() as stack:
         folder = Path(name)

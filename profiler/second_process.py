@@ -121,14 +121,16 @@ class _Service:
             size = int(message.fields["bytes"])
             return {}, {"data": torch.zeros(size, dtype=torch.uint8, device=self._model.device)} if size else {}
         inputs = RowInputs.from_named(message.tensors)
-        since_ns = time.monotonic_ns()
         if message.op is Op.STEP:
+            since_ns = time.monotonic_ns()
             noise = self._model.denoise(inputs)
             return {"ns": self._spent_ns(since_ns)}, {"noise": noise}
         rows = int(message.fields["rows"])
         if rows not in self._calls:
             self._calls[rows] = self._net.example_call(self._model, rows)
-        residuals = self._net.residuals(replace(self._calls[rows], inputs=inputs))
+        call = replace(self._calls[rows], inputs=inputs)
+        since_ns = time.monotonic_ns()
+        residuals = self._net.residuals(call)
         return {"ns": self._spent_ns(since_ns)}, residuals.named()
 
     def _spent_ns(self, since_ns: int) -> int:
