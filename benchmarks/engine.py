@@ -17,9 +17,9 @@ import simpy
 
 from policies.registry import build_policy
 from simulator import simulate
-from synerdiff.capacity import serial_capacity_samples_per_s
 from synerdiff.core import NS_PER_S, Request
-from synerdiff.profile_files import find_profile, load_profile
+from synerdiff.profile.capacity import serial_capacity_samples_per_s
+from synerdiff.profile.folder import find_profile, load_profile
 
 STEPS = 30
 LOAD = 0.8

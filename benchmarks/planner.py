@@ -19,7 +19,7 @@ from policies.synerdiff import SynerDiff
 from profiler.estimate import estimate_profile
 from simulator import simulate
 from synerdiff.core import SkipBudget
-from synerdiff.studies.one_run import fitted, time_scale_for_load
+from synerdiff.experiments.one_run import fitted, time_scale_for_load
 from traces.generate import generate
 from traces.scaling import scaled
 

@@ -36,16 +36,16 @@ from real_runner.adapters.serving import Folders, Serving
 from real_runner.engine import run_real
 from real_runner.hardware import Hardware, open_hardware
 from simulator import simulate_cluster
-from synerdiff.adapters import QUANTITIES, Adapters
-from synerdiff.cluster import MIB, Cluster, cluster_of
+from synerdiff.config.cluster import MIB, Cluster, cluster_of
 from synerdiff.core import NS_PER_S, Request, RunResult
 from synerdiff.diffusion.controlnet import random_controlnet
 from synerdiff.diffusion.loading import load_model
 from synerdiff.diffusion.lora import random_lora, save_lora
 from synerdiff.figures.style import finish, new_figure, save, styled
-from synerdiff.profile import Profile, Spread
-from synerdiff.studies.cell_tour import Seen, cells_seen, joined
-from synerdiff.studies.refresh import refreshed
+from synerdiff.profile.adapters import QUANTITIES, Adapters
+from synerdiff.profile.tables import Profile, Spread
+from synerdiff.validation.calibration import refreshed
+from synerdiff.validation.cell_tour import Seen, cells_seen, joined
 
 BOUND = 5
 RANK = 16

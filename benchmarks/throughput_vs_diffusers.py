@@ -21,8 +21,8 @@ from policies.registry import build_policy
 from real_runner.engine import run_real
 from real_runner.hardware import open_hardware
 from synerdiff.core import Request
-from synerdiff.diffusion.device import available_cores
-from synerdiff.profile_files import find_profile, load_profile
+from synerdiff.device.lanes import available_cores
+from synerdiff.profile.folder import find_profile, load_profile
 
 STEPS, GUIDANCE, BATCH = (10, 15, 20, 25), 4.0, 8
 POLICIES = ("dynamic", "continuous-serial", "continuous-parallel")

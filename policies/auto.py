@@ -11,7 +11,7 @@ from policies.decode_costs import DecodeCosts
 from policies.ordered_batch import OrderedBatch
 from policies.step_batch import StepModes
 from synerdiff.core import PPM, ChunkLaunch, Decision, Mode, Sample, SampleId, View, WorkerInfo
-from synerdiff.profile import Profile
+from synerdiff.profile.tables import Profile
 
 Launches = tuple[ChunkLaunch, ...]
 

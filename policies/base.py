@@ -1,7 +1,7 @@
 """The policy contract, parameters with bounds, and the two moves that most policies share.
 
-The contract in full: ``docs/contract.md``. A policy imports only ``synerdiff.core`` and ``synerdiff.profile``: it has
-no clock, no random generator and no engine.
+The contract in full: ``docs/contract.md``. A policy imports only ``synerdiff.core`` and ``synerdiff.profile.tables``:
+it has no clock, no random generator and no engine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from synerdiff.core import Decision, InputError, Mode, Sample, SampleId, View, WorkerInfo
-from synerdiff.profile import Profile
+from synerdiff.profile.tables import Profile
 
 
 class Policy(Protocol):

@@ -10,7 +10,7 @@ from policies.base import BATCH, BatchedPolicy
 from policies.decode_costs import CHUNKING, chosen_chunking
 from policies.step_batch import StepBatch
 from synerdiff.core import NOTHING, ChunkLaunch, Decision, View, WorkerInfo
-from synerdiff.profile import Profile
+from synerdiff.profile.tables import Profile
 
 
 class ContinuousPolicy(BatchedPolicy):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from policies.base import Parameter
 from synerdiff.core import PPM
-from synerdiff.profile import Profile
+from synerdiff.profile.tables import Profile
 
 CHUNKING = Parameter(
     "chunking",

@@ -7,7 +7,7 @@ from policies.load_skip import WHOLE, CheapestPlacement, Launches
 from policies.ordered_batch import OrderedBatch
 from policies.step_batch import skipping_step
 from synerdiff.core import NOTHING, NS_PER_S, Decision, Sample, View, WorkerInfo
-from synerdiff.profile import Profile
+from synerdiff.profile.tables import Profile
 
 _NEVER_NS = 1 << 62
 """The deadline of a sample that has none."""

@@ -9,7 +9,7 @@ from policies.continuous import ContinuousPolicy
 from policies.decode_costs import DecodeCosts
 from policies.step_batch import skipping_step
 from synerdiff.core import NOTHING, ChunkLaunch, Decision, Sample, View, WorkerInfo
-from synerdiff.profile import Profile
+from synerdiff.profile.tables import Profile
 
 Launches = tuple[ChunkLaunch, ...]
 WHOLE = Parameter("chunking", str, "whole", help="how a decode is cut: a chunking of the profile")

@@ -22,7 +22,7 @@ from policies.feedback import ThetaController
 from policies.planner import Action, Planner
 from policies.step_batch import StepModes, skipping_step
 from synerdiff.core import NOTHING, NS_PER_S, PPM, REUSE, ChunkLaunch, Decision, Sample, SampleId, View, WorkerInfo
-from synerdiff.profile import Profile
+from synerdiff.profile.tables import Profile
 
 Launches = tuple[ChunkLaunch, ...]
 CREDIT_STEPS = 4

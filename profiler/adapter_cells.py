@@ -21,16 +21,16 @@ from profiler.bench import Bench, open_bench
 from profiler.sampling import spread_of
 from profiler.second_process import SecondProcess, open_second_process
 from profiler.settings import Settings
-from synerdiff.adapters import Adapters
 from synerdiff.core import NS_PER_S, InputError
+from synerdiff.device.lanes import Lane
+from synerdiff.device.link import LinkLost
 from synerdiff.diffusion.controlnet import ControlNet, load_controlnet, random_controlnet
-from synerdiff.diffusion.device import Lane
-from synerdiff.diffusion.link import LinkLost
 from synerdiff.diffusion.lora import random_lora, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.diffusion.rows import RowInputs
 from synerdiff.diffusion.split import Residuals, add_residuals, sum_residuals
-from synerdiff.profile import Profile, Spread
+from synerdiff.profile.adapters import Adapters
+from synerdiff.profile.tables import Profile, Spread
 
 RANKS = (2, 8, 32)
 ROUNDS = 15

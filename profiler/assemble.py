@@ -13,7 +13,7 @@ from profiler.findings import findings
 from profiler.plan import Plan
 from profiler.sampling import spread_of
 from profiler.settings import command_line
-from synerdiff.profile import OVERHEADS, Corun, Profile, Spread
+from synerdiff.profile.tables import OVERHEADS, Corun, Profile, Spread
 
 Tables = Mapping[str, Mapping[str, Any]]
 """``atoms``: name -> spread; ``solo``: point -> columns of samples; ``corun``: cell -> samples of step and chunk."""

@@ -34,7 +34,7 @@ from typing import Any
 
 from profiler.hardware_facts import Gpu, Model, decoder_atoms, find_gpu, find_model
 from synerdiff.core import NS_PER_S, PPM, InputError
-from synerdiff.profile import Corun, Profile, Spread
+from synerdiff.profile.tables import Corun, Profile, Spread
 
 ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CORUN_ROWS = (1, 2, 4, 8, 16, 32)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from synerdiff.core import InputError
-from synerdiff.diffusion.device import available_cores
+from synerdiff.device.lanes import available_cores
 
 ROOT = Path(__file__).resolve().parent.parent
-MEASURED_CODE = ("profiler/*.py", "synerdiff/diffusion", "synerdiff/profile.py", "synerdiff/profile_files.py")
+MEASURED_CODE = ("profiler/*.py", "synerdiff/device", "synerdiff/diffusion", "synerdiff/profile")
 
 
 def device_name(device: torch.device) -> str:

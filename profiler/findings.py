@@ -7,7 +7,7 @@ from statistics import fmean, median
 from typing import Any
 
 from synerdiff.core import PPM
-from synerdiff.profile import Profile, Spread
+from synerdiff.profile.tables import Profile, Spread
 
 
 def decode_slowdowns(profile: Profile, chunking: str, rows: int) -> tuple[float, float]:

@@ -31,10 +31,10 @@ from profiler.solo import (
     warm_up_all,
 )
 from synerdiff.core import InputError
-from synerdiff.diffusion.device import find_device
+from synerdiff.device.lanes import find_device
 from synerdiff.diffusion.stages import prepare_chunks
-from synerdiff.profile import Profile
-from synerdiff.profile_files import load_profile, write_profile
+from synerdiff.profile.folder import load_profile, write_profile
+from synerdiff.profile.tables import Profile
 
 OnProgress = Callable[[int, int, str], None]
 """Called with points done, points in all, and what is being measured."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from synerdiff.core import InputError
 from synerdiff.files import atomic, read_text, require_writable_folder
-from synerdiff.profile import Spread
+from synerdiff.profile.tables import Spread
 
 FILE = "partial.json"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from math import ceil
 from typing import NamedTuple, Protocol
 
-from synerdiff.diffusion.device import Lane, Work
+from synerdiff.device.lanes import Lane, Work
 
 LEAD_NS = 30_000_000
 TOP_UP_S = 0.008

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from synerdiff.intervals import percentile_interval
-from synerdiff.profile import Spread
+from synerdiff.profile.tables import Spread
+from synerdiff.results.intervals import percentile_interval
 
 STABLE = 0.05
 WARM_UP_ROUNDS = 10

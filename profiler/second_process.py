@@ -22,9 +22,9 @@ import torch
 
 from profiler.settings import Settings
 from synerdiff.core import InputError
+from synerdiff.device.lanes import available_cores
+from synerdiff.device.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion.controlnet import ControlCall, ControlNet, load_controlnet
-from synerdiff.diffusion.device import available_cores
-from synerdiff.diffusion.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion.loading import load_model
 from synerdiff.diffusion.rows import RowInputs
 from synerdiff.diffusion.split import Residuals

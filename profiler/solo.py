@@ -17,7 +17,7 @@ from profiler.replay import Side, alone, durations, in_turn
 from profiler.sampling import spread_of, warm_up
 from synerdiff.diffusion.chunking import Chunking
 from synerdiff.diffusion.stages import ChunkFunction, finished_picture, prepare_chunks
-from synerdiff.profile import Spread
+from synerdiff.profile.tables import Spread
 
 BATCH = 2
 
@@ -43,7 +43,7 @@ def chunks_sampler(bench: Bench, functions: Sequence[ChunkFunction]) -> Sampler:
 
 
 def overhead_samplers(bench: Bench, step: StepPiece, whole: ChunkFunction) -> dict[str, Sampler]:
-    """``overhead NAME`` for each name of `synerdiff.profile.OVERHEADS` that this device has."""
+    """``overhead NAME`` for each name of `synerdiff.profile.tables.OVERHEADS` that this device has."""
     latent = bench.latent()
     image = bench.decode.submit(lambda: whole(latent)).result()
     steps, chunks = Side(bench.denoise, step), Side(bench.decode, ChunkPiece(whole, latent))

@@ -22,9 +22,9 @@ from real_runner.intake import Entry, Intake, no_controls
 from real_runner.pieces import Image
 from synerdiff.core import NO_SKIPS, NS_PER_S, InputError, Request, RunResult, Sample, SkipBudget, WorkerInfo
 from synerdiff.diffusion.chunking import Chunking
-from synerdiff.profile import Profile
-from synerdiff.samples import make_samples, request_records, sorted_work
-from synerdiff.worker import Worker
+from synerdiff.engine.samples import make_samples, request_records, sorted_work
+from synerdiff.engine.worker import Worker
+from synerdiff.profile.tables import Profile
 
 HEAD_START_NS = 20_000_000
 """Between opening the sender and the trace's 0, so that the first arrival is not late."""

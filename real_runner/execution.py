@@ -15,10 +15,10 @@ from real_runner.faults import FAILED, HUNG, OUT_OF_MEMORY, Fault, LaneHung
 from real_runner.hardware import ChunkFunctions, Hardware
 from real_runner.pieces import ChunkPiece, Image, Picture, StepPiece, picture_of
 from synerdiff.core import NS_PER_S, PPM, LaneView, Mode, Phase, Sample, SampleId, WorkRecord
-from synerdiff.diffusion.device import Work
+from synerdiff.device.lanes import Work
 from synerdiff.diffusion.model import SampleState
-from synerdiff.profile import Profile
-from synerdiff.worker import Worker
+from synerdiff.engine.worker import Worker
+from synerdiff.profile.tables import Profile
 
 GPU = 0
 MODES = {"g": Mode.GUIDED, "c": Mode.CONDITIONAL, "r": Mode.REUSE}

@@ -11,12 +11,12 @@ import torch
 from real_runner.faults import is_out_of_memory
 from real_runner.pieces import picture_of
 from synerdiff.core import InputError
+from synerdiff.device.lanes import Device, Lane, available_cores, open_device
 from synerdiff.diffusion.chunking import WHOLE, Chunking
-from synerdiff.diffusion.device import Device, Lane, available_cores, open_device
 from synerdiff.diffusion.loading import load_model
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.stages import ChunkFunction, prepare_chunks, prepare_steps
-from synerdiff.profile import Profile
+from synerdiff.profile.tables import Profile
 
 ChunkFunctions = tuple[ChunkFunction, ...]
 
@@ -66,7 +66,7 @@ class Hardware:
     ) -> Lane:
         if self.device.torch_device.type == "cpu":
             return self.device.lane(name, high_priority=high_priority, core=cores[0] if cores else None)
-        from synerdiff.diffusion.cuda_device import CudaDevice
+        from synerdiff.device.cuda import CudaDevice
 
         assert isinstance(self.device, CudaDevice)
         return self.device.lane(name, high_priority=high_priority, launch_thread=launch_thread)

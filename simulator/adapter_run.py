@@ -12,11 +12,11 @@ from simulator.segments import NEVER, Plan, Segment
 from simulator.services import ControlNetServices
 from simulator.step_plan import StepPlanner
 from simulator.worker_run import WorkerRun, without_limit
-from synerdiff.adapters import Adapters
-from synerdiff.cluster import Cluster, WorkerEntry
+from synerdiff.config.cluster import Cluster, WorkerEntry
 from synerdiff.core import PPM, Sample, WorkRecord
-from synerdiff.profile import Profile
-from synerdiff.worker import Step
+from synerdiff.engine.worker import Step
+from synerdiff.profile.adapters import Adapters
+from synerdiff.profile.tables import Profile
 
 
 class AdapterRun(WorkerRun):

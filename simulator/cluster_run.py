@@ -17,9 +17,7 @@ from simulator.collection import rare_collections
 from simulator.pieces import Draws
 from simulator.services import ControlNetServices
 from simulator.worker_run import PROGRESS_EVERY, WorkerRun
-from synerdiff.adapter_names import controlnet_name, require_each_once
-from synerdiff.adapters import Adapters
-from synerdiff.cluster import Cluster
+from synerdiff.config.cluster import Cluster
 from synerdiff.core import (
     NO_SKIPS,
     NS_PER_S,
@@ -31,8 +29,10 @@ from synerdiff.core import (
     WorkerInfo,
     WorkRecord,
 )
-from synerdiff.profile import Profile
-from synerdiff.samples import request_records, sorted_work
+from synerdiff.engine.adapter_names import controlnet_name, require_each_once
+from synerdiff.engine.samples import request_records, sorted_work
+from synerdiff.profile.adapters import Adapters
+from synerdiff.profile.tables import Profile
 
 _SEED_STEP = 7919
 """Between the seeds of two workers; the first has the run's own."""

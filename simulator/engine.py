@@ -14,8 +14,8 @@ from policies.base import Policy
 from simulator.collection import rare_collections
 from simulator.worker_run import DENOISE_GPU, WorkerRun
 from synerdiff.core import NO_SKIPS, Request, RunResult, SkipBudget, WorkerInfo
-from synerdiff.profile import Profile
-from synerdiff.samples import make_samples, request_records, sorted_work
+from synerdiff.engine.samples import make_samples, request_records, sorted_work
+from synerdiff.profile.tables import Profile
 
 
 def simulate(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from policies.routers import lora_file
 from simulator.pieces import Draws
-from synerdiff.adapters import Adapters
-from synerdiff.caches import Cache
-from synerdiff.cluster import LoraStorage
+from synerdiff.config.cluster import LoraStorage
 from synerdiff.core import NS_PER_S, SampleId, WorkRecord
+from synerdiff.engine.caches import Cache
+from synerdiff.profile.adapters import Adapters
 
 
 class Loader:

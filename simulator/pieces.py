@@ -10,7 +10,7 @@ import math
 import random
 
 from synerdiff.core import PPM
-from synerdiff.profile import Profile, Spread
+from synerdiff.profile.tables import Profile, Spread
 
 
 class Piece:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from simulator.pieces import Draws
-from synerdiff.adapters import Adapters
-from synerdiff.caches import Cache
-from synerdiff.cluster import Service
+from synerdiff.config.cluster import Service
 from synerdiff.core import InputError, SampleId, WorkRecord
+from synerdiff.engine.caches import Cache
+from synerdiff.profile.adapters import Adapters
 
 
 class Replica:

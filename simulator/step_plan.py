@@ -9,13 +9,13 @@ from simulator.loading import Loader, transfer_ns
 from simulator.pieces import Draws, Times
 from simulator.segments import Plan, Segment
 from simulator.services import ControlNetServices
-from synerdiff.adapter_names import controlnet_name
-from synerdiff.adapters import Adapters
-from synerdiff.caches import Cache
-from synerdiff.cluster import Cluster, Link, WorkerEntry
+from synerdiff.config.cluster import Cluster, Link, WorkerEntry
 from synerdiff.core import NS_PER_S
-from synerdiff.profile import Profile
-from synerdiff.worker import Step
+from synerdiff.engine.adapter_names import controlnet_name
+from synerdiff.engine.caches import Cache
+from synerdiff.engine.worker import Step
+from synerdiff.profile.adapters import Adapters
+from synerdiff.profile.tables import Profile
 
 Begin = Callable[[int], int]
 """The instant at which something starts -> the instant at which it ends."""

@@ -13,8 +13,8 @@ import simpy
 from policies.base import Policy
 from simulator.pieces import Piece, Times
 from synerdiff.core import PPM, InputError, LaneView, Sample, WorkRecord
-from synerdiff.profile import Profile
-from synerdiff.worker import Step, Worker
+from synerdiff.engine.worker import Step, Worker
+from synerdiff.profile.tables import Profile
 
 PROGRESS_EVERY = 500
 DENOISE_GPU = 0

@@ -10,11 +10,11 @@ import torch
 
 from real_runner.adapters.serving import Folders
 from real_runner.intake import seed_of
-from synerdiff.adapter_names import controlnet_use, lora_use
 from synerdiff.diffusion.controlnet import ControlUse, load_controlnet, random_controlnet, read_control_image
 from synerdiff.diffusion.lora import random_lora, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.diffusion.model import image_seed
+from synerdiff.engine.adapter_names import controlnet_use, lora_use
 
 LORAS = ("ink", "chalk")
 CONTROLNETS = ("edges", "depth")

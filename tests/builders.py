@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from synerdiff.core import Decision, Request
-from synerdiff.profile import Corun, Profile, Spread
+from synerdiff.profile.tables import Corun, Profile, Spread
 
 MS = 1_000_000
 

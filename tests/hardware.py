@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from real_runner.hardware import Hardware, open_hardware
-from synerdiff.profile import Profile
+from synerdiff.profile.tables import Profile
 from tests.builders import affine_profile
 
 CUTS = {"c4": [3, 6, 9]}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from simulator import simulate_cluster
-from synerdiff.adapters import Adapters
-from synerdiff.cluster import MIB, cluster_of
+from synerdiff.config.cluster import MIB, cluster_of
 from synerdiff.core import Request
+from synerdiff.profile.adapters import Adapters
 from tests.builders import exact, make_profile
 
 LORA = 400 * MIB

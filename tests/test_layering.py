@@ -11,50 +11,33 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("synerdiff", "policies", "simulator", "traces", "profiler", "real_runner")
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("synerdiff.core",),
-    ("synerdiff.files", "synerdiff.profile", "synerdiff.profile_files"),
-    (
-        "policies",
-        "traces",
-        "synerdiff.diffusion",
-        "synerdiff.worker",
-        "synerdiff.adapter_names",
-        "synerdiff.adapters",
-        "synerdiff.caches",
-        "synerdiff.cluster",
-        "synerdiff.samples",
-        "synerdiff.metrics",
-        "synerdiff.capacity",
-        "synerdiff.figures",
-        "synerdiff.timeline",
-        "synerdiff.records",
-        "synerdiff.config",
-        "synerdiff.fidelity",
-        "synerdiff.fidelity_floor",
-    ),
-    ("simulator", "profiler", "real_runner"),
-    ("synerdiff.studies",),
-    ("synerdiff.commands",),
+    ("synerdiff.core", "synerdiff.files", "synerdiff.schema"),
+    ("synerdiff.profile", "synerdiff.results", "synerdiff.config", "synerdiff.device"),
+    ("policies",),
+    ("synerdiff.engine", "traces", "synerdiff.diffusion"),
+    ("synerdiff.figures", "synerdiff.fidelity"),
+    ("profiler", "simulator", "real_runner"),
+    ("synerdiff.experiments",),
+    ("synerdiff.validation",),
     ("synerdiff.cli",),
 )
-ENGINES = LAYERS[3]
+"""Bottom up: a folder imports only earlier ones (or its own layer), and the engines' packages never each other."""
+ENGINES = LAYERS[5]
 HEAVY = {"numpy", "pandas", "pyarrow", "matplotlib", "simpy", "joblib", "torch", "diffusers", "ray", "optuna"}
 LIGHT = (
     "synerdiff.core",
     "synerdiff.files",
+    "synerdiff.schema",
     "synerdiff.profile",
-    "synerdiff.profile_files",
-    "synerdiff.records",
     "synerdiff.config",
-    "synerdiff.fidelity",
-    "synerdiff.fidelity_floor",
-    "synerdiff.worker",
-    "synerdiff.adapter_names",
-    "synerdiff.adapters",
-    "synerdiff.caches",
-    "synerdiff.cluster",
-    "synerdiff.studies",
-    "synerdiff.commands",
+    "synerdiff.engine",
+    "synerdiff.fidelity.table",
+    "synerdiff.fidelity.floor",
+    "synerdiff.results.records",
+    "synerdiff.results.folder",
+    "synerdiff.results.intervals",
+    "synerdiff.experiments",
+    "synerdiff.validation",
     "synerdiff.cli",
     "policies",
 )
@@ -136,11 +119,11 @@ def test_light_modules_import_heavy_libraries_where_they_are_used() -> None:
 
 
 def test_policies_import_only_core_and_profile() -> None:
-    allowed = ("policies", "synerdiff.core", "synerdiff.profile")
+    allowed = ("policies", "synerdiff.core", "synerdiff.profile.tables")
     for path in (ROOT / "policies").glob("*.py"):
         for name in imports(ast.parse(path.read_text(encoding="utf-8")), module_name(path), path.name == "__init__.py"):
             if name.partition(".")[0] in PACKAGES:
-                # ``from synerdiff.profile_files`` starts with an allowed name but is not one.
+                # ``from synerdiff.profile.folder`` starts with an allowed name but is not one.
                 assert any(inside(name, package) for package in allowed), f"{path.name} imports {name}"
             else:
                 assert name.partition(".")[0] not in HEAVY | {"random", "time", "datetime"}, f"{path.name}: {name}"
@@ -154,11 +137,11 @@ def test_only_figures_imports_matplotlib() -> None:
 
 
 def test_the_check_finds_what_it_looks_for() -> None:
-    assert violations("policies.x", "from synerdiff.studies import sweep") != []
+    assert violations("policies.x", "from synerdiff.experiments import sweep") != []
     assert violations("simulator.x", "def f():\n    import real_runner.lanes") == [
         "simulator.x imports real_runner.lanes"
     ]
     assert violations("simulator.x", "from simulator.pieces import Piece\nfrom policies.base import Policy") == []
-    assert violations("synerdiff.core", "from .profile import Profile") != []
+    assert violations("synerdiff.core", "from .profile.tables import Profile") != []
     assert top_level_heavy("try:\n    import torch\nexcept ImportError:\n    pass") == {"torch"}
     assert top_level_heavy("if TYPE_CHECKING:\n    import pandas\ndef f():\n    import numpy") == set()

@@ -19,7 +19,7 @@ from profiler.facts import device_name
 from profiler.hardware_facts import MODELS
 from profiler.replay import Side, alone
 from profiler.sampling import QUICK, spread_of, warm_up
-from synerdiff.diffusion.device import find_device, open_device
+from synerdiff.device.lanes import find_device, open_device
 from synerdiff.diffusion.loading import load_model
 from synerdiff.diffusion.model import EagerDenoiser
 from synerdiff.diffusion.stages import prepare_steps

@@ -10,7 +10,7 @@ from typing import Any
 
 from profiler.hardware_facts import GPUS, MODELS, decoder_atoms
 from synerdiff.core import NS_PER_S
-from synerdiff.profile import Profile
+from synerdiff.profile.tables import Profile
 
 REACHED_FLOPS = {"h200": 790e12}
 """What bf16 matrix products were seen to reach on the device; elsewhere the data sheet's peak stands for it."""

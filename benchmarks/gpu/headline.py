@@ -18,14 +18,14 @@ from typing import Any
 
 from synerdiff.core import NS_PER_S, InputError, Request, SkipBudget
 from synerdiff.files import atomic
-from synerdiff.intervals import (
+from synerdiff.profile.tables import Profile
+from synerdiff.results.intervals import (
     p99_upper_bound,
     paired_log_ratio,
     percentile_interval,
     requests_for_p99_claim,
     t_interval,
 )
-from synerdiff.profile import Profile
 
 BATCHES = (4, 8, 16)
 SATURATION, LATENCY = "saturation", "latency"
@@ -34,7 +34,7 @@ OURS = ("synerdiff-feedback", "auto")
 
 def best_batch(policy: str, kind: str, requests: Sequence[Request], profile: Profile, skips: SkipBudget) -> int:
     """Of 4, 8 and 16 as far as the row buckets allow: highest simulated rate, or least simulated mean latency."""
-    from synerdiff.studies import one_run
+    from synerdiff.experiments import one_run
 
     rows = 2 if any(request.guidance_scale > 1 for request in requests) else 1
     sizes = [size for size in BATCHES if size * rows <= profile.max_rows] or [max(1, profile.max_rows // rows)]
@@ -56,8 +56,8 @@ def measure(arguments: argparse.Namespace) -> None:
     from policies.registry import build_policy
     from real_runner.engine import run_real
     from real_runner.hardware import open_hardware
-    from synerdiff.profile_files import find_profile, load_profile
-    from synerdiff.studies import one_run
+    from synerdiff.experiments import one_run
+    from synerdiff.profile.folder import find_profile, load_profile
     from traces.native import read_trace
     from traces.scaling import scaled
 
@@ -100,9 +100,9 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def outcome(run: Any, requests: Sequence[Request], profile: Profile) -> dict[str, Any]:
     """One run's metrics, and the latencies behind them, so that runs can be pooled."""
-    from synerdiff import records
-    from synerdiff.metrics import measured, saturation_throughput
-    from synerdiff.studies import one_run
+    from synerdiff.experiments import one_run
+    from synerdiff.results import records
+    from synerdiff.results.metrics import measured, saturation_throughput
 
     tables = (
         records.requests_table(run.result.requests),

@@ -24,8 +24,8 @@ from profiler.pieces import StepPiece
 from profiler.replay import Side, alone
 from profiler.sampling import QUICK, Rule
 from synerdiff.core import PPM
+from synerdiff.device.lanes import find_device, open_device
 from synerdiff.diffusion.chunking import WHOLE, Chunking, choose_cuts
-from synerdiff.diffusion.device import find_device, open_device
 from synerdiff.diffusion.loading import load_model
 from synerdiff.diffusion.stages import prepare_chunks, prepare_steps
 from synerdiff.files import atomic

@@ -29,9 +29,9 @@ if str(ROOT) not in sys.path:
 
 from synerdiff.core import InputError  # noqa: E402
 from synerdiff.files import atomic  # noqa: E402
-from synerdiff.profile import Profile  # noqa: E402
+from synerdiff.profile.tables import Profile  # noqa: E402
 
-SYNERDIFF = (sys.executable, "-m", "synerdiff.cli")
+SYNERDIFF = (sys.executable, "-m", "synerdiff.cli.main")
 LARGEST_FILE = 16 * 2**20
 MOST_FILES = 8
 STOP_S = 25
@@ -91,7 +91,7 @@ class Part:
 
 
 def load(folder: Path) -> Profile:
-    from synerdiff.profile_files import load_profile
+    from synerdiff.profile.folder import load_profile
 
     if not (folder / "profile.yaml").exists():
         raise InputError(f"{folder}: there is no finished profile of part 1, which this part needs; run part 1 first.")
@@ -100,7 +100,7 @@ def load(folder: Path) -> Profile:
 
 def capacity_per_s(profile: Profile, steps: float) -> float:
     """Images a second of serial continuous batching at its largest batch up to 8: what loads refer to."""
-    from synerdiff.capacity import serial_capacity_samples_per_s
+    from synerdiff.profile.capacity import serial_capacity_samples_per_s
 
     return serial_capacity_samples_per_s(profile, steps, max(1, min(8, profile.max_rows // 2)))
 
@@ -320,7 +320,7 @@ def now() -> str:
 
 def provenance(options: Options) -> dict[str, Any]:
     from profiler.facts import code_version, device_name, host, software
-    from synerdiff.diffusion.device import find_device
+    from synerdiff.device.lanes import find_device
 
     found = {"device": device_name(find_device(options.device)), "commit": code_version(), **host(), **software()}
     return {

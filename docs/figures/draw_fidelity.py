@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pandas
 
-from synerdiff.fidelity import SHIPPED, read_fidelity
+from synerdiff.experiments.fidelity_tradeoff import trade_off
+from synerdiff.fidelity.table import SHIPPED, read_fidelity
 from synerdiff.figures.fidelity import latency_against_fidelity
 from synerdiff.figures.style import save
-from synerdiff.profile_files import find_profile, load_profile
-from synerdiff.studies.fidelity_tradeoff import trade_off
+from synerdiff.profile.folder import find_profile, load_profile
 
 FOLDER = Path(__file__).resolve().parent
 STEPS, GUIDANCE, LOADS = 25, 4.0, (0.7, 0.9, 1.1)

@@ -15,8 +15,8 @@ from synerdiff.core import PPM, Request, SkipBudget
 from synerdiff.figures.controller import controller_over_time
 from synerdiff.figures.plan import PlannedStep, plan_picture
 from synerdiff.figures.style import save
-from synerdiff.profile_files import find_profile, load_profile
-from synerdiff.records import work_table
+from synerdiff.profile.folder import find_profile, load_profile
+from synerdiff.results.records import work_table
 
 FOLDER = Path(__file__).resolve().parent
 MS = 1_000_000

@@ -13,9 +13,9 @@ import torch.nn.functional as functional
 
 from synerdiff.core import CONDITIONAL
 from synerdiff.diffusion.loading import load_model
-from synerdiff.studies.fidelity_rules import adaptive, first, full, last, spread
-from synerdiff.studies.fidelity_sampling import Sampler, Subject
-from synerdiff.studies.fidelity_scores import ssim_of
+from synerdiff.fidelity.rules import adaptive, first, full, last, spread
+from synerdiff.fidelity.sampling import Sampler, Subject
+from synerdiff.fidelity.scores import ssim_of
 
 FOLDER = Path(__file__).resolve().parent
 COLUMNS = ["rule", "gaussian_0_1", "gaussian_range_2", "uniform_range_2"]

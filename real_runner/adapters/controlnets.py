@@ -13,8 +13,8 @@ import torch
 from real_runner.adapters.spans import Clock, Ledger
 from real_runner.faults import SERVICE_LOST
 from synerdiff.core import InputError, SampleId
+from synerdiff.device.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion.controlnet import SHIPPED_CONTROLNETS, ControlCall, ControlNet, ControlUse, control_calls
-from synerdiff.diffusion.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion.rows import RowInputs
 from synerdiff.diffusion.split import Residuals
 

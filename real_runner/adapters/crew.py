@@ -20,7 +20,7 @@ import torch
 from real_runner.adapters.layout import Role
 from real_runner.adapters.process import START_S, Spec, open_links, ready_key, serve, spec_from
 from synerdiff.core import InputError
-from synerdiff.diffusion.link import Link, LinkLost, Op
+from synerdiff.device.link import Link, LinkLost, Op
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 STOP_S = 5.0

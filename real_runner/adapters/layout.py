@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
 
-from synerdiff.cluster import Cluster
+from synerdiff.config.cluster import Cluster
 from synerdiff.core import InputError
 
 

@@ -18,11 +18,11 @@ import torch
 from real_runner.adapters.peer import lora_in
 from real_runner.adapters.spans import Clock, Ledger
 from real_runner.faults import SERVICE_LOST, one_line
-from synerdiff.caches import Cache
-from synerdiff.cluster import MIB, LoraStorage
+from synerdiff.config.cluster import MIB, LoraStorage
 from synerdiff.core import InputError, SampleId
-from synerdiff.diffusion.link import Link, LinkLost, Op
+from synerdiff.device.link import Link, LinkLost, Op
 from synerdiff.diffusion.lora import LoraFile, read_lora
+from synerdiff.engine.caches import Cache
 
 
 class SourceLost(RuntimeError):

@@ -15,11 +15,11 @@ from real_runner.adapters.serving import Folders, Parts, Serving
 from real_runner.adapters.spans import Clock, Ledger
 from real_runner.adapters.weights import Weights
 from real_runner.hardware import Hardware
-from synerdiff.adapter_names import controlnet_name
-from synerdiff.cluster import Cluster
+from synerdiff.config.cluster import Cluster
 from synerdiff.core import Request
 from synerdiff.diffusion.controlnet import load_controlnet
 from synerdiff.diffusion.merging import MergedWeights
+from synerdiff.engine.adapter_names import controlnet_name
 
 TIMEOUT_S = 30.0
 """After so long without an answer a process counts as lost; below the engine's watchdog."""

@@ -11,7 +11,7 @@ from real_runner.adapters.controlnets import Call, ImagesSent
 from real_runner.adapters.spans import Ledger
 from real_runner.faults import SERVICE_LOST
 from synerdiff.core import SampleId
-from synerdiff.diffusion.link import Link, LinkLost, Message, Op
+from synerdiff.device.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion.lora import LoraFile, LoraLayer
 from synerdiff.diffusion.rows import RowInputs
 

@@ -21,8 +21,8 @@ from real_runner.adapters.controlnets import RemoteControlNets, Replica, control
 from real_runner.adapters.layout import Role, core_of, links_of, roles_of
 from real_runner.adapters.spans import Clock, Ledger
 from real_runner.faults import one_line
-from synerdiff.cluster import Cluster, cluster_of
-from synerdiff.diffusion.link import Link, LinkLost, Message, Op
+from synerdiff.config.cluster import Cluster, cluster_of
+from synerdiff.device.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion.loading import load_model
 from synerdiff.diffusion.model import DiffusionModel
 

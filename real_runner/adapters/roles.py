@@ -22,13 +22,13 @@ from real_runner.adapters.forward import forward
 from real_runner.adapters.loras import OwnReader
 from real_runner.adapters.peer import lora_fields, lora_in, lora_tensors
 from real_runner.adapters.spans import Clock, Ledger, at
-from synerdiff.caches import Cache
-from synerdiff.cluster import Service
+from synerdiff.config.cluster import Service
+from synerdiff.device.link import Message, Op
 from synerdiff.diffusion.controlnet import ControlCall, ControlNet, load_controlnet
-from synerdiff.diffusion.link import Message, Op
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.rows import RowInputs, select_rows
+from synerdiff.engine.caches import Cache
 
 Answer = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
 

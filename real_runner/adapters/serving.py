@@ -26,14 +26,14 @@ from real_runner.faults import one_line
 from real_runner.hardware import Hardware
 from real_runner.intake import seed_of
 from real_runner.pieces import Image, StepPiece
-from synerdiff.adapter_names import controlnet_name, controlnet_use, lora_use, require_each_once
-from synerdiff.cluster import Cluster
+from synerdiff.config.cluster import Cluster
 from synerdiff.core import InputError, Mode, Phase, Request, Sample
+from synerdiff.device.lanes import Work
 from synerdiff.diffusion.controlnet import ControlUse, read_control_image
-from synerdiff.diffusion.device import Work
 from synerdiff.diffusion.model import PreparedStep
 from synerdiff.diffusion.rows import RowInputs, bucket_of, select_rows
-from synerdiff.worker import Worker
+from synerdiff.engine.adapter_names import controlnet_name, controlnet_use, lora_use, require_each_once
+from synerdiff.engine.worker import Worker
 
 
 @dataclass(frozen=True, slots=True)

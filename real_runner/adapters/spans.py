@@ -34,7 +34,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._events = None
         if device.type == "cuda":
-            from synerdiff.diffusion.cuda_device import EventClock
+            from synerdiff.device.cuda import EventClock
 
             self._events = EventClock(device)
 
@@ -43,7 +43,7 @@ class Clock:
         events = self._events
         if events is None:
             return at(time.monotonic_ns())
-        from synerdiff.diffusion.cuda_device import timing_event
+        from synerdiff.device.cuda import timing_event
 
         event = timing_event()
         event.record(torch.cuda.current_stream())

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from synerdiff.core import InputError
+from synerdiff.device.lanes import find_device
 from synerdiff.diffusion.architectures import empty_modules, fill_randomly, known_architectures, read_architecture
 from synerdiff.diffusion.checkpoint import Parts, read_checkpoint, read_digits
 from synerdiff.diffusion.conditioning import RandomText, pooled_width
 from synerdiff.diffusion.copied_solver import make_solver
-from synerdiff.diffusion.device import find_device
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.schedulers import SCHEDULERS, make_scheduler
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from synerdiff.device.lanes import Lane
 from synerdiff.diffusion.chunking import Chunking
-from synerdiff.diffusion.device import Lane
 from synerdiff.diffusion.model import DiffusionModel
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def prepare_steps(model: DiffusionModel, row_buckets: Sequence[int], lane: Lane)
     both devices then follow the rule that the profile states. `lane` is the one that will run the steps.
     """
     if model.device.type == "cuda":
-        from synerdiff.diffusion.cuda_device import CudaLane
+        from synerdiff.device.cuda import CudaLane
         from synerdiff.diffusion.graphs import capture_denoiser
 
         assert isinstance(lane, CudaLane)
@@ -36,7 +36,7 @@ def prepare_steps(model: DiffusionModel, row_buckets: Sequence[int], lane: Lane)
 def prepare_split_steps(model: DiffusionModel, row_buckets: Sequence[int], lane: Lane) -> None:
     """As `prepare_steps`, for steps in two halves (`model.split`): on a GPU two CUDA graphs per bucket, on `lane`."""
     if model.device.type == "cuda":
-        from synerdiff.diffusion.cuda_device import CudaLane
+        from synerdiff.device.cuda import CudaLane
         from synerdiff.diffusion.split_graphs import capture_halves
 
         assert isinstance(lane, CudaLane)
@@ -48,7 +48,7 @@ def prepare_split_steps(model: DiffusionModel, row_buckets: Sequence[int], lane:
 def prepare_chunks(model: DiffusionModel, chunking: Chunking, lane: Lane) -> tuple[ChunkFunction, ...]:
     """The chunks of one sample's decode for one decode lane; on a GPU each is a CUDA graph of that lane."""
     if model.device.type == "cuda":
-        from synerdiff.diffusion.cuda_device import CudaLane
+        from synerdiff.device.cuda import CudaLane
         from synerdiff.diffusion.graphs import capture_chunks
 
         assert isinstance(lane, CudaLane)

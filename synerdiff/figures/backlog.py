@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from synerdiff.figures.style import finish, new_figure, policy_legend, policy_styles, styled
-from synerdiff.metrics import backlog
+from synerdiff.results.metrics import backlog
 
 _UNITS = ((2 * 86_400.0, 86_400.0, "days"), (2 * 3600.0, 3600.0, "hours"), (300.0, 60.0, "minutes"), (0.0, 1.0, "s"))
 _BINS_S = (1, 5, 10, 30, 60, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 86_400)

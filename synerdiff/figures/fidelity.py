@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from synerdiff.fidelity import Score
+from synerdiff.fidelity.table import Score
 from synerdiff.figures.fidelity_axis import SSIM_NOTE, ssim_error, ssim_on_x, ssim_on_y
 from synerdiff.figures.style import finish, new_figure, plain_log_ticks, policy_legend, policy_styles, styled
 

@@ -1,7 +1,7 @@
 """Curves over a sweep: latency and throughput against load, and throughput against P99.
 
-Each takes one row per run: profile, estimated, policy, load, seed and the metrics of ``synerdiff.metrics``; with a
-column ``workload`` of several values every (profile, workload) has its own row of panels.
+Each takes one row per run: profile, estimated, policy, load, seed and the metrics of ``synerdiff.results.metrics``;
+with a column ``workload`` of several values every (profile, workload) has its own row of panels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from synerdiff.figures.style import (
     policy_styles,
     styled,
 )
-from synerdiff.intervals import Interval, t_interval
+from synerdiff.results.intervals import Interval, t_interval
 
 SHORTFALL = 0.95
 """A run that achieves less than this share of its offered rate is saturated."""

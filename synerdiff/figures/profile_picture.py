@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from synerdiff.core import NS_PER_S, PPM
 from synerdiff.figures.style import finish, new_figure, styled
-from synerdiff.profile import Profile
+from synerdiff.profile.tables import Profile
 
 _BLUE, _RED = "#0072b2", "#d55e00"
 _SHADES = ("#e69f00", "#f6d48a")

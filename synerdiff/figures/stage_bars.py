@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 
 from synerdiff.figures.load_curves import panel_rows
 from synerdiff.figures.style import finish, new_figure, policy_styles, styled
-from synerdiff.metrics import STAGES
+from synerdiff.results.metrics import STAGES
 
 STAGE_LOOKS = {
     "queue": ("#bdbdbd", ""),

@@ -1,0 +1,41 @@
+"""``synerdiff estimate``: an estimated profile for a known GPU and model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def estimate(
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100 or rtx4090.")],
+    model: Annotated[str, typer.Option(help="sd15 (512x512) or sdxl (1024x1024).")],
+    out: Annotated[Path, typer.Option(help="Folder for the profile; created if needed.")],
+    contention: Annotated[
+        str,
+        typer.Option(
+            help="How badly a step and a decode chunk disturb each other: mild, moderate, severe, or a number "
+            "(0: perfect sharing, 1: taking turns, more: worse)."
+        ),
+    ] = "moderate",
+    decode_scale: Annotated[float, typer.Option(help="Factor on the work of the decode.")] = 1.0,
+) -> None:
+    """Estimate a profile from data sheets, FLOPs and stated efficiencies; nothing is measured."""
+    from profiler.estimate import estimate_profile
+    from synerdiff.core import NS_PER_S, InputError
+    from synerdiff.files import read_yaml, require_writable_folder
+    from synerdiff.profile.folder import write_profile
+
+    profile = estimate_profile(gpu, model, contention, decode_scale)
+    require_writable_folder(out)
+    head = out / "profile.yaml"
+    if head.exists() and read_yaml(head, "profile").get("provenance") != "estimated":
+        raise InputError(f"{out}: this folder holds a profile that was not estimated; choose another folder.")
+    write_profile(out, profile)
+    step_ms = profile.step_ns(2) * 1000 / NS_PER_S
+    decode_ms = profile.decode_ns() * 1000 / NS_PER_S
+    typer.echo(
+        f"{out}: {profile.name}, step of 2 rows {step_ms:.1f} ms, decode {decode_ms:.1f} ms "
+        "(estimated, not measured; assumptions in profile.yaml)"
+    )

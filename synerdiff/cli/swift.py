@@ -1,0 +1,69 @@
+"""``synerdiff swift``: where SwiftDiffusion's strategies pay, and what caches spare; tables and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def swift(
+    file: Annotated[Path, typer.Argument(help="The study's file (YAML), for example experiments/swift.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder for tables and figures.")] = Path("results/swift"),
+    data: Annotated[
+        Path | None,
+        typer.Option(envvar="SYNERDIFF_DATA", help="Folder of the published curves, to compare with where given."),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, max=4096, help="Processes (default: one per core).")] = None,
+) -> None:
+    """Simulate every set of strategies over LoRA share, load and number of GPUs, and draw where each pays."""
+    from dataclasses import asdict
+
+    from synerdiff.experiments.backends import LokyBackend
+    from synerdiff.experiments.swift_ablation import ablation
+    from synerdiff.experiments.swift_caches import cache_curves
+    from synerdiff.experiments.swift_grid import load_study, run_grid, speedups, write_rows
+    from synerdiff.files import require_writable_folder
+    from synerdiff.profile.folder import write_table
+
+    study = load_study(file)
+    require_writable_folder(out)
+    with _progress() as on_progress:
+        rows = run_grid(study, LokyBackend(jobs), on_progress)
+    ratios = speedups(rows)
+    write_rows(out / "runs.csv", rows)
+    write_table(out / "speedups.csv", list(ratios[0]), [list(row.values()) for row in ratios])
+    cases = ablation()
+    write_table(
+        out / "ablation.csv",
+        ("name", "system", "gpus", "latency_s", "gpu_seconds"),
+        [(case.name, case.system, case.gpus, case.latency_s, case.gpu_seconds) for case in cases],
+    )
+    curves = cache_curves(data)
+    write_table(out / "caches.csv", list(asdict(curves[0])), [list(asdict(point).values()) for point in curves])
+
+    from synerdiff.figures.style import save
+    from synerdiff.figures.swift import strategy_map, strategy_steps
+    from synerdiff.figures.swift_caches import cache_figure
+
+    written = [
+        *save(strategy_map(ratios, study.service, study.requests, len(study.seeds)), out, "swift-where-it-pays"),
+        *save(strategy_steps(cases), out, "swift-ablation"),
+        *save(cache_figure([asdict(point) for point in curves]), out, "swift-caches"),
+    ]
+    typer.echo(f"{out}: {len(rows)} runs, 4 tables, {len(written)} figure files")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar with the remaining time, on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("strategies", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

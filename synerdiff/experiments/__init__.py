@@ -1,0 +1,1 @@
+"""Simulated runs: one, a grid, comparisons between policies."""

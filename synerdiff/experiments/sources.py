@@ -1,0 +1,176 @@
+"""Where the requests of one replicate come from: a generator with a seed, or a window of a trace file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from synerdiff.config.experiment import BatchSearch, Experiment, Workload
+from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.files import sha256_of_files
+
+GENERATED_RATE_PER_S = 1.0
+"""Arrivals are drawn at this rate and then stretched to the load, so that all loads see the same pattern."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One replicate of a workload. ``number`` is its seed, or the place of its window among the workload's."""
+
+    workload: str
+    number: int
+    requests: int | None
+    parameters: str
+    """The generator's or the reader's, as JSON."""
+    generator: str | None = None
+    trace: str | None = None
+    trace_format: str = "native"
+    trace_hash: str = ""
+    window: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """The requests of a replicate before they are stretched to a load."""
+
+    requests: tuple[Request, ...]
+    window: tuple[float, float] | None
+    """The stated window; None: from 0 to the last arrival."""
+    dropped: Mapping[str, int]
+    """What the trace file held and is not replayed, by reason."""
+    content_hash: str
+
+
+def sources(workload: Workload, experiment: Experiment, base: Path) -> list[Source]:
+    """The replicates of a workload: one per seed, or one per window of its trace (the whole trace without any)."""
+    if workload.generator is not None:
+        count = None if "duration_s" in workload.parameters else workload.requests or experiment.requests
+        return [_generated(workload, seed, count) for seed in workload.seeds or experiment.seeds]
+    windows: list[tuple[float, float] | None] = [(window.start_s, window.end_s) for window in workload.windows]
+    path = _trace_path(workload, base)
+    trace_hash = _file_hash(path)
+    return [
+        Source(
+            workload.name,
+            number,
+            workload.requests,
+            json.dumps(workload.parameters, sort_keys=True),
+            trace=str(path),
+            trace_format=workload.format,
+            trace_hash=trace_hash,
+            window=window,
+        )
+        for number, window in enumerate(windows or [None])
+    ]
+
+
+def search_source(workload: Workload, experiment: Experiment, base: Path) -> Source:
+    """The requests on which batch sizes are compared: a seed of their own, or the start of the trace's first window."""
+    search: BatchSearch = experiment.batch_search
+    if workload.generator is None:
+        first = sources(workload, experiment, base)[0]
+        return replace(first, requests=min(search.requests, first.requests or search.requests))
+    count = None if "duration_s" in workload.parameters else search.requests
+    return _generated(workload, search.seed, count)
+
+
+def _generated(workload: Workload, seed: int, count: int | None) -> Source:
+    parameters = json.dumps(workload.parameters, sort_keys=True)
+    return Source(workload.name, seed, count, parameters, generator=workload.generator)
+
+
+def _trace_path(workload: Workload, base: Path) -> Path:
+    """Relative to the experiment's file; what an environment variable leads to is relative to the working folder."""
+    assert workload.trace is not None
+    text = os.path.expandvars(workload.trace)
+    missing = re.search(r"\$\{?(\w+)", text)
+    if missing:
+        raise InputError(f"workload '{workload.name}': the environment variable {missing[1]} of its trace is not set.")
+    path = Path(text).expanduser()
+    return path.absolute() if "$" in workload.trace else base / path
+
+
+def _file_hash(path: Path) -> str:
+    """Tells a changed trace (a file, or a folder of files) from what this process has read before."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    try:
+        return sha256_of_files([file for file in files if file.is_file() or file == path])
+    except OSError as error:
+        raise InputError(f"{path}: the trace cannot be read ({error.strerror}).") from None
+
+
+@lru_cache(maxsize=64)
+def arrivals(source: Source) -> Arrivals:
+    """The requests of a replicate, kept for the next run of this process."""
+    dropped: dict[str, int] = {}
+    if source.generator is not None:
+        requests = _generate(source)
+    else:
+        assert source.trace is not None
+        requests, dropped = _read(source.trace, source.trace_format, source.parameters, source.trace_hash)
+        requests = _cut(requests, source)
+    window = source.window
+    if source.requests is not None and len(requests) > source.requests:
+        requests, window = requests[: source.requests], None
+    if source.generator is not None and source.requests is None:
+        window = (0.0, float(json.loads(source.parameters)["duration_s"]))
+    return Arrivals(requests, window, dropped, hashlib.sha256(repr((requests, window)).encode()).hexdigest())
+
+
+def _generate(source: Source) -> tuple[Request, ...]:
+    from traces.generate import generate_trace
+    from traces.spec import trace_spec
+
+    where = f"workload '{source.workload}'"
+    parameters = json.loads(source.parameters)
+    for name, field in (("seed", "seeds"), ("requests", "requests"), ("kind", "generator")):
+        if name in parameters:
+            raise InputError(f"{where}: {name} is not among its parameters; give {field} beside them.")
+    fields = {"kind": source.generator, "seed": source.number, **parameters}
+    if source.requests is not None:
+        fields["requests"] = source.requests
+    if source.generator != "gentd26-like":
+        fields.setdefault("rate_per_s", GENERATED_RATE_PER_S)
+    return tuple(generate_trace(trace_spec(fields, where)))
+
+
+@lru_cache(maxsize=2)
+def _read(path: str, trace_format: str, parameters: str, trace_hash: str) -> tuple[tuple[Request, ...], dict[str, int]]:
+    options = json.loads(parameters)
+    if trace_format == "native":
+        from traces.native import read_trace
+
+        if options:
+            raise InputError(f"{path}: a native trace takes no parameters; found {', '.join(options)}.")
+        return tuple(read_trace(Path(path))), {}
+    from traces.gentd26 import read_gentd26
+
+    known = ("checkpoints", "adapters", "all_types")
+    for name in options:
+        if name not in known:
+            raise InputError(f"{path}: there is no parameter '{name}' of GenTD26; known are {', '.join(known)}.")
+    conversion = read_gentd26(Path(path), **options)
+    return tuple(conversion.requests), dict(conversion.dropped)
+
+
+def _cut(requests: tuple[Request, ...], source: Source) -> tuple[Request, ...]:
+    """The arrivals of the window, shifted to its start and numbered from 0, as ``read_trace`` does it."""
+    if source.window is None:
+        return requests
+    start_ns, end_ns = (round(edge * NS_PER_S) for edge in source.window)
+    inside = [request for request in requests if start_ns <= request.arrival_ns < end_ns]
+    if not inside:
+        raise InputError(
+            f"workload '{source.workload}': no request arrives in the window {source.window[0]:g} to "
+            f"{source.window[1]:g} s; the last one arrives at {requests[-1].arrival_ns / NS_PER_S:g} s."
+        )
+    return tuple(
+        replace(request, request_id=index, arrival_ns=request.arrival_ns - start_ns)
+        for index, request in enumerate(inside)
+    )

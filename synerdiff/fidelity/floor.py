@@ -1,0 +1,271 @@
+"""From a floor on image fidelity to a skip budget, and from a run's records to its fidelity, both by the table alone.
+
+What the table did not measure is an error, never a guess. One assumption remains and is measured in
+``docs/fidelity.md``: an image that skips only some of a rule's steps is at least as close to full guidance as one that
+skips them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from synerdiff.core import CONDITIONAL, GUIDED, MODE_LETTER, NO_SKIPS, PPM, REUSE, InputError, Mode, Request, SkipBudget
+from synerdiff.fidelity.table import FidelityTable, Score, find_fidelity, read_fidelity
+from synerdiff.profile.tables import Profile
+
+SKIP_MODES = (REUSE, CONDITIONAL)
+Kind = tuple[int, float]
+"""(steps, guidance scale) of a request."""
+
+
+class UnreachedFloor(InputError):
+    """No rule of the table reaches the floor."""
+
+
+@dataclass(frozen=True, slots=True)
+class FloorChoice:
+    """The budget for a floor and, per step count, the row it came from and the cheaper rival if there is one."""
+
+    budget: SkipBudget
+    rules: dict[int, Score]
+    """By step count; the row of the lowest SSIM when several guidance scales share the count."""
+    rivals: dict[int, Score]
+    """By step count: full guidance in fewer steps that reaches the floor with fewer rows than the rule."""
+
+    def lines(self) -> list[str]:
+        """What was chosen, for people."""
+        found = []
+        for steps, row in sorted(self.rules.items()):
+            text = f"{steps} steps: {row.rule}, {row.rows_share:.0%} of the rows, SSIM {row.ssim:.3f} (n = {row.n})"
+            if steps in self.rivals:
+                rival = self.rivals[steps]
+                text += f"; {rival.run_steps} steps with full guidance would do with {rival.rows_share:.0%}"
+            found.append(text)
+        return found
+
+
+def floor_for_requests(
+    min_ssim: float,
+    requests: Iterable[Request],
+    profile: Profile,
+    profile_folder: Path,
+    table: Path | None = None,
+    solver: str | None = None,
+) -> FloorChoice:
+    """``budget_from_floor`` for what a trace asks for on a profile, by the table given or found (``find_fidelity``)."""
+    model = str(profile.info.get("model"))
+    found = read_fidelity(find_fidelity(table, profile_folder, model))
+    kinds = {(request.steps, request.guidance_scale) for request in requests}
+    return budget_from_floor(found, min_ssim, kinds, model, profile.info.get("resolution"), solver)
+
+
+def budget_from_floor(
+    table: FidelityTable,
+    min_ssim: float,
+    kinds: Collection[Kind],
+    model: str,
+    resolution: object,
+    solver: str | None = None,
+) -> FloorChoice:
+    """The cheapest skipping that keeps the mean SSIM at ``min_ssim`` or above, for every kind of request served.
+
+    A rule reaches the floor when the lower bound of its 95% interval does, at each guidance scale that is asked for;
+    per step count the rule of fewest rows is taken (ties: higher SSIM). A sample has one skip mode, so the mode with
+    the fewer rows in all wins. The budget names the rule's steps (``eligible_steps``): a policy can skip fewer of
+    them, never others. Unguided kinds (guidance scale <= 1) need nothing. ``solver``: class name of the scheduler
+    that will run, by default the model's own.
+
+    Raises InputError for a floor out of range, a table of another model or resolution, a step count or guidance scale
+    that it does not cover, and (UnreachedFloor) a floor that no rule reaches.
+    """
+    if not 0 < min_ssim < 1:
+        raise InputError(f"the fidelity floor is {min_ssim:g}; an SSIM above 0 and below 1 is needed.")
+    require_same_images(table, model, resolution)
+    if solver is not None and solver != table.solver:
+        # Everything below sees only the rows of the solver that runs.
+        table = replace(table, head={**table.head, "solver": solver})
+    scales: dict[int, set[float]] = {}
+    for steps, scale in kinds:
+        if scale > 1:
+            scales.setdefault(steps, set()).add(scale)
+    if not scales:
+        return FloorChoice(NO_SKIPS, {}, {})
+    per_mode: dict[Mode, dict[int, Score]] = {mode: {} for mode in SKIP_MODES}
+    for steps, wanted in sorted(scales.items()):
+        _require_covered(table, steps, wanted)
+        for mode in SKIP_MODES:
+            found = _cheapest(table, steps, wanted, min_ssim, mode)
+            if found is not None:
+                per_mode[mode][steps] = found
+    complete = {mode: rules for mode, rules in per_mode.items() if len(rules) == len(scales)}
+    if not complete:
+        raise _no_rule(table, scales, min_ssim)
+    # min() keeps the first of equals: reuse before conditional.
+    mode = min(complete, key=lambda mode: sum(row.rows for row in complete[mode].values()))
+    rules = complete[mode]
+    rivals = {steps: _rival(table, row, scales[steps], min_ssim) for steps, row in rules.items()}
+    return FloorChoice(_budget(mode, rules), rules, {steps: row for steps, row in rivals.items() if row is not None})
+
+
+def require_same_images(table: FidelityTable, model: str, resolution: object) -> None:
+    """InputError for a table of another model or resolution: its SSIM says nothing about these images."""
+    if table.model != model:
+        raise InputError(f"{table.path}: this fidelity table is of model '{table.model}'; the profile is of '{model}'.")
+    if table.resolution != resolution:
+        raise InputError(
+            f"{table.path}: this fidelity table is for {_sides(table.resolution)} pixels; the profile is for "
+            f"{_sides(resolution)}."
+        )
+
+
+def image_ssim(table: FidelityTable, modes: str, guidance_scale: float, steps: int | None = None) -> float:
+    """The SSIM that the table vouches for, of an image that took its steps in these modes (letters g, c, r).
+
+    An image that skipped the steps of a rule, or some of them, has at least that rule's mean SSIM: the best rule that
+    covers them counts. ``steps``: the step count that images are compared with, by default their own; an image of
+    fewer steps and full guidance is looked up among the rivals. 1 for an image that skipped nothing.
+
+    Raises InputError when the table has no such rule.
+    """
+    reference = len(modes) if steps is None else steps
+    if guidance_scale <= 1 and len(modes) == reference:
+        return 1.0
+    skipped = {index for index, letter in enumerate(modes) if letter != MODE_LETTER[GUIDED]}
+    if not skipped and len(modes) == reference:
+        return 1.0
+    letters = {letter for letter in modes if letter != MODE_LETTER[GUIDED]}
+    found = [
+        row.ssim
+        for row in _rows(table, reference, guidance_scale)
+        if row.run_steps == len(modes)
+        and row.skipped_steps is not None
+        and skipped <= set(row.skipped_steps)
+        and (not skipped or letters == {MODE_LETTER[row.mode]})
+    ]
+    if not found:
+        what = f"skipping steps {', '.join(map(str, sorted(skipped)))} ({modes})" if skipped else "full guidance"
+        raise InputError(
+            f"{table.path}: the table has no rule that covers {what} in {len(modes)} steps against {reference} at "
+            f"guidance scale {guidance_scale:g}."
+        )
+    return max(found)
+
+
+def run_ssim(table: FidelityTable, requests: Iterable[tuple[str, float, int]]) -> float:
+    """The mean of ``image_ssim`` over a run's images, given by request as (modes, guidance scale, steps compared with).
+
+    Of a table of requests: ``zip(frame["modes"], frame["guidance_scale"], frame["steps"])``, or the steps that were
+    asked for where the run took fewer; images of one request are separated by ``;``. Requests that took no step
+    (rejected) count no image. Raises InputError for a run without images.
+    """
+    known: dict[tuple[str, float, int], float] = {}
+    total, count = 0.0, 0
+    for joined, scale, steps in requests:
+        for modes in joined.split(";"):
+            if not modes:
+                continue
+            kind = (modes, scale, steps)
+            if kind not in known:
+                known[kind] = image_ssim(table, *kind)
+            total += known[kind]
+            count += 1
+    if not count:
+        raise InputError("the run has no images that took a step, so it has no fidelity.")
+    return total / count
+
+
+def _rows(table: FidelityTable, steps: int, guidance_scale: float) -> list[Score]:
+    return [
+        row
+        for row in table.rows
+        if row.solver == table.solver and row.steps == steps and abs(row.guidance_scale - guidance_scale) < 1e-6
+    ]
+
+
+def _require_covered(table: FidelityTable, steps: int, scales: Collection[float]) -> None:
+    covered: dict[int, set[float]] = {}
+    for row in table.rows:
+        if row.solver == table.solver:
+            covered.setdefault(row.steps, set()).add(row.guidance_scale)
+    listing = "; ".join(
+        f"{count} steps at guidance {' and '.join(f'{scale:g}' for scale in sorted(found))}"
+        for count, found in sorted(covered.items())
+    )
+    for scale in sorted(scales):
+        if not _rows(table, steps, scale):
+            raise InputError(
+                f"{table.path}: the table does not cover {steps} steps at guidance scale {scale:g} with "
+                f"{table.solver}; it has {listing or 'nothing with that solver'}."
+            )
+
+
+def _common(table: FidelityTable, steps: int, scales: Collection[float]) -> list[list[Score]]:
+    """Rows of one and the same rule, one per guidance scale, for every rule that all of the scales have."""
+    groups: dict[object, list[Score]] = {}
+    for scale in sorted(scales):
+        for row in _rows(table, steps, scale):
+            groups.setdefault((row.mode, row.run_steps, row.skipped_steps), []).append(row)
+    return [rows for rows in groups.values() if len({row.guidance_scale for row in rows}) == len(scales)]
+
+
+def _cheapest(table: FidelityTable, steps: int, scales: Collection[float], min_ssim: float, mode: Mode) -> Score | None:
+    fitting = [
+        min(rows, key=lambda row: row.ssim_low)
+        for rows in _common(table, steps, scales)
+        if rows[0].mode == mode and rows[0].skipped_steps and all(row.ssim_low >= min_ssim for row in rows)
+    ]
+    return min(fitting, key=lambda row: (row.rows, -row.ssim), default=None)
+
+
+def _rival(table: FidelityTable, rule: Score, scales: Collection[float], min_ssim: float) -> Score | None:
+    fitting = [
+        rows[0]
+        for rows in _common(table, rule.steps, scales)
+        if rows[0].mode == GUIDED and rows[0].rows < rule.rows and all(row.ssim_low >= min_ssim for row in rows)
+    ]
+    return min(fitting, key=lambda row: row.rows, default=None)
+
+
+def _budget(mode: Mode, rules: dict[int, Score]) -> SkipBudget:
+    eligible = {steps: frozenset(row.skipped_steps or ()) for steps, row in rules.items()}
+    # The least fraction whose rounded-down share still admits every eligible step.
+    fraction_ppm = max(-(-len(found) * PPM // steps) for steps, found in eligible.items())
+    warmup_steps = min(min(found) for found in eligible.values())
+    return SkipBudget(
+        fraction_ppm, warmup_steps, max(_longest_run(found) for found in eligible.values()), mode, eligible
+    )
+
+
+def _longest_run(steps: Collection[int]) -> int:
+    longest = run = 0
+    for step in range(max(steps) + 1):
+        run = run + 1 if step in steps else 0
+        longest = max(longest, run)
+    return longest
+
+
+def _no_rule(table: FidelityTable, scales: dict[int, set[float]], min_ssim: float) -> UnreachedFloor:
+    for steps, wanted in sorted(scales.items()):
+        if any(_cheapest(table, steps, wanted, min_ssim, mode) for mode in SKIP_MODES):
+            continue
+        best = [
+            min(row.ssim_low for row in rows)
+            for rows in _common(table, steps, wanted)
+            if rows[0].mode in SKIP_MODES and rows[0].skipped_steps
+        ]
+        reached = (
+            f"the best reaches {max(best):.4f}" if best else "the table has no rule for all of its guidance scales"
+        )
+        return UnreachedFloor(
+            f"{table.path}: no rule for {steps} steps reaches an SSIM of {min_ssim:g} (lower bound of its mean); "
+            f"{reached}."
+        )
+    return UnreachedFloor(
+        f"{table.path}: no single skip mode reaches an SSIM of {min_ssim:g} at every step count asked for."
+    )
+
+
+def _sides(resolution: object) -> str:
+    return "x".join(map(str, resolution)) if isinstance(resolution, list | tuple) else f"{resolution}x{resolution}"

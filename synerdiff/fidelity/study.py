@@ -1,0 +1,283 @@
+"""What skipping guidance costs in images: every rule and its rivals on the same seeds and prompts, resumable by rule.
+
+A study works through settings (one solver; step counts x guidance scales). Each finished piece is a file in
+``OUT/parts`` named by a hash of everything that it depends on, so a rerun computes only what is missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from synerdiff.core import InputError
+from synerdiff.fidelity.calibration import Calibration, calibrate, can_calibrate, choose_skips
+from synerdiff.fidelity.comparisons import read_comparisons, write_comparisons
+from synerdiff.fidelity.results import SettingResult
+from synerdiff.fidelity.rules import (
+    ALL_PARTS,
+    Rule,
+    calibrated,
+    full,
+    rivals,
+    rules_to_judge,
+    skips_to_calibrate,
+)
+from synerdiff.fidelity.sampling import Sampler, Subject, fingerprint
+from synerdiff.fidelity.scores import (
+    MEASURE,
+    Judged,
+    interval_of,
+    load_arrays,
+    save_arrays,
+)
+from synerdiff.fidelity.table import HEAD, FidelityTable, Score, read_fidelity, write_fidelity
+from synerdiff.files import sha256_of_files
+
+if TYPE_CHECKING:
+    from synerdiff.diffusion.model import DiffusionModel
+
+_T = TypeVar("_T")
+
+_HERE = Path(__file__).parent
+IMAGE_SOURCES = tuple(
+    [_HERE / "sampling.py", _HERE / "scores.py"]
+    + [
+        _HERE.parent / "diffusion" / f"{name}.py"
+        for name in ("model", "rows", "solvers", "copied_solver", "conditioning", "decoder")
+    ]
+)
+"""What turns seeds into images and scores: a part made by other source is not reused."""
+LADDER = (4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 25, 30, 35, 40, 50, 60, 80, 100)
+"""Step counts among which the fewest sufficient one is searched."""
+CONVERGED_SSIM = 0.99
+CONVERGED_FACTOR = 4
+CALIBRATION_SEEDS_FROM = 1_000_000
+"""Calibration images take seeds this far beyond the judged ones, and prompts that no held-out image has."""
+EXTRA_RIVALS = (0.64, 0.48, 0.4)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What to judge, and on what. ``steps`` empty: the fewest whose SSIM against 4 times as many is 0.99."""
+
+    steps: tuple[int, ...] = ()
+    guidance_scales: tuple[float, ...] = (7.5,)
+    samples: int = 256
+    search_samples: int = 64
+    calibration_samples: int = 64
+    batch: int = 32
+    first_seed: int = 1000
+    prompts: tuple[str, ...] = ()
+    """Used in turn; empty: the model's own default prompt of each seed."""
+    part: str = ALL_PARTS
+
+
+@dataclass(slots=True)
+class StudyResult:
+    settings: list[SettingResult]
+    converged: list[dict[str, Any]]
+    """Per guidance scale searched: the fewest sufficient steps and the SSIM of every count that was tried."""
+    table: FidelityTable
+
+
+class Study:
+    """A study of one model in one folder. ``on_progress`` hears (what runs, share of it done)."""
+
+    def __init__(
+        self, model: DiffusionModel, settings: Settings, folder: Path, on_progress: Callable[[str, float], None]
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.folder = folder
+        self._report = on_progress
+        self._working_on = ("", 1)
+        self._rows_done = 0
+        self._hash_of_images = sha256_of_files(list(IMAGE_SOURCES))
+        self._hash_of_calibration = sha256_of_files([_HERE / "calibration.py"])
+        self._samplers: dict[float, Sampler] = {}
+        self.subjects = _subjects(model, settings, settings.first_seed, settings.samples)
+        prompts = list(dict.fromkeys(subject.prompt for subject in self.subjects))
+        self.tuned_prompts = frozenset(prompts[: len(prompts) // 2])
+        seeds = settings.first_seed + CALIBRATION_SEEDS_FROM
+        candidates = _subjects(model, settings, seeds, 64 * settings.calibration_samples)
+        tuned = [subject for subject in candidates if subject.prompt in self.tuned_prompts]
+        # With a prompt of its own per seed no prompt repeats, and the seeds alone keep the two sets apart.
+        self.tuning = (tuned or candidates)[: settings.calibration_samples]
+        self.held_out = [i for i, subject in enumerate(self.subjects) if subject.prompt not in self.tuned_prompts]
+        self.identity: dict[str, Any] = {
+            "weights_sha256": fingerprint(model, self.subjects[0].prompt),
+            "resolution": model.height if model.height == model.width else [model.height, model.width],
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "measure": MEASURE,
+        }
+
+    def run(self, head: dict[str, Any]) -> StudyResult:
+        """Judge every setting, adding it to the table in the folder as soon as it is finished.
+
+        ``head``: what else the table says about its making. Raises InputError when the folder holds the table of
+        another model or measure.
+        """
+        kept = self._existing()
+        head = {**head, **self.identity, "first_seed": self.settings.first_seed}
+        known = {(entry["solver"], entry["guidance_scale"]): entry for entry in kept[1]}
+        rows = {_row_key(row): row for row in kept[0]}
+        found, comparisons = [], read_comparisons(self.folder)
+        for scale in self.settings.guidance_scales:
+            counts = self.settings.steps
+            if not counts:
+                entry = self._fewest_steps(scale)
+                known[entry["solver"], scale] = entry
+                counts = (entry["steps"],)
+            for steps in counts:
+                result = self._setting(steps, scale)
+                found.append(result)
+                rows = {key: row for key, row in rows.items() if key[:3] != result.setting}
+                rows |= {_row_key(row): row for row in result.scores}
+                comparisons = [line for line in comparisons if line.setting != result.setting] + result.comparisons
+                write_comparisons(self.folder, comparisons)
+                write_fidelity(self.folder, {**head, "converged": list(known.values())}, rows.values())
+        return StudyResult(found, list(known.values()), read_fidelity(self.folder))
+
+    def _existing(self) -> tuple[tuple[Score, ...], list[dict[str, Any]]]:
+        if not (self.folder / HEAD).is_file():
+            return (), []
+        table = read_fidelity(self.folder)
+        for name, value in self.identity.items():
+            if table.head.get(name) != value:
+                raise InputError(
+                    f"{self.folder / HEAD}: this is the table of another study ({name} differs); give another folder."
+                )
+        return table.rows, list(table.head.get("converged", []))
+
+    def _fewest_steps(self, scale: float) -> dict[str, Any]:
+        """Bisect the ladder for the fewest steps whose images are those of 4 times as many (SSIM 0.99 or more)."""
+        subjects = self.subjects[: self.settings.search_samples]
+        tried: dict[int, float] = {}
+
+        def enough(steps: int) -> bool:
+            judged = self._judged(full(steps), full(CONVERGED_FACTOR * steps), scale, subjects)
+            tried[steps] = round(interval_of(judged.ssim).value, 5)
+            return tried[steps] >= CONVERGED_SSIM
+
+        low, high = -1, len(LADDER)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if enough(LADDER[middle]) else (middle, high)
+        if high == len(LADDER):
+            raise InputError(
+                f"even {LADDER[-1]} steps reach an SSIM of only {tried[LADDER[-1]]:.3f} against "
+                f"{CONVERGED_FACTOR} times as many at guidance scale {scale:g}; give --steps."
+            )
+        return {
+            "solver": self.model.solver.scheduler_name,
+            "guidance_scale": scale,
+            "steps": LADDER[high],
+            "n": len(subjects),
+            "ssim_against_4_times_as_many": dict(sorted(tried.items())),
+        }
+
+    def _setting(self, steps: int, scale: float) -> SettingResult:
+        result = SettingResult(self.model.solver.scheduler_name, steps, scale)
+        reference = full(steps)
+        rules = [reference, *rules_to_judge(steps, self.settings.part)]
+        if can_calibrate(self.model):
+            result.calibration = self._calibration(steps, scale)
+            for skips in skips_to_calibrate(rules):
+                rules.append(calibrated(steps, choose_skips(result.calibration.run_cost, skips)))
+        else:
+            # Nor can the x0 predictions be told from what such a scheduler keeps.
+            rules = [rule for rule in rules if rule.threshold is None]
+        rules += rivals(steps, rules[1:], EXTRA_RIVALS)
+        for rule in rules:
+            result.add(rule, self._judged(rule, reference, scale, self.subjects), self.held_out)
+        result.comparisons = result.compare(self.held_out)
+        return result
+
+    def _calibration(self, steps: int, scale: float) -> Calibration:
+        return self._part(
+            f"calibration of {steps} steps, guidance {scale:g}",
+            self._key("calibration", steps, scale, self.tuning),
+            Calibration,
+            2 * steps * len(self.tuning),
+            lambda sampler: calibrate(sampler, steps, self.tuning),
+            scale,
+        )
+
+    def _judged(self, rule: Rule, reference: Rule, scale: float, subjects: Sequence[Subject]) -> Judged:
+        latents = self._reference(reference, scale, subjects)
+        key = self._key("judged", rule.run_steps, scale, subjects, rule, reference)
+        return self._part(
+            f"{rule.name} against {reference.name}, guidance {scale:g}",
+            key,
+            Judged,
+            rule.rows * len(subjects),
+            lambda sampler: sampler.judge(rule, subjects, latents, is_reference=rule == reference),
+            scale,
+        )
+
+    def _reference(self, rule: Rule, scale: float, subjects: Sequence[Subject]) -> Path:
+        key = self._key("reference", rule.run_steps, scale, subjects)
+        path = self.folder / "parts" / f"{key}.npy"
+        self._working_on = (f"{rule.name}, guidance {scale:g}", rule.rows * len(subjects))
+        self._rows_done = 0
+        self.sampler(scale).reference(rule, subjects, path)
+        return path
+
+    def _part(
+        self, what: str, key: str, kind: type[_T], rows: int, compute: Callable[[Sampler], _T], scale: float
+    ) -> _T:
+        path = self.folder / "parts" / f"{key}.npz"
+        found = load_arrays(path, kind)
+        if found is None:
+            self._working_on, self._rows_done = (what, rows), 0
+            self._on_rows(0)
+            found = compute(self.sampler(scale))
+            save_arrays(path, found)
+        return found
+
+    def sampler(self, scale: float) -> Sampler:
+        """The one sampler of this guidance scale."""
+        if scale not in self._samplers:
+            self._samplers[scale] = Sampler(self.model, scale, self.settings.batch, self._on_rows)
+        return self._samplers[scale]
+
+    def _on_rows(self, rows: int) -> None:
+        self._rows_done += rows
+        what, total = self._working_on
+        self._report(what, min(1.0, self._rows_done / max(1, total)))
+
+    def _key(
+        self,
+        kind: str,
+        steps: int,
+        scale: float,
+        subjects: Sequence[Subject],
+        rule: Rule | None = None,
+        reference: Rule | None = None,
+    ) -> str:
+        import torch
+
+        own = {**self.identity, "resolution": [self.model.height, self.model.width]}
+        what: list[Any] = [kind, steps, scale, own, self.model.solver.scheduler_name, torch.__version__]
+        what.append([self._hash_of_images, self._hash_of_calibration if kind == "calibration" else ""])
+        what += [[list(subject) for subject in subjects], reference.run_steps if reference else None]
+        if rule is not None:
+            what += [rule.mode, sorted(rule.skipped), rule.threshold, rule.warmup_steps, rule.drawn]
+        return f"{kind}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:20]}"
+
+
+def _row_key(row: Score) -> tuple[Any, ...]:
+    return (row.solver, row.steps, row.guidance_scale, row.rule)
+
+
+def _subjects(model: DiffusionModel, settings: Settings, first_seed: int, count: int) -> list[Subject]:
+    found = []
+    for i in range(count):
+        seed = first_seed + i
+        prompt = settings.prompts[i % len(settings.prompts)] if settings.prompts else model.prompts.default_prompt(seed)
+        found.append(Subject(seed, prompt))
+    return found

@@ -1,0 +1,1 @@
+"""Profiles: tables of times, their folder, adapter tables, scaling, capacity."""

@@ -1,0 +1,174 @@
+"""Closed forms on a profile: what policies can sustain, what load a trace offers, how long a request takes alone.
+
+Rates count samples (images) a second of one worker on one GPU. A step's rows vary with how many of its samples take
+two rows; the means below are over a binomial number of them, exact when samples are mixed at random and, for one kind
+of samples, always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import comb
+
+from synerdiff.core import NS_PER_S, PPM, InputError, Request
+from synerdiff.profile.tables import Profile
+
+DEFAULT_BATCH = 8
+"""Most samples in a step unless a policy is told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What a trace asks for. A sample-step is one denoising step of one sample."""
+
+    images: int
+    sample_steps: int
+    two_row_steps: int
+    """Sample-steps that take two rows with full guidance."""
+
+    @property
+    def steps_mean(self) -> float:
+        """Steps per image."""
+        return self.sample_steps / self.images
+
+    @property
+    def two_row_share(self) -> float:
+        return self.two_row_steps / self.sample_steps
+
+    @property
+    def sample_rows(self) -> int:
+        """Rows that a sample takes at most: 2, or 1 when everything is unguided."""
+        return 2 if self.two_row_steps else 1
+
+
+def mix_of(requests: Iterable[Request]) -> Mix:
+    """The mix of a trace; InputError when it is empty."""
+    images = sample_steps = two_row_steps = 0
+    for request in requests:
+        work = request.images * request.steps
+        images += request.images
+        sample_steps += work
+        two_row_steps += work if request.guidance_scale > 1 else 0
+    if not images:
+        raise InputError("the trace has no requests, so it has no load.")
+    return Mix(images, sample_steps, two_row_steps)
+
+
+def default_batch(profile: Profile, sample_rows: int = 2) -> int:
+    """Samples in a full step when nothing else is said: 8, or as many as the profile's rows allow."""
+    return min(DEFAULT_BATCH, max(1, profile.max_rows // sample_rows))
+
+
+def binomial_rows(batch: int, two_row_share: float) -> dict[int, float]:
+    """Rows of a step -> share of the steps, when each of ``batch`` samples takes two rows with that probability."""
+    shares = {
+        batch + two: comb(batch, two) * two_row_share**two * (1 - two_row_share) ** (batch - two)
+        for two in range(batch + 1)
+    }
+    return {rows: share for rows, share in shares.items() if share > 0}
+
+
+def serial_capacity_samples_per_s(
+    profile: Profile,
+    steps_mean: float,
+    batch: int,
+    two_row_share: float = 1.0,
+    chunking: str = "whole",
+    rows: Mapping[int, float] | None = None,
+) -> float:
+    """X = 1 / (N * (mean T + step_dispatch) / B + sum(c_i + chunk_dispatch)): every decode holds the denoise lane.
+
+    ``two_row_share``: share of sample-steps that take two rows; skipping a fraction sigma of guided steps makes it
+    1 - sigma. The mean is over ``rows`` (rows of a step -> share of the steps), by default the binomial mix of
+    samples that skip independently of each other; samples that skip together have another one.
+    """
+    mix = binomial_rows(batch, two_row_share) if rows is None else rows
+    decode_ns = sum(_chunk_ns(profile, chunking, i) for i in range(profile.chunk_count(chunking)))
+    return NS_PER_S / (_denoise_ns(profile, steps_mean, batch, mix) + decode_ns)
+
+
+def parallel_capacity_samples_per_s(
+    profile: Profile,
+    steps_mean: float,
+    batch: int,
+    two_row_share: float = 1.0,
+    chunking: str = "whole",
+    lanes: int = 1,
+    rows: Mapping[int, float] | None = None,
+) -> float:
+    """X = min(1 / (N * (mean T + step_dispatch) / B + sum(delta_i)), m / sum(c_i * s_v)): every decode runs beside.
+
+    delta_i = c_i * s_v * (1 - 1/s_u) is the denoise time lost by running chunk i beside; c_i includes its dispatch.
+    The decode queue is unbounded. With several lanes the loss is priced as if chunks ran one at a time. ``rows`` as
+    for ``serial_capacity_samples_per_s``.
+    """
+    mix = binomial_rows(batch, two_row_share) if rows is None else rows
+    chunks = [(i, _chunk_ns(profile, chunking, i)) for i in range(profile.chunk_count(chunking))]
+
+    def lost_ns(rows: int) -> float:
+        total = 0.0
+        for i, alone_ns in chunks:
+            s_u, s_v = profile.slowdown_ppm(rows, chunking, i)
+            total += alone_ns * (s_v / PPM) * (1 - PPM / s_u)
+        return total
+
+    def decoding_ns(rows: int) -> float:
+        return sum(alone_ns * profile.slowdown_ppm(rows, chunking, i)[1] / PPM for i, alone_ns in chunks)
+
+    denoise_ns = _denoise_ns(profile, steps_mean, batch, mix) + _mean(lost_ns, mix)
+    return min(NS_PER_S / denoise_ns, lanes * NS_PER_S / _mean(decoding_ns, mix))
+
+
+def offered_load(
+    requests: Iterable[Request], profile: Profile, window_s: float, gpus: int = 1, batch: int | None = None
+) -> float:
+    """Offered sample-steps per second over the window / those that ``continuous-serial`` sustains on these GPUs.
+
+    Full guidance and the trace's own mix, at its default batch unless ``batch`` is given. 1.0 is saturation. Slowing
+    the arrivals down by a factor f divides it by f.
+    """
+    mix = mix_of(requests)
+    if window_s <= 0:
+        raise InputError(f"the window is {window_s:g} s long, so it has no load; it must be longer than 0.")
+    size = default_batch(profile, mix.sample_rows) if batch is None else batch
+    sustained = serial_capacity_samples_per_s(profile, mix.steps_mean, size, mix.two_row_share) * mix.steps_mean
+    return mix.sample_steps / window_s / (sustained * gpus)
+
+
+def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None) -> int:
+    """Latency of the request alone on an idle worker under ``continuous-serial``, full guidance, to the nanosecond.
+
+    text_encode, then waves of at most ``batch`` images (default: the default batch for its rows): all steps of a wave,
+    its decodes one after the other, then the next wave; at the end result_copy.
+    """
+    rows = 2 if request.guidance_scale > 1 else 1
+    most = default_batch(profile, rows) if batch is None else min(batch, max(1, profile.max_rows // rows))
+    total = profile.overhead_ns("text_encode") + profile.overhead_ns("result_copy")
+    left = request.images
+    while left:
+        wave = min(left, most)
+        total += request.steps * (profile.step_ns(wave * rows) + profile.overhead_ns("step_dispatch"))
+        total += wave * _chunk_ns(profile, "whole", 0)
+        left -= wave
+    return total
+
+
+def solo_latencies_s(requests: Iterable[Request], profile: Profile, batch: int | None = None) -> list[float]:
+    """``solo_latency_ns`` of each request, in seconds: what ``metrics.summarize`` takes."""
+    return [solo_latency_ns(request, profile, batch) / NS_PER_S for request in requests]
+
+
+def _chunk_ns(profile: Profile, chunking: str, chunk: int) -> int:
+    return profile.chunk_ns(chunking, chunk) + profile.overhead_ns("chunk_dispatch")
+
+
+def _denoise_ns(profile: Profile, steps_mean: float, batch: int, rows: Mapping[int, float]) -> float:
+    """Denoise-lane time per sample at full batches."""
+    step_ns = _mean(profile.step_ns, rows) + profile.overhead_ns("step_dispatch")
+    return steps_mean * step_ns / batch
+
+
+def _mean(value: Callable[[int], float], rows: Mapping[int, float]) -> float:
+    """Mean of value(rows) over the shares of the row counts."""
+    return sum(share * value(count) for count, share in rows.items())

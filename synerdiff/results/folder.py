@@ -1,0 +1,71 @@
+"""What ``simulate`` and ``run`` share: the folder of a run, how its files are written, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+RUN_FILES = ("requests.parquet", "work.parquet", "timeline.json", "summary.json")
+"""What a run's folder holds; the summary comes last and marks the folder as a run's."""
+
+
+def require_run_folder(out: Path) -> None:
+    """An earlier run's files may be replaced; InputError for a folder with anything else, or one that is read-only."""
+    from synerdiff.core import InputError
+    from synerdiff.files import require_writable_folder
+
+    if out.is_dir():
+        names = sorted(path.name for path in out.iterdir())
+        foreign = [name for name in names if name not in RUN_FILES and not name.endswith(".part")]
+        if foreign:
+            raise InputError(f"{out}: this folder holds {foreign[0]}, which is no file of a run; give another folder.")
+    require_writable_folder(out)
+
+
+def write_run(
+    out: Path,
+    tables: tuple[pyarrow.Table, pyarrow.Table],
+    frames: tuple[pandas.DataFrame, pandas.DataFrame],
+    summary: dict[str, Any],
+    timeline: bool,
+) -> None:
+    """Requests and work (as tables, and the same as frames), the summary, and the timeline if wanted.
+
+    All files are complete under temporary names before the first takes its place; the summary is the last.
+    """
+    from synerdiff.results import records
+    from synerdiff.files import atomic
+    from synerdiff.results.timeline import write_timeline
+
+    with ExitStack() as stack:
+        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        stack.enter_context(atomic(out / "summary.json")).write_text(text, encoding="utf-8")
+        if timeline:
+            write_timeline(stack.enter_context(atomic(out / "timeline.json")), frames[1], frames[0])
+        records.store(stack.enter_context(atomic(out / "work.parquet")), tables[1])
+        records.store(stack.enter_context(atomic(out / "requests.parquet")), tables[0])
+    if not timeline:
+        (out / "timeline.json").unlink(missing_ok=True)
+
+
+@contextmanager
+def progress_bar(label: str, samples: int) -> Iterator[Callable[[int], None] | None]:
+    """A bar on standard error while somebody watches it; it is told how many samples have ended."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    # Drawing twice a second keeps the bar's own thread out of what is measured.
+    with Progress(console=Console(stderr=True), transient=True, refresh_per_second=2) as bar:
+        task = bar.add_task(label, total=samples)
+        yield lambda ended: bar.update(task, completed=ended)

@@ -1,0 +1,195 @@
+"""Metrics of one run: pure functions on the two tables of its records (columns: ``docs/file-formats.md``).
+
+Names follow AIPerf where it has one. Durations end in ``_s``; throughputs and rates are per second. The measured
+requests are those left, in order of arrival, after the first 10% (warm-up) and the last 5% (tail) are set aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import isfinite
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from synerdiff.core import NS_PER_S, InputError
+from synerdiff.results.intervals import (
+    Interval,
+    batch_means_interval,
+    p99_upper_bound,
+    percentile_interval,
+    requests_for_p99_claim,
+)
+
+WARMUP_PERCENT = 10
+TAIL_PERCENT = 5
+SLO_FACTOR = 3.0
+STAGES = ("queue", "denoise", "decode_wait", "decode")
+_STAGE_ENDS = ("arrival_s", "admitted_s", "denoised_s", "decode_started_s", "finished_s")
+
+
+def measured(requests: pd.DataFrame) -> pd.DataFrame:
+    """The requests after warm-up and before the tail, by arrival (ties: request_id).
+
+    The first floor(10%) and the last floor(5%) are set aside.
+    """
+    ordered = requests.sort_values(["arrival_s", "request_id"], kind="stable")
+    count = len(ordered)
+    return ordered.iloc[count * WARMUP_PERCENT // 100 : count - count * TAIL_PERCENT // 100]
+
+
+def stages(requests: pd.DataFrame) -> pd.DataFrame:
+    """Seconds of each request's latency by stage: queue (arrival to admission, text encoding included), denoise,
+    decode_wait, decode (to the end of the copy). The four add up to request_latency. Requests that are done only."""
+    done = requests[requests["status"] == "done"]
+    times = [done[column].astype(float) for column in _STAGE_ENDS]
+    return pd.DataFrame({stage: end - start for stage, start, end in zip(STAGES, times, times[1:], strict=False)})
+
+
+def slo_s(requests: pd.DataFrame, solo_latency_s: Iterable[float]) -> pd.Series[float]:
+    """Each request's limit: its own slo_s, else 3 times its solo latency (same order as the rows)."""
+    default = pd.Series(list(solo_latency_s), index=requests.index, dtype=float) * SLO_FACTOR
+    return requests["slo_s"].astype(float).fillna(default)
+
+
+def summarize(requests: pd.DataFrame, work: pd.DataFrame, solo_latency_s: Iterable[float]) -> dict[str, Any]:
+    """All metrics of a run, flat and ready for JSON (None where a value does not exist).
+
+    ``solo_latency_s``: per row of ``requests``, its latency alone (``capacity.solo_latencies_s``); a request without
+    an SLO of its own is good when it takes at most 3 times that.
+
+    - trace_request_count, unfinished_count, rejected_count, failed_count, error_request_count (their sum): over the
+      whole run, trimmed requests included.
+    - measured_request_count; request_count: those of them that are done; warmup_request_count, tail_request_count.
+    - request_latency_mean_s / _p50_s / _p90_s / _p99_s over the done ones, each with _ci_low_s and _ci_high_s (95%):
+      means by 20 batch means, percentiles by order statistics (independence assumed; prefer intervals over seeds).
+    - p99_claimable: at least 459 measured requests, all of them done; request_latency_p99_upper_s: the bound that P99
+      can be claimed at 99% confidence not to exceed. slo_p99_claimable: "99% of requests meet their SLO" can be.
+    - benchmark_duration_s: from the first measured arrival to the last measured finish. request_throughput (the
+      achieved rate), image_throughput, goodput: requests / images / requests within their SLO that finish in it,
+      whichever they are, per second. offered_request_rate, offered_image_rate: over the measured arrivals.
+    - good_request_count: measured requests within their SLO; good_fraction: of all measured ones.
+    - skip_fraction: skipped / guided sample-steps of the done measured requests.
+    - queue, denoise, decode_wait, decode: _mean_s and _p99_s of each stage.
+    - lane_utilisation_gpuG_LANE: share of the duration in which the lane works.
+    """
+    if requests.empty:
+        raise InputError("the run has no requests, so it has no metrics.")
+    table = requests.assign(limit_s=slo_s(requests, solo_latency_s))
+    kept = measured(table)
+    done = kept[kept["status"] == "done"]
+    summary: dict[str, Any] = _counts(requests, kept, done)
+    latency = done["request_latency_s"].astype(float)
+    summary |= _latency(latency, len(kept))
+    good = int((latency <= done["limit_s"]).sum())
+    summary["good_request_count"] = good
+    summary["good_fraction"] = good / len(kept)
+    summary["slo_p99_claimable"] = requests_for_p99_claim(len(kept) - good) <= len(kept)
+    start_s = float(kept["arrival_s"].min())
+    end_s = float(done["finished_s"].max() if len(done) else kept["arrival_s"].max())
+    summary |= _rates(table, kept, start_s, end_s)
+    guided = done[done["guidance_scale"] > 1]
+    summary["skip_fraction"] = _ratio(guided["skipped_steps"].sum(), (guided["images"] * guided["steps"]).sum()) or 0.0
+    for stage, values in stages(kept).items():
+        summary[f"{stage}_mean_s"] = float(values.mean()) if len(values) else None
+        summary[f"{stage}_p99_s"] = float(values.quantile(0.99)) if len(values) else None
+    return summary | {f"lane_utilisation_{k}": v for k, v in lane_utilisation(work, start_s, end_s).items()}
+
+
+def _counts(requests: pd.DataFrame, kept: pd.DataFrame, done: pd.DataFrame) -> dict[str, int]:
+    count = len(requests)
+    statuses = requests["status"].value_counts()
+    errors = {f"{name}_count": int(statuses.get(name, 0)) for name in ("unfinished", "rejected", "failed")}
+    return {
+        "trace_request_count": count,
+        "warmup_request_count": count * WARMUP_PERCENT // 100,
+        "tail_request_count": count * TAIL_PERCENT // 100,
+        "measured_request_count": len(kept),
+        "request_count": len(done),
+        "error_request_count": sum(errors.values()),
+        **errors,
+    }
+
+
+def _latency(latency: pd.Series[float], measured_count: int) -> dict[str, Any]:
+    values = latency.tolist()
+    found: dict[str, Any] = {}
+    names = ("mean", "p50", "p90", "p99")
+    intervals: list[Interval | None] = [None] * len(names)
+    if values:
+        intervals = [batch_means_interval(values), *(percentile_interval(values, q) for q in (0.5, 0.9, 0.99))]
+    for name, interval in zip(names, intervals, strict=True):
+        found[f"request_latency_{name}_s"] = None if interval is None else interval.value
+        found[f"request_latency_{name}_ci_low_s"] = None if interval is None else _finite(interval.low)
+        found[f"request_latency_{name}_ci_high_s"] = None if interval is None else _finite(interval.high)
+    complete = len(values) == measured_count
+    found["p99_claimable"] = complete and measured_count >= requests_for_p99_claim()
+    found["request_latency_p99_upper_s"] = _finite(p99_upper_bound(values)) if values and complete else None
+    return found
+
+
+def _rates(requests: pd.DataFrame, kept: pd.DataFrame, start_s: float, end_s: float) -> dict[str, Any]:
+    duration_s = end_s - start_s
+    finished = requests[
+        (requests["status"] == "done") & (requests["finished_s"] > start_s) & (requests["finished_s"] <= end_s)
+    ]
+    span_s = float(kept["arrival_s"].max()) - start_s
+    return {
+        "benchmark_duration_s": duration_s,
+        "request_throughput": _ratio(len(finished), duration_s),
+        "image_throughput": _ratio(finished["images"].sum(), duration_s),
+        "goodput": _ratio((finished["request_latency_s"] <= finished["limit_s"]).sum(), duration_s),
+        "offered_request_rate": _ratio(len(kept) - 1, span_s),
+        "offered_image_rate": _ratio(kept["images"].sum() * (len(kept) - 1) / len(kept), span_s),
+    }
+
+
+def lane_utilisation(work: pd.DataFrame, start_s: float, end_s: float) -> dict[str, float]:
+    """``gpuG_LANE`` -> share of the time from start to end in which the lane works."""
+    if end_s <= start_s:
+        return {}
+    low, high = start_s * NS_PER_S, end_s * NS_PER_S
+    inside = (work["end_ns"].clip(upper=high) - work["start_ns"].clip(lower=low)).clip(lower=0)
+    busy = inside.groupby("gpu" + work["gpu"].astype(str) + "_" + work["lane"]).sum()
+    return {str(lane): float(total) / (high - low) for lane, total in busy.items()}
+
+
+def saturation_throughput(work: pd.DataFrame) -> float:
+    """Samples a second at saturation: decodes that end while full-batch steps still run, the first fifth dropped.
+
+    A full batch is the largest number of samples that any step has. Decodes come in lumps when a batch ends together,
+    so the rate is taken over a whole number of batches. InputError when fewer than two batches are left.
+    """
+    steps = work[work["kind"] == "step"]
+    chunks = work[work["kind"] == "chunk"]
+    sizes = steps["sample_ids"].str.count(";") + 1
+    batch = int(sizes.max()) if len(steps) else 1
+    last_full_ns = steps.loc[sizes == batch, "end_ns"].max() if len(steps) else 0
+    ends = np.sort(chunks.loc[chunks["chunk"] == chunks["chunk"].max(), "end_ns"].to_numpy())
+    ends = ends[ends <= last_full_ns]
+    ends = ends[len(ends) // 5 :]
+    spans = (len(ends) - 1) // batch * batch
+    if spans < batch:
+        raise InputError("the run is too short for a saturation throughput: fewer than two full batches were decoded.")
+    return spans * NS_PER_S / float(ends[-1] - ends[-1 - spans])
+
+
+def backlog(requests: pd.DataFrame) -> pd.DataFrame:
+    """time_s, in_system: how many requests have arrived and not finished, at every change.
+
+    Requests that were rejected are left out; unfinished and failed ones stay in the system.
+    """
+    kept = requests[requests["status"] != "rejected"]
+    finished = kept["finished_s"].astype(float)[kept["status"] == "done"]
+    changes = pd.concat([pd.Series(1, index=kept["arrival_s"].astype(float)), pd.Series(-1, index=finished)])
+    at_once = changes.groupby(level=0).sum().sort_index()
+    return pd.DataFrame({"time_s": at_once.index.to_numpy(float), "in_system": at_once.cumsum().to_numpy(int)})
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return float(part) / float(whole) if whole > 0 else None
+
+
+def _finite(value: float) -> float | None:
+    return value if isfinite(value) else None

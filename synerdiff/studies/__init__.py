@@ -1,1 +1,0 @@
-"""Studies combine the engines: sweeps over many simulated runs, and comparisons."""

@@ -1,0 +1,282 @@
+"""How far predictions were off: metric by metric, median over repeats, with the stage in which they part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from synerdiff.core import NS_PER_S, RunResult, WorkRecord
+from synerdiff.profile.tables import Profile
+from synerdiff.results.intervals import Interval, percentile_interval
+from synerdiff.validation.cell_tour import handed_over
+from synerdiff.validation.session import Case, Observation, Session
+
+if TYPE_CHECKING:
+    import pandas
+
+RELATIVE, POINTS, OF_LATENCY = "relative", "points", "of latency"
+
+METRICS = {
+    "step_time_s": ("step time", RELATIVE),
+    "decode_time_s": ("decode time", RELATIVE),
+    "request_throughput": ("throughput", RELATIVE),
+    "request_latency_mean_s": ("mean latency", RELATIVE),
+    "request_latency_p50_s": ("P50 latency", RELATIVE),
+    "request_latency_p99_s": ("P99 latency", RELATIVE),
+    "queue_mean_s": ("stage queue", OF_LATENCY),
+    "denoise_mean_s": ("stage denoise", OF_LATENCY),
+    "decode_wait_mean_s": ("stage decode wait", OF_LATENCY),
+    "decode_mean_s": ("stage decode", OF_LATENCY),
+    "lane_utilisation_gpu0_denoise": ("denoise lane busy", POINTS),
+    "lane_utilisation_gpu0_decode0": ("decode lane busy", POINTS),
+    "skip_fraction": ("guidance skipped", POINTS),
+}
+"""Metric -> its name, and how its error counts: measured / predicted - 1; the difference itself; or the difference as
+a share of the predicted mean latency, because a stage of a few microseconds has no meaningful ratio."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Largest errors. ``latency`` applies up to load 0.5; above it the mean latency must lie in the simulated range."""
+
+    name: str
+    stage: float
+    throughput: float
+    latency: float
+    range_factor: float
+    """The simulated range: all times multiplied by 1 - this and 1 + this."""
+    range_everywhere: bool = False
+    """Judge the mean latency by the range at every load."""
+
+
+TOLERANCES = {
+    "strict": Tolerance("strict", 0.03, 0.03, 0.05, 0.02),
+    "cpu": Tolerance("cpu", 0.15, 0.15, 0.15, 0.15, range_everywhere=True),
+}
+LOW_LOAD = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class MetricError:
+    """One metric of one case; medians over repeats."""
+
+    measured: float
+    predicted: float
+    error: Interval | None
+    """Median of the repeats' errors with its 95% interval (order statistics); None where none is defined."""
+    repeats: tuple[tuple[float, float], ...]
+    """(measured, predicted) per repeat."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One tolerance applied to one case."""
+
+    case: Case
+    what: str
+    found: str
+    allowed: str
+    passed: bool
+
+
+@dataclass(slots=True)
+class CaseErrors:
+    case: Case
+    metrics: dict[str, MetricError] = field(default_factory=dict)
+    range_s: tuple[float, float] | None = None
+    """The measured mean latency divided by the ends of the simulated range, median over repeats: (low, high)."""
+    blame: str = ""
+    faults: int = 0
+    dispatch_s: dict[str, float] = field(default_factory=dict)
+    """Median over all repeats of how long lanes stood idle between pieces."""
+    latencies: list[tuple[int, float, float]] = field(default_factory=list)
+    """Per request: id, predicted and measured latency in seconds, medians over repeats."""
+
+
+def case_errors(session: Session, case: Case) -> CaseErrors:
+    """Compare the complete repeats of one case."""
+    seen = session.observations[case][: session.repeats]
+    found = CaseErrors(case)
+    pairs = []
+    for one in seen:
+        profile = session.profile_of(one)
+        assert one.predicted is not None
+        measured_run = replace(one.run.result, work=handed_over(one.run))
+        pairs.append((_metrics(measured_run, one, profile), _metrics(one.predicted, one, profile)))
+        found.faults += len(one.run.faults)
+    for key, (_, kind) in METRICS.items():
+        known: list[tuple[float, float]] = []
+        errors: list[float] = []
+        for measured, predicted in pairs:
+            if measured.get(key) is None or predicted.get(key) is None:
+                continue
+            known.append((measured[key], predicted[key]))
+            error = _error(kind, *known[-1], predicted["request_latency_mean_s"])
+            if error is not None:
+                errors.append(error)
+        if not known:
+            continue
+        found.metrics[key] = MetricError(
+            median(m for m, _ in known),
+            median(p for _, p in known),
+            percentile_interval(errors, 0.5) if errors else None,
+            tuple(known),
+        )
+    if not case.saturated:
+        found.range_s = _range(seen)
+    found.blame = _blame(found)
+    for name, values_ns in (("step", "step_ns"), ("chunk", "chunk_ns"), ("decide", "decide_ns")):
+        every = [value for one in seen for value in getattr(one.run.dispatch, values_ns)]
+        found.dispatch_s[name] = median(every) / NS_PER_S if every else 0.0
+    found.latencies = _latencies(seen)
+    return found
+
+
+def checks(errors: CaseErrors, tolerance: Tolerance) -> list[Check]:
+    """The verdicts on one case."""
+    case = errors.case
+    found = [
+        _within(case, errors, "step_time_s", tolerance.stage),
+        _within(case, errors, "decode_time_s", tolerance.stage),
+        _within(case, errors, "request_throughput", tolerance.throughput),
+    ]
+    if not case.saturated:
+        if case.load <= LOW_LOAD and not tolerance.range_everywhere:
+            found.append(_within(case, errors, "request_latency_mean_s", tolerance.latency))
+        else:
+            found.append(_in_range(case, errors, tolerance))
+    found.append(Check(case, "faults", str(errors.faults), "none", errors.faults == 0))
+    return found
+
+
+def _within(case: Case, errors: CaseErrors, key: str, limit: float) -> Check:
+    name = METRICS[key][0]
+    metric = errors.metrics.get(key)
+    if metric is None or metric.error is None:
+        return Check(case, name, "not measured", f"within {limit:.0%}", False)
+    value = metric.error.value
+    return Check(case, name, f"{value:+.1%}", f"within {limit:.0%}", abs(value) <= limit)
+
+
+def _in_range(case: Case, errors: CaseErrors, tolerance: Tolerance) -> Check:
+    assert errors.range_s is not None
+    below, above = errors.range_s
+    allowed = f"in the simulated range for all times -{tolerance.range_factor:.0%} to +{tolerance.range_factor:.0%}"
+    found = f"{below:.3f} of its low end, {above:.3f} of its high end"
+    return Check(case, "mean latency", found, allowed, below >= 1 >= above)
+
+
+def _range(seen: Sequence[Observation]) -> tuple[float, float]:
+    """Measured mean latency over that simulated with all times shorter, and with all times longer."""
+    ratios: tuple[list[float], list[float]] = ([], [])
+    for one in seen:
+        assert one.low is not None
+        assert one.high is not None
+        measured = _mean_latency_s(one.run.result)
+        ends = sorted((_mean_latency_s(one.low), _mean_latency_s(one.high)))
+        for ratio, end in zip(ratios, ends, strict=True):
+            ratio.append(measured / end)
+    return median(ratios[0]), median(ratios[1])
+
+
+def _mean_latency_s(result: RunResult) -> float:
+    return float(_summary(result)["request_latency_mean_s"])
+
+
+def _error(kind: str, measured: float, predicted: float, mean_latency_s: float) -> float | None:
+    if kind == RELATIVE:
+        return measured / predicted - 1 if predicted else None
+    return (measured - predicted) / (mean_latency_s if kind == OF_LATENCY else 1.0)
+
+
+def _metrics(result: RunResult, one: Observation, profile: Profile) -> dict[str, Any]:
+    """The run's summary, and step and decode times at the mix of pieces that was measured."""
+    measured = one.run.result.work
+    return _summary(result) | {
+        "step_time_s": _step_time_s(measured, result.work, profile),
+        "decode_time_s": _decode_time_s(measured, result.work),
+    }
+
+
+def _step_time_s(measured: Sequence[WorkRecord], work: Sequence[WorkRecord], profile: Profile) -> float | None:
+    """Mean duration of ``work``'s steps, weighted by how often ``measured`` has steps of each bucket.
+
+    The two runs' batches differ a little, so plain means would compare different steps. A bucket that ``work`` has not
+    counts with the profile's solo time.
+    """
+    counts: dict[int, int] = {}
+    for record in measured:
+        if record.kind == "step":
+            bucket = profile.bucket(record.rows)
+            counts[bucket] = counts.get(bucket, 0) + 1
+    times: dict[int, list[int]] = {}
+    for record in work:
+        if record.kind == "step":
+            times.setdefault(profile.bucket(record.rows), []).append(record.end_ns - record.start_ns)
+    if not counts:
+        return None
+    total = sum(
+        count * (sum(times[rows]) / len(times[rows]) if rows in times else profile.step_ns(rows))
+        for rows, count in counts.items()
+    )
+    return total / sum(counts.values()) / NS_PER_S
+
+
+def _decode_time_s(measured: Sequence[WorkRecord], work: Sequence[WorkRecord]) -> float | None:
+    """Sum over the chunks of a decode of their mean durations; chunks that only one of the runs has are left out."""
+    sums: dict[int, list[int]] = {}
+    for record in work:
+        if record.kind == "chunk":
+            sums.setdefault(record.chunk, []).append(record.end_ns - record.start_ns)
+    common = {record.chunk for record in measured if record.kind == "chunk"} & sums.keys()
+    return sum(sum(sums[i]) / len(sums[i]) for i in common) / NS_PER_S if common else None
+
+
+def _summary(result: RunResult) -> dict[str, Any]:
+    from synerdiff.results.metrics import summarize
+
+    requests, work = frames(result)
+    return summarize(requests, work, [0.0] * len(requests))
+
+
+def frames(result: RunResult) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+    """A run's requests and work as data frames."""
+    from synerdiff.results import records
+
+    return (
+        records.requests_table(result.requests).to_pandas(),
+        records.work_table(result.work, result.sample_names).to_pandas(),
+    )
+
+
+def _latencies(seen: Sequence[Observation]) -> list[tuple[int, float, float]]:
+    """Medians over repeats, for requests that were done in all of them."""
+    predicted: dict[int, list[float]] = {}
+    measured: dict[int, list[float]] = {}
+    for one in seen:
+        assert one.predicted is not None
+        for found, result in ((predicted, one.predicted), (measured, one.run.result)):
+            for record in result.requests:
+                if record.status == "done":
+                    latency_s = (record.finished_ns - record.request.arrival_ns) / NS_PER_S
+                    found.setdefault(record.request.request_id, []).append(latency_s)
+    complete = [i for i in sorted(predicted) if len(predicted[i]) == len(measured.get(i, ())) == len(seen)]
+    return [(i, median(predicted[i]), median(measured[i])) for i in complete]
+
+
+def _blame(errors: CaseErrors) -> str:
+    """One sentence: where the mean latency was gained or lost against the prediction."""
+    latency = errors.metrics.get("request_latency_mean_s")
+    if errors.case.saturated or latency is None or latency.error is None:
+        return ""
+    parts = {
+        label.removeprefix("stage "): metric.error.value
+        for key, (label, kind) in METRICS.items()
+        if kind == OF_LATENCY and (metric := errors.metrics.get(key)) is not None and metric.error is not None
+    }
+    worst = max(parts, key=lambda stage: abs(parts[stage]))
+    listed = ", ".join(f"{stage} {value:+.1%}" for stage, value in parts.items())
+    total = f"mean latency {latency.error.value:+.1%}"
+    return f"{total}, most of it in the stage {worst} (shares of the predicted mean: {listed})"

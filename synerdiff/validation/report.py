@@ -1,0 +1,287 @@
+"""A validation as files: JSON, a table to read, one line per request, and the pictures last."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from synerdiff.core import InputError
+from synerdiff.files import atomic
+from synerdiff.profile.folder import write_profile, write_table
+from synerdiff.profile.tables import Profile
+from synerdiff.validation.errors import METRICS, POINTS, CaseErrors, Check, Tolerance, frames
+from synerdiff.validation.session import Session
+
+FILES = ("validation.json", "report.md", "requests.csv", "profile")
+FIGURES = ("prediction-errors", "requests", "timelines")
+SHOWN_S = 1.0
+SHOWN_STEPS = 25
+JUDGED = ("step_time_s", "decode_time_s", "request_throughput", "request_latency_mean_s")
+PICTURED = (*JUDGED, "request_latency_p99_s")
+
+
+def require_validation_folder(out: Path) -> None:
+    """InputError when the folder holds something else than an earlier validation, or cannot be written."""
+    from synerdiff.files import require_writable_folder
+
+    require_writable_folder(out)
+    known = {*FILES, *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))}
+    for path in sorted(out.iterdir()):
+        if path.name not in known and not path.name.endswith(".part"):
+            raise InputError(f"{out}: this folder holds {path.name}, which is no file of a validation; give another.")
+
+
+def write_report(
+    out: Path,
+    session: Session,
+    cases: Sequence[CaseErrors],
+    verdicts: Sequence[Check],
+    tolerance: Tolerance,
+    facts: Mapping[str, Any],
+) -> str:
+    """Write the data, then the pictures; returns the report's text."""
+    data = as_json(session, cases, verdicts, tolerance, facts)
+    text = report_text(data)
+    with atomic(out / "validation.json") as temporary:
+        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    rows = [
+        (one.case.policy, _load_text(one.case.load), i, f"{predicted:.6f}", f"{measured:.6f}")
+        for one in cases
+        for i, predicted, measured in one.latencies
+    ]
+    write_table(out / "requests.csv", ("policy", "load", "request_id", "predicted_s", "measured_s"), rows)
+    write_profile(out / "profile", session.pooled)
+    with atomic(out / "report.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    _draw(out, session, cases, tolerance, facts)
+    return text
+
+
+def as_json(
+    session: Session,
+    cases: Sequence[CaseErrors],
+    verdicts: Sequence[Check],
+    tolerance: Tolerance,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Everything that the report says, and the repeats behind it."""
+    plan = session.plan
+    return {
+        **facts,
+        "profile": session.profile.name,
+        "policies": list(plan.policies),
+        "loads": [_load_text(load) for load in plan.loads],
+        "repeats": session.repeats,
+        "repeats_wanted": plan.repeats,
+        "time_scales": {_load_text(load): scale for load, scale in session.time_scales.items()},
+        "tolerance": {
+            "name": tolerance.name,
+            "stage_times": tolerance.stage,
+            "throughput": tolerance.throughput,
+            "mean_latency": tolerance.latency,
+            "range_factors": list(plan.range_factors),
+            "range_at_every_load": tolerance.range_everywhere,
+        },
+        "cores_busy_with_others": session.load.others,
+        "cores_stolen_by_host": session.load.stolen,
+        "drift": drift(session.profile, session.pooled, session),
+        "cases": [_case_json(one) for one in cases],
+        "checks": [
+            {
+                "case": check.case.label,
+                "what": check.what,
+                "found": check.found,
+                "allowed": check.allowed,
+                "passed": check.passed,
+            }
+            for check in verdicts
+        ],
+        "passed": all(check.passed for check in verdicts),
+    }
+
+
+def drift(before: Profile, now: Profile, session: Session) -> dict[str, float]:
+    """Median over the measured cells of now / as shipped, per table."""
+    cells = session.passes[0]
+    corun = [(now.corun[key[:2]][key[2]], before.corun.get(key[:2], {}).get(key[2])) for key in cells.beside]
+    known = [(new, old) for new, old in corun if old is not None]
+    found = {
+        "step_time": [now.steps[r].median / before.step_ns(r) for r in cells.steps],
+        "chunk_time": [
+            new.median / old.median
+            for name in cells.chunks
+            for new, old in zip(now.chunks[name], before.chunks[name], strict=True)
+        ],
+        "step_slowdown": [new.step.median / old.step.median for new, old in known],
+        "chunk_slowdown": [new.chunk.median / old.chunk.median for new, old in known],
+    }
+    return {name: median(ratios) for name, ratios in found.items() if ratios}
+
+
+def _case_json(one: CaseErrors) -> dict[str, Any]:
+    metrics = {}
+    for key, metric in one.metrics.items():
+        error = metric.error
+        metrics[key] = {
+            "measured": metric.measured,
+            "predicted": metric.predicted,
+            "error": None if error is None else error.value,
+            "error_low": None if error is None or math.isinf(error.low) else error.low,
+            "error_high": None if error is None or math.isinf(error.high) else error.high,
+            "error_is": METRICS[key][1],
+            "repeats": [list(pair) for pair in metric.repeats],
+        }
+    return {
+        "policy": one.case.policy,
+        "load": _load_text(one.case.load),
+        "metrics": metrics,
+        "of_simulated_range": None if one.range_s is None else list(one.range_s),
+        "where": one.blame,
+        "faults": one.faults,
+        "dispatch_p50_s": one.dispatch_s,
+    }
+
+
+def report_text(data: Mapping[str, Any]) -> str:
+    """The report as Markdown."""
+    limits = data["tolerance"]
+    low, high = limits["range_factors"]
+    where = "at every load" if limits["range_at_every_load"] else "above load 0.5"
+    failed = [check for check in data["checks"] if not check["passed"]]
+    verdict = "passed" if data["passed"] else f"failed ({len(failed)} of {len(data['checks'])} checks)"
+    lines = [
+        f"# Prediction against hardware: {verdict}",
+        "",
+        f"Model {data['model']} on {data['device']} ({data['date']}; {data['software']}). Trace {data['trace']}, "
+        f"{data['requests']} requests. {data['repeats']} of {data['repeats_wanted']} repeats; profile cells "
+        f"and runs in turn, in one process. Warm-up {data['warm_up_s']:.1f} s, not part of any number.",
+        "",
+        "Errors are measured / predicted - 1 (stages: as a share of the predicted mean latency; lanes and skipping: "
+        "points); medians over repeats with 95% intervals. "
+        f"Tolerances '{limits['name']}': stage times {limits['stage_times']:.0%}, "
+        f"throughput {limits['throughput']:.0%}, "
+        + ("" if limits["range_at_every_load"] else f"mean latency up to load 0.5 {limits['mean_latency']:.0%}, ")
+        + f"{where} the mean latency inside what is simulated with all times x {low:g} and x {high:g}.",
+        "",
+        _load_text_of(data["cores_busy_with_others"], data["cores_stolen_by_host"])
+        + "Against the shipped profile, the cells measured here are: "
+        + ", ".join(f"{name.replace('_', ' ')} x {ratio:.2f}" for name, ratio in data["drift"].items())
+        + " (medians).",
+        "",
+    ]
+    for load in data["loads"]:
+        lines += _load_table(load, [case for case in data["cases"] if case["load"] == load])
+    lines += ["## Where prediction and reality part", ""]
+    lines += [f"- {case['policy']}, load {case['load']}: {case['where']}." for case in data["cases"] if case["where"]]
+    lines += ["", "## Checks that failed" if failed else "All checks passed.", ""]
+    lines += [f"- {c['case']}: {c['what']} {c['found']}; allowed: {c['allowed']}." for c in failed]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _load_text_of(others: float | None, stolen: float | None) -> str:
+    if others is None or stolen is None:
+        return ""
+    return f"Meanwhile other processes kept {others:.2f} cores busy and the host took {stolen:.2f} cores. "
+
+
+def _load_table(load: str, cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    title = "Saturation (all requests at once)" if load == "saturation" else f"Load {load}"
+    names = [case["policy"] for case in cases]
+    lines = [f"## {title}", "", "| metric | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for key, (label, kind) in METRICS.items():
+        if load == "saturation" and ("latency" in key or key.endswith("_mean_s")):
+            continue
+        cells = [_cell(case["metrics"].get(key), key, kind) for case in cases]
+        if any(cells):
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    if load != "saturation":
+        parts = ["{:.3f} / {:.3f}".format(*case["of_simulated_range"]) for case in cases]
+        lines.append("| mean latency / low and high end of the range | " + " | ".join(parts) + " |")
+    idle = ["{:.2f} / {:.2f}".format(*(1e3 * case["dispatch_p50_s"][k] for k in ("step", "chunk"))) for case in cases]
+    lines.append("| lane idle before a step / chunk, ms | " + " | ".join(idle) + " |")
+    return [*lines, ""]
+
+
+def _cell(metric: Mapping[str, Any] | None, key: str, kind: str) -> str:
+    """``measured (error, interval)``."""
+    if metric is None:
+        return ""
+    if kind == POINTS:
+        value = f"{metric['measured']:.1%}"
+    elif key == "request_throughput":
+        value = f"{metric['measured']:.3g}/s"
+    else:
+        value = f"{1e3 * metric['measured']:.3g} ms"
+    if metric["error"] is None:
+        return value
+    ends = [metric["error_low"], metric["error_high"]]
+    interval = "" if None in ends else " [{:+.1%}, {:+.1%}]".format(*ends)
+    return f"{value} ({metric['error']:+.1%}{interval})"
+
+
+def _draw(
+    out: Path, session: Session, cases: Sequence[CaseErrors], tolerance: Tolerance, facts: Mapping[str, Any]
+) -> None:
+    import pandas as pd
+
+    from synerdiff.figures.style import save
+    from synerdiff.figures.validation import prediction_errors, request_scatter, two_timelines
+
+    made_on = f"{facts['model']} on {facts['device']}, {session.repeats} repeats."
+    limits = {
+        "step_time_s": tolerance.stage,
+        "decode_time_s": tolerance.stage,
+        "request_throughput": tolerance.throughput,
+    }
+    rows = []
+    for one in cases:
+        for key in PICTURED:
+            metric = one.metrics.get(key)
+            if metric is None or metric.error is None or (one.case.saturated and "latency" in key):
+                continue
+            limit = limits.get(key, math.nan)
+            if key == "request_latency_mean_s" and one.case.load <= 0.5 and not tolerance.range_everywhere:
+                limit = tolerance.latency
+            error = metric.error
+            rows.append((one.case.label, METRICS[key][0], error.value, error.low, error.high, limit))
+    errors = pd.DataFrame(rows, columns=["case", "metric", "error", "low", "high", "limit"])
+    save(prediction_errors(errors, caption=made_on), out, "prediction-errors")
+    points = [
+        (f"load {_load_text(one.case.load)}", one.case.policy, predicted, measured)
+        for one in cases
+        if not one.case.saturated
+        for _, predicted, measured in one.latencies
+    ]
+    if points:
+        table = pd.DataFrame(points, columns=["load", "policy", "predicted_s", "measured_s"])
+        save(request_scatter(table, caption=made_on), out, "requests")
+    case = max((one.case for one in cases), key=lambda case: (not case.saturated, case.load, case.policy))
+    seen = session.observations[case][session.repeats // 2]
+    assert seen.predicted is not None
+    predicted, measured = frames(seen.predicted)[1], frames(seen.run.result)[1]
+    begin_s, end_s = _shown_window(measured)
+    figure = two_timelines(
+        predicted,
+        measured,
+        begin_s,
+        end_s,
+        title=f"The same {end_s - begin_s:.2g} s, predicted and measured: {case.label}",
+        caption=f"Repeat {seen.repeat + 1}. {made_on}",
+    )
+    save(figure, out, "timelines")
+
+
+def _shown_window(work: Any) -> tuple[float, float]:
+    """About 25 steps from the middle of the run."""
+    steps = work[work["kind"] == "step"].reset_index(drop=True)
+    middle = len(steps) // 2
+    last = min(len(steps) - 1, middle + SHOWN_STEPS)
+    return float(steps["start_ns"][middle]) / 1e9, float(steps["end_ns"][last]) / 1e9
+
+
+def _load_text(load: float) -> str:
+    return "saturation" if math.isinf(load) else f"{load:g}"

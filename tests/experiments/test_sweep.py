@@ -1,0 +1,651 @@
+"""A sweep: what it computes, that it resumes, that nothing stale is used, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from synerdiff.cli import main as cli
+from synerdiff.config.experiment import load_experiment
+from synerdiff.core import InputError, SkipBudget
+from synerdiff.experiments import grid_run
+from synerdiff.experiments.backends import LokyBackend
+from synerdiff.experiments.grid import Grid, Place, best_batch, nearest
+from synerdiff.experiments.sweep import run_sweep
+from synerdiff.profile.folder import write_profile
+from synerdiff.results.records import read_table
+from tests.builders import affine_profile
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = """
+name: small
+profiles: [p]
+requests: 30
+seeds: [1, 2]
+loads: [0.5, 0.9]
+workloads:
+  - {name: w, generator: poisson, parameters: {mix: fixed, steps: 4, images: 2}}
+policies:
+  - {policy: continuous-serial, batch: 4}
+  - {policy: static, label: hurried, batch: 4, parameters: {max_wait_s: 0.1}}
+figures: []
+"""
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a small profile ``p``, an experiment ``e.yaml``, and the working folder there."""
+    write_profile(tmp_path / "p", affine_profile())
+    (tmp_path / "e.yaml").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def small(world: Path, *changes: tuple[str, str], out: str = "out") -> Grid:
+    """The grid of the experiment with parts of its text replaced."""
+    text = SMALL
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (world / "e.yaml").write_text(text)
+    return Grid(load_experiment(world / "e.yaml"), world, world / out)
+
+
+def swept(grid: Grid, jobs: int = 1):
+    return run_sweep(grid, LokyBackend(jobs))
+
+
+def keys(grid: Grid) -> set[str]:
+    return {run.key for run in grid.runs({})}
+
+
+def table(path: Path) -> list[dict]:
+    return read_table(path, {})[0].to_pylist()
+
+
+def test_every_run_of_the_grid_is_a_row(world: Path) -> None:
+    results = swept(small(world))
+    assert (results.computed, results.found) == (8, 0)
+    rows = table(world / "out" / "runs.parquet")
+    assert [row["key"] for row in rows] == sorted(row["key"] for row in rows)
+    found = {(row["policy"], row["policy_name"], row["batch"], row["load"], row["seed"]) for row in rows}
+    named = (("continuous-serial", "continuous-serial"), ("hurried", "static"))
+    assert found == {(*name, 4, load, seed) for name in named for load in (0.5, 0.9) for seed in (1, 2)}
+    assert {row["parameters"] for row in rows} == {"{}", '{"max_wait_s": 0.1}'}
+    assert all(row["profile"] == "test" and row["workload"] == "w" and not row["estimated"] for row in rows)
+    requests = table(world / "out" / "requests.parquet")
+    assert [request["run"] for request in requests] == [row["key"] for row in rows for _ in range(30)]
+    manifest = json.loads((world / "out" / "manifest.json").read_text())
+    assert manifest["complete"] is True
+    assert manifest["runs"] == [row["key"] for row in rows]
+    assert manifest["config"]["seeds"] == [1, 2]
+    assert set(manifest["versions"]) >= {"synerdiff", "python", "numpy"}
+
+
+def test_policies_see_the_same_arrivals_and_loads_only_stretch_them(world: Path) -> None:
+    swept(small(world))
+    rows = {row["key"]: row for row in table(world / "out" / "runs.parquet")}
+    arrivals: dict[tuple[int, float], set[tuple[float, ...]]] = {}
+    for key, row in rows.items():
+        times = [request["arrival_s"] for request in table(world / "out" / "runs" / f"{key}.parquet")]
+        arrivals.setdefault((row["seed"], row["load"]), set()).add(tuple(times))
+        # The load as stated: sample-steps over the span / what continuous-serial sustains at batch 8 (42 ms a step).
+        sustained = 4 / (4 * 0.042 / 8 + 0.030)
+        assert 30 * 2 * 4 / times[-1] / sustained == pytest.approx(row["load"])
+    assert all(len(found) == 1 for found in arrivals.values())
+    for seed in (1, 2):
+        (slow,), (fast,) = arrivals[seed, 0.5], arrivals[seed, 0.9]
+        assert [value * 0.5 / 0.9 for value in slow] == pytest.approx(list(fast), abs=2e-9)
+    assert arrivals[1, 0.5] != arrivals[2, 0.5]
+
+
+def test_a_row_is_what_simulate_finds(world: Path) -> None:
+    from synerdiff.experiments.sources import arrivals
+    from traces.native import write_trace
+
+    grid = small(world)
+    swept(grid)
+    row = table(world / "out" / "runs.parquet")[0]
+    run = next(run for run in grid.runs({}) if run.key == row["key"])
+    write_trace(world / "t.csv", arrivals(run.source).requests)
+    settings = [f"--set={name}={value}" for name, value in run.setup.parameters.items()]
+    flags = ["--policy", run.setup.policy, *settings, "--load", str(run.load), "--out", "one"]
+    assert cli.main(["simulate", "--profile", "p", "--trace", "t.csv", *flags]) == 0
+    summary = json.loads((world / "one" / "summary.json").read_text())
+    del summary["run"]
+    assert summary == {name: row[name] for name in summary}
+
+
+def test_a_second_time_computes_nothing_and_gives_the_same_bytes(world: Path) -> None:
+    swept(small(world))
+    names = ("runs.parquet", "requests.parquet", "manifest.json")
+    before = [(world / "out" / name).read_bytes() for name in names]
+    results = swept(small(world))
+    assert (results.computed, results.found) == (0, 8)
+    assert [(world / "out" / name).read_bytes() for name in names] == before
+
+
+def test_missing_and_broken_runs_are_computed_again(world: Path) -> None:
+    swept(small(world))
+    before = (world / "out" / "requests.parquet").read_bytes()
+    runs = sorted((world / "out" / "runs").iterdir())
+    runs[0].unlink()
+    runs[1].write_bytes(runs[1].read_bytes()[:-30])
+    runs[2].write_bytes(runs[3].read_bytes())
+    results = swept(small(world))
+    assert (results.computed, results.found) == (3, 5)
+    assert (world / "out" / "requests.parquet").read_bytes() == before
+
+
+def test_the_number_of_processes_changes_no_byte(world: Path) -> None:
+    swept(small(world, out="one"))
+    swept(small(world, out="two"), jobs=2)
+    one = {path.name: path.read_bytes() for path in (world / "one").rglob("*.parquet")}
+    two = {path.name: path.read_bytes() for path in (world / "two").rglob("*.parquet")}
+    assert len(one) == 10
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("requests: 30", "requests: 31"),
+        ("seeds: [1, 2]", "seeds: [3, 4]"),
+        ("loads: [0.5, 0.9]", "loads: [0.51, 0.91]"),
+        ("steps: 4", "steps: 5"),
+        ("batch: 4}", "batch: 5}"),
+        ("batch: 4, parameters: {max_wait_s: 0.1}", "batch: 3, parameters: {max_wait_s: 0.1}"),
+        ("max_wait_s: 0.1", "max_wait_s: 0.2"),
+        ("figures: []", "figures: []\nskip_budget: {fraction: 0.1}"),
+        ("figures: []", "figures: []\nslo: {seconds: 5}"),
+        ("figures: []", "figures: []\ndecode_gpus: [1]"),
+        ("figures: []", "figures: []\ndispersion: true"),
+    ],
+)
+def test_what_changes_a_run_changes_its_key(world: Path, old: str, new: str) -> None:
+    assert not keys(small(world)) <= keys(small(world, (old, new)))
+
+
+def test_what_does_not_change_a_run_leaves_its_key(world: Path) -> None:
+    before = keys(small(world))
+    assert keys(small(world, ("figures: []", "figures: [stages]\njobs: 3"))) == before
+    assert keys(small(world, ("seeds: [1, 2]", "seeds: [1, 2, 3]"))) > before
+    assert keys(small(world, out="elsewhere")) == before
+
+
+def test_another_profile_content_is_another_run(world: Path) -> None:
+    before = keys(small(world))
+    steps = world / "p" / "steps.csv"
+    steps.write_text(steps.read_text().replace("12000000", "12000001"))
+    assert keys(small(world)).isdisjoint(before)
+
+
+def test_another_engine_source_is_another_run(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys(small(world))
+    monkeypatch.setattr(grid_run, "engine_hash", lambda: "another")
+    assert keys(small(world)).isdisjoint(before)
+
+
+def test_the_engine_source_is_all_that_a_run_executes() -> None:
+    """Every module of ours that a run loads beyond the sweep's own is hashed."""
+    from synerdiff.experiments.run_keys import ENGINE_FILES, ENGINE_FOLDERS
+
+    probe = (
+        "import sys; from synerdiff.experiments import one_run; from synerdiff.results import records, metrics;"
+        "import simulator;"
+        "from policies.registry import build_policy; import traces.scaling;"
+        "print('\\n'.join(sorted(getattr(m, '__file__', None) or '' for m in sys.modules.values())))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", probe],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ours = {
+        Path(line).relative_to(ROOT)
+        for line in found.stdout.splitlines()
+        if line.startswith(f"{ROOT}/") and ".venv" not in line
+    }
+    harmless = {"synerdiff/experiments/__init__.py", "traces/__init__.py"}
+    unhashed = {
+        str(path) for path in ours if str(path) not in ENGINE_FILES and not str(path).startswith(ENGINE_FOLDERS)
+    } - harmless
+    assert unhashed == set()
+    assert all((ROOT / name).is_file() for name in ENGINE_FILES)
+
+
+def test_a_changed_trace_file_is_another_run(world: Path) -> None:
+    trace = world / "t.csv"
+    change = ("{name: w, generator: poisson, parameters: {mix: fixed, steps: 4, images: 2}}", "{name: w, trace: t.csv}")
+    seeds = ("seeds: [1, 2]", "seeds: [1]")
+    found = []
+    for steps in (3, 3, 4):
+        trace.write_text(f"arrival_s,steps\n0,{steps}\n1,3\n")
+        found.append(keys(small(world, change, seeds)))
+    assert found[0] == found[1]
+    assert found[0].isdisjoint(found[2])
+
+
+RULE = """
+from policies.continuous import ContinuousSerial
+from {sibling} import NAME_OF_RULE
+
+
+class Mine(ContinuousSerial):
+    NAME = NAME_OF_RULE
+"""
+
+
+def test_a_policy_of_the_users_own_runs_in_workers_and_its_source_counts(world: Path) -> None:
+    (world / "sweep_rule.py").write_text(RULE.format(sibling="sweep_rule_name"))
+    (world / "sweep_rule_name.py").write_text("NAME_OF_RULE = 'mine'\n")
+    change = ("policy: continuous-serial", "policy: 'sweep_rule:Mine', label: mine")
+    results = swept(small(world, change), jobs=2)
+    assert results.computed == 8
+    assert {row["policy"] for row in results.rows} == {"mine", "hurried"}
+    before = keys(small(world, change))
+    assert before == {row["key"] for row in results.rows}
+    (world / "sweep_rule.py").write_text(RULE.format(sibling="sweep_rule_name") + "# changed\n")
+    own = keys(small(world, change)) - before
+    assert len(own) == 4, "only the runs of that policy are stale"
+    (world / "sweep_rule_name.py").write_text("NAME_OF_RULE = 'mine'  # changed\n")
+    beside = keys(small(world, change)) - before
+    assert len(beside) == 4
+    assert beside.isdisjoint(own), "what the module imports from beside it counts too"
+
+
+def test_the_best_batch_is_searched_and_recorded(world: Path) -> None:
+    searched = "batch_search: {batches: [1, 2, 8, 64], loads: [0.5, 0.9], seed: 7, requests: 40}"
+    grid = small(
+        world,
+        ("figures: []", f"figures: []\n{searched}"),
+        ("continuous-serial, batch: 4", "continuous-serial, batch: best"),
+    )
+    results = swept(grid)
+    assert [place["load"] for place in results.batches] == [0.5, 0.9]
+    rows = table(world / "out" / "runs.parquet")
+    for place in results.batches:
+        assert sorted(place["mean_latency_s"]) == [1, 2, 8], "64 samples do not fit the profile's 32 rows"
+        assert place["best_batch"] == min(place["mean_latency_s"], key=place["mean_latency_s"].get)
+        used = {
+            row["batch"]
+            for row in rows
+            if row["purpose"] == "grid" and row["policy"] == "continuous-serial" and row["load"] == place["load"]
+        }
+        assert used == {place["best_batch"]}
+        tried = {
+            row["batch"]: row["request_latency_mean_s"]
+            for row in rows
+            if row["purpose"] == "search" and row["load"] == place["load"]
+        }
+        assert tried == place["mean_latency_s"]
+    assert json.loads((world / "out" / "manifest.json").read_text())["batches"][0]["best_batch"] in (1, 2, 8)
+    assert {row["seed"] for row in rows if row["purpose"] == "search"} == {7}
+    assert len(table(world / "out" / "requests.parquet")) == 8 * 30, "requests of the search are left out"
+
+
+def test_a_list_of_batches_is_the_search_of_that_policy(world: Path) -> None:
+    grid = small(world, ("continuous-serial, batch: 4", "continuous-serial, batch: [2, 3]"))
+    (first, *_) = grid.searches.items()
+    assert first[0] == Place("test", "w", "continuous-serial", 0.6)
+    assert sorted(first[1]) == [2, 3]
+
+
+def test_the_best_batch_of_another_workload(world: Path) -> None:
+    calm = "{name: calm, generator: poisson, parameters: {mix: fixed, steps: 2}, loads: [0.4], batch_from: w}"
+    other = f"\n  - {calm}\npolicies:"
+    grid = small(world, ("\npolicies:", other), ("continuous-serial, batch: 4", "continuous-serial, batch: best"))
+    assert {place.workload for place in grid.searches} == {"w"}
+    best = {place: 2 if place.load == 0.6 else 8 for place in grid.searches}
+    runs = [run for run in grid.runs(best) if run.label == "continuous-serial"]
+    assert {run.setup.parameters["batch"] for run in runs if run.source.workload == "calm"} == {2}
+
+
+def test_ties_between_batches_and_between_loads() -> None:
+    assert best_batch({4: 2.0, 2: 2.0, 8: 3.0}) == 2
+    assert best_batch({4: None, 8: 3.0}) == 8
+    assert [nearest(load, (0.6, 0.9)) for load in (0.3, 0.7, 0.75, 0.8, 2.0)] == [0.6, 0.6, 0.9, 0.9, 0.9]
+
+
+def test_windows_are_replicates(world: Path) -> None:
+    lines = "".join(f"{i},2\n" for i in range(100))
+    (world / "t.csv").write_text(f"arrival_s,steps\n{lines}")
+    windows = "{name: w, trace: t.csv, requests: 15, windows: [{start_s: 10, end_s: 20}, {start_s: 50, end_s: 90}]}"
+    grid = small(world, ("{name: w, generator: poisson, parameters: {mix: fixed, steps: 4, images: 2}}", windows))
+    results = swept(grid)
+    sizes = {row["seed"]: row["trace_request_count"] for row in results.rows}
+    assert sizes == {0: 10, 1: 15}
+    first = next(row for row in results.rows if row["seed"] == 0 and row["load"] == 0.5)
+    sustained = 2 / (2 * 0.042 / 8 + 0.030)
+    assert 20 / (10 * first["time_scale"]) / sustained == pytest.approx(0.5)
+
+
+def test_deadlines_reach_the_records_only_when_asked_for(world: Path) -> None:
+    swept(small(world))
+    assert {request["slo_s"] for request in table(world / "out" / "requests.parquet")} == {None}
+    swept(small(world, ("figures: []", "figures: []\nslo: {solo_multiple: 2}")))
+    # Alone: two images in four steps of 4 rows (18 ms), then two decodes of 30 ms.
+    assert {request["slo_s"] for request in table(world / "out" / "requests.parquet")} == {2 * 0.132}
+
+
+def test_the_skip_budget_reaches_the_runs(world: Path) -> None:
+    change = ("figures: []", "figures: []\nskip_budget: {fraction: 0.5, warmup_steps: 1, longest_run: 2}")
+    assert {run.setup.budget for run in small(world, change).runs({})} == {SkipBudget(500_000, 1, 2)}
+
+
+def test_figures_come_after_the_data(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    backlog = (
+        "\n  - {name: burst, generator: gentd26-like, requests: 40, loads: [0.5], seeds: [1], backlog: true}\npolicies:"
+    )
+    small(world, ("figures: []\n", ""), ("\npolicies:", backlog))
+    assert cli.main(["sweep", "e.yaml", "--jobs", "1", "--out", "out"]) == 0
+    pictures = {path.name for path in (world / "out" / "figures").iterdir()}
+    names = ("latency-load", "throughput-load", "tradeoff", "stages", "lanes-test", "backlog-burst-test-load0.5-1")
+    assert pictures == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert all((world / "out" / "figures" / name).stat().st_size > 5000 for name in pictures)
+    out = capsys.readouterr().out
+    assert "w on test, means over 2 runs" in out
+    assert "burst on test, means over 1 run" in out
+    assert "out: 10 runs, 10 computed now and 0 found" in out
+
+
+def test_a_failing_picture_loses_no_data(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr("synerdiff.experiments.sweep_figures.draw_figures", fail)
+    small(world, ("figures: []\n", ""))
+    with pytest.raises(RuntimeError, match="no picture"):
+        cli.main(["sweep", "e.yaml", "--jobs", "1", "--out", "out"])
+    assert len(table(world / "out" / "runs.parquet")) == 8
+
+
+def test_results_go_to_a_folder_of_the_experiments_name(world: Path) -> None:
+    assert cli.main(["sweep", "e.yaml", "--jobs", "1"]) == 0
+    assert (world / "results" / "small" / "runs.parquet").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("policy: static", "policy: fifo"), "there is no policy 'fifo'; known are static, dynamic, "),
+        (("max_wait_s: 0.1", "max_wait: 1"), "policy 'static' has no parameter 'max_wait'; it has batch, max_wait_s."),
+        (
+            ("max_wait_s: 0.1", "max_wait_s: -1"),
+            "policy 'static': max_wait_s is -1; allowed is a number from 0 to 3600.",
+        ),
+        (
+            ("max_wait_s: 0.1", "max_wait_s: soon"),
+            "policy 'static': max_wait_s is 'soon'; allowed is a number from 0 to",
+        ),
+        (
+            ("continuous-serial, batch: 4", "continuous-serial, batch: 17"),
+            "policy 'continuous-serial': batch is 17, but ",
+        ),
+        (
+            ("continuous-serial, batch: 4", "continuous-serial, batch: [20, 30]"),
+            "policy 'continuous-serial': the steps of profile 'test' have at most 16 samples, which is less than any",
+        ),
+        (("generator: poisson", "generator: chaos"), "workload 'w': kind is 'chaos'; input should be 'poisson', "),
+        (("images: 2", "images: 0"), "workload 'w': images is 0; input should be greater than or equal to 1."),
+        (("images: 2", "seed: 2"), "workload 'w': seed is not among its parameters; give seeds beside them."),
+        (("images: 2", "colour: 2"), "workload 'w': the field 'colour' is unknown; known are kind, seed, requests, "),
+        (("profiles: [p]", "profiles: [q]"), "q: there is no such profile folder, and the shipped profiles are "),
+        (("profiles: [p]", "profiles: [p, ./p]"), "profiles: ./p and another one are both named 'test'."),
+        (
+            ("generator: poisson, parameters: {mix: fixed, steps: 4, images: 2}", "trace: none.csv"),
+            "{world}/none.csv: the trace cannot be read (No such file or directory).",
+        ),
+        (
+            ("generator: poisson, parameters: {mix: fixed, steps: 4, images: 2}", "trace: $NO_SUCH_VARIABLE/t.csv"),
+            "workload 'w': the environment variable NO_SUCH_VARIABLE of its trace is not set.",
+        ),
+        (
+            ("generator: poisson, parameters: {mix: fixed, steps: 4, images: 2}", "trace: e.yaml"),
+            "{world}/e.yaml, line 1: the column",
+        ),
+        (("requests: 30", "requests: 1"), ""),
+    ],
+)
+def test_bad_experiments(
+    world: Path, capsys: pytest.CaptureFixture[str], change: tuple[str, str], expected: str
+) -> None:
+    (world / "e.yaml").write_text(SMALL.replace(*change))
+    code = cli.main(["sweep", "e.yaml", "--jobs", "1", "--out", "out"])
+    error = capsys.readouterr().err
+    if not expected:
+        assert code == 0
+        return
+    assert code == 2
+    assert error.count("\n") == 1
+    assert error.startswith(expected.replace("{world}", str(world))), error
+    assert not (world / "out" / "runs").exists(), "nothing was computed"
+
+
+def test_a_policy_without_a_batch_has_none_to_search(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "sweep_bare.py").write_text(
+        "class Bare:\n    chunking = 'whole'\n    def reset(self, worker, profile): pass\n"
+        "    def decide(self, view): pass\n"
+    )
+    (world / "e.yaml").write_text(SMALL.replace("policy: continuous-serial", "policy: 'sweep_bare:Bare', label: bare"))
+    assert cli.main(["sweep", "e.yaml", "--out", "out"]) == 2
+    assert capsys.readouterr().err == "policies[0].batch: policy 'sweep_bare:Bare' has no parameter 'batch'.\n"
+
+
+def test_flags(world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main(["sweep", "e.yaml", "--jobs", "0"]) == 2
+    assert capsys.readouterr().err == "--jobs is 0; a whole number from 1 to 4096 is needed.\n"
+    assert cli.main(["sweep", "e.yaml", "--backend", "slurm"]) == 2
+    assert capsys.readouterr().err == "There is no backend 'slurm'; known are loky, ray.\n"
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert cli.main(["sweep", "e.yaml", "--backend", "ray"]) == 2
+    assert "install it with: pip install 'synerdiff[cluster]'" in capsys.readouterr().err
+    assert cli.main(["sweep"]) == 2
+    assert capsys.readouterr().err == "Missing argument 'file'.\n"
+    assert not (world / "results").exists()
+
+
+def test_folders_that_are_not_this_experiments(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(out: str) -> str:
+        assert cli.main(["sweep", "e.yaml", "--jobs", "1", "--out", out]) == 2
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1
+        return printed.err
+
+    assert "this folder holds e.yaml and is no sweep's; give another folder." in refused(".")
+    (world / "file").write_text("")
+    assert "the output must be a folder; this is a file." in refused("file")
+    assert "the output folder cannot be written" in refused("file/below")
+    swept(small(world))
+    (world / "e.yaml").write_text(SMALL.replace("name: small", "name: other"))
+    assert "this folder holds the results of experiment 'small'; give another folder." in refused("out")
+    (world / "out" / "manifest.json").write_text("{}")
+    assert "this is not the manifest of a sweep" in refused("out")
+
+
+def test_a_broken_policy_ends_the_sweep_and_keeps_what_is_done(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (world / "sweep_broken.py").write_text(
+        "from synerdiff.core import Decision\n"
+        "class Broken:\n"
+        "    chunking = 'whole'\n"
+        "    def reset(self, worker, profile): pass\n"
+        "    def decide(self, view): return Decision(admit=(10**6,))\n"
+    )
+    good, bad = "{policy: continuous-serial, batch: 4}", "{policy: 'sweep_broken:Broken', label: broken}"
+    (world / "e.yaml").write_text(SMALL.replace(f"  - {good}\n", f"  - {good}\n  - {bad}\n"))
+    assert cli.main(["sweep", "e.yaml", "--jobs", "2", "--out", "out"]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "Broken" in error
+    assert not (world / "out" / "runs.parquet").exists()
+    assert json.loads((world / "out" / "manifest.json").read_text())["complete"] is False
+    kept = len(list((world / "out" / "runs").glob("*.parquet")))
+    results = swept(small(world))
+    assert results.found >= min(kept, 1)
+
+
+LONG = SMALL.replace("requests: 30", "requests: 200").replace("seeds: [1, 2]", "seeds: [1, 2, 3, 4, 5, 6, 7, 8]")
+START = "import sys; from synerdiff.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def _started(world: Path, code: str = START, jobs: int = 2) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "sweep", "e.yaml", "--jobs", str(jobs), "--out", "out"],
+        cwd=world,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_interrupting_keeps_finished_runs(world: Path) -> None:
+    (world / "e.yaml").write_text(LONG)
+    process = _started(world)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(list((world / "out").glob("runs/*.parquet"))) < 3:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and its workers
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    # Once in hundreds of interrupts joblib's own process for leftovers warns that there are none left.
+    said = [line for line in error.splitlines() if "resource_tracker" not in line]
+    assert said[-1] == "Interrupted.", error
+    kept = {path.name: path.stat().st_mtime_ns for path in (world / "out" / "runs").glob("[!.]*.parquet")}
+    assert 3 <= len(kept) < 32
+    assert not (world / "out" / "runs.parquet").exists()
+    process = _started(world)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert f"32 runs, {32 - len(kept)} computed now and {len(kept)} found" in out
+    for name, written in kept.items():
+        assert (world / "out" / "runs" / name).stat().st_mtime_ns == written
+    assert list((world / "out" / "runs").glob("*.part")) == []
+
+
+FULL = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))\n" + START
+
+
+def test_a_full_disk_ends_the_sweep_and_keeps_what_is_done(world: Path) -> None:
+    large = "\n  - {name: large, generator: poisson, requests: 400, loads: [0.5], seeds: [1]}\npolicies:"
+    (world / "e.yaml").write_text(SMALL.replace("\npolicies:", large))
+    # One process, so that it is certain which runs are done when the large one fails; the large ones come first.
+    (world / "out").mkdir()
+    swept(small(world))
+    kept = sorted((world / "out" / "runs").glob("*.parquet"))
+    (world / "e.yaml").write_text(SMALL.replace("\npolicies:", large))
+    process = _started(world, FULL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "cannot be written" in error.strip().splitlines()[-1]
+    assert "Traceback" not in error
+    assert sorted((world / "out" / "runs").glob("*.parquet")) == kept
+
+
+def _die_once(item: tuple[str, int]) -> int:
+    folder, number = item
+    marker = Path(folder) / str(number)
+    if number == 5 and not marker.exists():
+        marker.write_text("")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def _die(item: int) -> int:
+    os._exit(3)
+
+
+def _refuse(item: int) -> int:
+    if item == 3:
+        raise InputError("three is not allowed.")
+    return item
+
+
+def _ignores_interrupts(item: int) -> bool:
+    return signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_workers_leave_interrupts_to_the_command() -> None:
+    assert list(LokyBackend(2).run_unordered(_ignores_interrupts, range(4))) == [True] * 4
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
+def test_work_of_a_dead_worker_is_given_out_again(tmp_path: Path) -> None:
+    items = [(str(tmp_path), number) for number in range(12)]
+    found = list(LokyBackend(2).run_unordered(_die_once, items))
+    assert sorted(found) == [number * number for number in range(12)]
+    assert (tmp_path / "5").exists()
+
+
+def test_workers_that_always_die_end_the_sweep() -> None:
+    with pytest.raises(InputError, match="Worker processes died 3 times in a row"):
+        list(LokyBackend(2).run_unordered(_die, [1, 2]))
+
+
+def test_an_error_in_a_worker_arrives_as_itself() -> None:
+    with pytest.raises(InputError, match=r"^three is not allowed\.$"):
+        list(LokyBackend(2).run_unordered(_refuse, range(20)))
+
+
+def test_the_ray_backend_streams_results_and_asks_for_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in with Ray's calls: the order of completion is Ray's, and pending work is cancelled."""
+    import types
+
+    asked: dict[str, object] = {}
+    cancelled: list[object] = []
+
+    def remote(**options: object):
+        asked.update(options)
+        return lambda function: types.SimpleNamespace(remote=lambda item: (function, item))
+
+    fake = types.ModuleType("ray")
+    fake.is_initialized = lambda: True
+    fake.remote = remote
+    fake.wait = lambda pending, num_returns: (pending[-1:], pending[:-1])
+    fake.get = lambda reference: reference[0](reference[1])
+    fake.cancel = cancelled.append
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    from synerdiff.experiments.backends import make_backend
+
+    results = make_backend("ray", None).run_unordered(_refuse, [0, 1, 2])
+    assert next(results) == 2
+    assert list(results) == [1, 0]
+    assert asked == {"max_retries": 3}
+    assert cancelled == []
+    with pytest.raises(InputError, match="three"):
+        list(make_backend("ray", None).run_unordered(_refuse, [1, 2, 3]))
+    assert [item for _, item in cancelled] == [1, 2]
+
+
+def test_a_profile_that_changes_under_a_running_sweep_is_noticed(world: Path) -> None:
+    run = small(world).runs({})[0]
+    with pytest.raises(InputError, match="the profile changed while the sweep ran; start the sweep again"):
+        grid_run.profile_as_it_was(run.profile_folder, "something else")
+    assert replace(run, load=0.7).with_key().key != run.key
+
+
+@pytest.mark.skipif("SYNERDIFF_DATA" not in os.environ, reason="SYNERDIFF_DATA names no folder with GenTD26's files")
+def test_the_experiment_on_gentd26_replays_its_requests(tmp_path: Path) -> None:
+    from synerdiff.experiments.sources import arrivals
+
+    path = ROOT / "experiments" / "gentd26.yaml"
+    grid = Grid(load_experiment(path), path.parent, tmp_path / "out")
+    windows = [arrivals(source) for source in grid.sources["gentd26-windows"]]
+    (whole,) = (arrivals(source) for source in grid.sources["gentd26-whole"])
+    assert whole.dropped == {"image-to-image": 2199, "inpainting": 186, "steps or images missing": 25}
+    assert len(whole.requests) == 26_823 - sum(whole.dropped.values())
+    assert [len(window.requests) for window in windows] == [1165, 1032, 943]
+    assert {request.batch_key for request in whole.requests} == {("", None, None, ())}
+    assert {run.source.workload for runs in grid.searches.values() for run in runs.values()} == {"gentd26-windows"}

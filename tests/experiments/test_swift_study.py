@@ -1,0 +1,302 @@
+"""The Katz study: predictions from component times alone, the ablation, the trace model, layouts, the grid, figures."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from synerdiff.core import InputError
+from synerdiff.experiments.swift_ablation import ablation
+from synerdiff.experiments.swift_caches import FITTED, cache_curves, loads_per_request
+from synerdiff.experiments.swift_grid import (
+    BASELINE,
+    Point,
+    SwiftStudy,
+    load_study,
+    points,
+    requests_of,
+    run_point,
+    speedups,
+)
+from synerdiff.experiments.swift_layouts import SETS, STRATEGIES, Demand, divide, layout
+from synerdiff.experiments.swift_profiles import COMPONENTS, h800_adapters, h800_profile
+from synerdiff.experiments.swift_workload import MIXES, adapter_sets
+from synerdiff.validation import katz as swift_katz
+from synerdiff.validation.katz import compare, predict
+
+DATA = os.environ.get("SYNERDIFF_DATA")
+needs_data = pytest.mark.skipif(DATA is None, reason="SYNERDIFF_DATA names no folder with the published latencies")
+
+
+def value(system: str, name: str) -> float:
+    return COMPONENTS[system][name].value / 1000
+
+
+@pytest.mark.parametrize("controlnets", [0, 1, 2, 4])
+@pytest.mark.parametrize("loras", [0, 1, 2])
+def test_diffusers_is_the_sum_of_its_parts(controlnets: int, loras: int) -> None:
+    load = {0: 0.0, 1: value("diffusers", "lora_load_1"), 2: value("diffusers", "lora_load_2")}[loras]
+    step = value("diffusers", "step") + controlnets * value("diffusers", "controlnet_forward")
+    assert predict("diffusers", controlnets, loras) == pytest.approx(
+        50 * step + load + value("diffusers", "text_vae_post"), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("controlnets", [0, 1, 2, 3])
+def test_katz_s_loras_cost_a_merge_each_and_hide_their_loads(controlnets: int) -> None:
+    without = predict("katz", controlnets, 0)
+    for loras in (1, 2):
+        assert predict("katz", controlnets, loras) == pytest.approx(
+            without + loras * value("katz", "lora_merge"), abs=1e-3
+        )
+
+
+def test_katz_s_decoder_waits_for_the_last_residuals() -> None:
+    parts = {name: part.value for name, part in COMPONENTS["katz"].items()}
+    encoder_ms = parts["step"] * parts["encoder_mid_share"] + parts["step_dispatch"]
+    for controlnets in (1, 3):
+        transfer_ms = parts["residual_bytes"] / parts["link_gb_per_s"] / 1e6 + parts["link_latency"]
+        sent_ms = parts["latent_bytes"] / parts["link_gb_per_s"] / 1e6 + parts["link_latency"]
+        residuals_ms = sent_ms + parts["controlnet_forward"] + controlnets * transfer_ms
+        step_ms = max(encoder_ms, residuals_ms) + parts["step"] * (1 - parts["encoder_mid_share"])
+        step_ms += controlnets * parts["residual_add"]
+        gather_ms = parts["prediction_bytes"] / parts["link_gb_per_s"] / 1e6 + parts["link_latency"]
+        # The unconditional half begins when its latents are there.
+        expected_s = 50 * (sent_ms + step_ms + gather_ms) / 1000 + parts["text_vae_post"] / 1000
+        assert predict("katz", controlnets, 0) == pytest.approx(expected_s, abs=1e-5)
+
+
+@needs_data
+def test_every_published_median_is_met_within_five_percent() -> None:
+    rows = compare(Path(str(DATA)))
+    assert len(rows) >= 9
+    assert {row.system for row in rows} == {"diffusers", "katz"}
+    off = {(row.system, row.n_controlnets, row.n_loras): round(row.error, 3) for row in rows if abs(row.error) > 0.05}
+    assert off == {}
+
+
+@needs_data
+def test_a_hundred_gigabytes_a_second_is_no_lucky_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The link's bandwidth is our estimate: half and twice as much stay within five percent too.
+    for factor in (0.5, 2.0):
+        part = COMPONENTS["katz"]["link_gb_per_s"]
+        changed = type(part)(part.value * factor, part.unit, part.source)
+        monkeypatch.setitem(COMPONENTS["katz"], "link_gb_per_s", changed)
+        predict.cache_clear()
+        assert max(abs(row.error) for row in compare(Path(str(DATA)))) < 0.05
+        monkeypatch.undo()
+    predict.cache_clear()
+
+
+def test_unknown_systems_and_counts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no system 'nirvana'; known are diffusers, katz"):
+        predict("nirvana", 0, 0)
+    with pytest.raises(InputError, match="n_loras is -1; a whole number from 0 to 64 is needed"):
+        predict("katz", 0, -1)
+    with pytest.raises(InputError, match="the published latencies cannot be read"):
+        compare(tmp_path)
+
+
+def test_latency_and_gpu_seconds_of_every_strategy() -> None:
+    cases = {case.name: case for case in ablation(3, 2)}
+    full, base, old = cases["all three"], cases["compiled denoiser, direct merge"], cases["diffusers"]
+    assert full.latency_s == pytest.approx(predict("katz", 3, 2))
+    assert old.latency_s == pytest.approx(predict("diffusers", 3, 2))
+    assert (full.gpus, base.gpus, old.gpus) == (8, 1, 1)
+    # Each strategy shortens the latency when it is added to nothing and lengthens it when it is taken away.
+    for name in ("ControlNet service", "asynchronous LoRAs", "guidance on two GPUs"):
+        assert cases[f"+ {name}"].latency_s < base.latency_s
+        assert cases[f"all but {name}"].latency_s > full.latency_s
+    # The published finding: seven times as fast as diffusers, and more GPU-seconds than it.
+    assert old.latency_s / full.latency_s > 7
+    assert full.gpu_seconds > old.gpu_seconds > base.gpu_seconds
+
+
+def test_estimated_profiles_say_so_and_come_back_from_their_folder(tmp_path: Path) -> None:
+    from synerdiff.profile.adapters import load_adapters, write_adapters
+    from synerdiff.profile.folder import load_profile, write_profile
+
+    for system in ("diffusers", "katz"):
+        profile, adapters = h800_profile(system), h800_adapters(system)
+        folder = tmp_path / system
+        write_profile(folder, profile)
+        write_adapters(folder, adapters)
+        again = load_profile(folder)
+        assert again.estimated
+        assert {rows: again.step_ns(rows) for rows in (1, 2, 16)} == {r: profile.step_ns(r) for r in (1, 2, 16)}
+        assert all(part["source"] for part in again.info["assumptions"].values())
+        assert load_adapters(folder, profile.name) == adapters
+
+
+@pytest.mark.parametrize(("service", "kind"), MIXES)
+def test_adapter_sets_keep_their_number_and_their_popularity(service: str, kind: str) -> None:
+    asked = list(islice(adapter_sets(service, kind, 4), 20_000))
+    assert asked == list(islice(adapter_sets(service, kind, 4), 20_000))
+    assert all(len(set(names)) == len(names) for names in asked)
+    uses = [name for names in asked for name in names]
+    assert len(uses) / len(asked) == pytest.approx(MIXES[service, kind].per_request, rel=0.02)
+    top_share = MIXES[service, kind].popularity()[0]
+    # Without one twice in a request the first rank is a little less popular than alone.
+    assert 0.6 * top_share < uses.count(f"{kind}1") / len(uses) < 1.4 * top_share
+
+
+def test_an_unknown_mix_lists_the_known_ones() -> None:
+    with pytest.raises(InputError, match="no adapter mix 'C lora'; known are A lora, B lora"):
+        next(adapter_sets("C", "lora", 0))
+
+
+def test_more_room_never_means_more_loads_under_lru() -> None:
+    found = [loads_per_request("A", "lora", "lru", size, 3000) for size in range(1, 8)]
+    assert found == sorted(found, reverse=True)
+
+
+@needs_data
+def test_the_trace_model_predicts_the_published_cache_curves() -> None:
+    curves = cache_curves(Path(str(DATA)), 10_000)
+    predicted = [point for point in curves if not point.fitted and point.kind == "lora" and point.error is not None]
+    assert len(predicted) == 2 * (10 - len(FITTED[1]) + 10)
+    # Loads per request, of 1.9 (A) and 0.9 (B) at size 1: LRU within 0.1, LFU, which is noisier, within 0.12.
+    assert max(abs(point.error or 0) for point in predicted if point.rule == "lru") < 0.1
+    assert max(abs(point.error or 0) for point in predicted if point.rule == "lfu") < 0.12
+
+
+def test_gpus_are_divided_for_the_highest_throughput() -> None:
+    # Eight GPUs, a worker needs 3 s an image, a service 1 s: 6 workers (2/s) keep 2 services (2/s) busy.
+    assert divide(8, ("service",), 3.0, 1.0) == (6, 2)
+    assert divide(8, (), 3.0, 1.0) == (8, 0)
+    assert divide(9, ("two-gpus",), 3.0, 1.0) == (4, 0)
+    assert divide(4, STRATEGIES, 3.0, 1.0) == (1, 1)
+    with pytest.raises(InputError, match="a ControlNet service beside a worker of 2 GPUs needs 3; 2 were given"):
+        divide(2, STRATEGIES, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_layouts_use_no_more_gpus_than_given(name: str) -> None:
+    profile, adapters = h800_profile("katz"), h800_adapters("katz")
+    for gpus in (4, 7, 16):
+        cluster = layout(gpus, SETS[name], Demand(50, 1.8, 1.9, 0.5), profile, adapters, 380, 0, ("a",))
+        assert len(cluster.gpus) <= gpus
+        assert max(cluster.gpus) < gpus
+
+
+def test_every_set_meets_the_same_requests_and_the_grid_is_complete() -> None:
+    study = SwiftStudy(gpus=(4,), lora_shares=(0.5,), loads=(0.4,), seeds=(1,), requests=60, steps=5)
+    wanted = points(study)
+    assert len(wanted) == len(SETS) * 2
+    rates = {tuple(requests_of(point, 0.5)) for point in wanted if point.load}
+    assert len(rates) == 1
+    rows = [run_point(point) for point in wanted]
+    ratios = {(row["strategies"], row["load"]): row["speedup"] for row in speedups(rows)}
+    assert ratios[BASELINE, 0.4] == ratios[BASELINE, 0.0] == 1.0
+    assert ratios["asynchronous LoRAs", 0.4] > 1.0
+    saturated = {row.strategies: row for row in rows if row.load == 0.0}
+    # Halving the guidance over two GPUs costs throughput: a row alone is less efficient than two together.
+    assert saturated["guidance on two GPUs"].gpu_seconds_per_image > saturated[BASELINE].gpu_seconds_per_image
+    for row in rows:
+        assert row.busy_gpu_seconds_per_image <= row.gpu_seconds_per_image * 1.001
+
+
+def test_the_baseline_s_capacity_is_its_closed_form() -> None:
+    study = SwiftStudy(gpus=(4,), lora_shares=(0.0,), loads=(0.5,), seeds=(1,), requests=400, steps=5)
+    row = run_point(Point(study, BASELINE, 4, 0.0, 0.0, 1))
+    from synerdiff.experiments.swift_grid import demand_of
+    from synerdiff.experiments.swift_layouts import worker_image_s
+
+    expected = worker_image_s((), demand_of(study, 0.0), h800_profile("katz"), h800_adapters("katz"), 380 << 20)
+    assert row.gpu_seconds_per_image == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("service: C\n", "service is 'C'; allowed are A and B"),
+        ("gpu: [4]\n", "there is no field 'gpu'; known are service, gpus"),
+        ("gpus: [2]\n", "gpus.0 is 2; input should be greater than or equal to 4"),
+    ],
+)
+def test_a_study_s_file_is_checked(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "swift.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_study(path)
+
+
+def test_the_study_that_ships_is_valid() -> None:
+    study = load_study(Path(__file__).resolve().parents[2] / "experiments" / "swift.yaml")
+    assert study == SwiftStudy()
+
+
+def run_command(function, *arguments: str):
+    app = typer.Typer()
+    app.command()(function)
+    return CliRunner().invoke(app, list(arguments), env={"SYNERDIFF_DATA": None})
+
+
+def test_the_katz_command_prints_tables_and_writes_profiles(tmp_path: Path) -> None:
+    from synerdiff.cli.katz import katz
+
+    data = tmp_path / "data"
+    data.mkdir()
+    header = "system,n_controlnet,n_lora,n_gpus,e2e_p50_s,e2e_mean_s\n"
+    rows = "diffusers,0,0,1,2.0,2.0\nnirvana-skip10,0,0,1,2.0,2.0\n"
+    (data / swift_katz.FILE).write_text(header + rows)
+    result = run_command(katz, "--data", str(data), "--profiles", str(tmp_path / "profiles"))
+    assert result.exit_code == 0, result.output
+    assert "diffusers   0  0     1      2.000      2.890  +44.5%" in result.output
+    assert "largest error 44.5%" in result.output
+    assert "all three" in result.output
+    assert (tmp_path / "profiles" / "h800-sdxl-katz-estimated" / "adapters.csv").is_file()
+    assert "predictions only" in run_command(katz).output
+
+
+def test_the_swift_command_writes_tables_and_figures(tmp_path: Path) -> None:
+    from synerdiff.cli.swift import swift
+
+    path = tmp_path / "swift.yaml"
+    path.write_text("gpus: [4]\nlora_shares: [0.5]\nloads: [0.4]\nseeds: [1]\nrequests: 50\nsteps: 3\n")
+    result = run_command(swift, str(path), "--out", str(tmp_path / "out"), "--jobs", "1")
+    assert result.exit_code == 0, result.output
+    names = {item.name for item in (tmp_path / "out").iterdir()}
+    assert {"runs.csv", "speedups.csv", "ablation.csv", "caches.csv", "swift-where-it-pays.png"} <= names
+    assert (tmp_path / "out" / "runs.csv").read_text().count("\n") == 1 + 2 * len(SETS)
+    assert asdict(cache_curves(None, 10)[0])["published"] is None
+
+
+def test_the_cluster_command_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    import pandas as pd
+
+    from synerdiff.cli.cluster import cluster
+    from synerdiff.cli.katz import katz
+
+    run_command(katz, "--profiles", str(tmp_path))
+    trace = tmp_path / "t.csv"
+    trace.write_text(
+        "arrival_s,steps,loras,controlnets\n0,4,,canny\n0.5,4,style@0.8,canny;depth\n1,4,style@0.8,rare\n9,4,,\n"
+    )
+    file = Path(__file__).resolve().parents[2] / "experiments" / "swift-cluster.yaml"
+    arguments = ["--profile", str(tmp_path / "h800-sdxl-katz-estimated"), "--trace", str(trace)]
+    arguments += ["--policy", "continuous-serial", "--set", "batch=1", "--out", str(tmp_path / "out"), "--timeline"]
+    result = run_command(cluster, str(file), *arguments, "--router", "adapter-affinity")
+    assert result.exit_code == 0, result.output
+    assert "2 LoRAs asked for" in result.output
+    run = json.loads((tmp_path / "out" / "summary.json").read_text())["run"]
+    assert (run["gpus"], run["lora_requested"], sum(run["requests_by_worker"])) == (8, 2, 4)
+    # "rare" is held nowhere: the service with slots loads it.
+    assert run["controlnet_loads"] == 1
+    work = pd.read_parquet(tmp_path / "out" / "work.parquet")
+    assert {"denoise", "guidance", "controlnet", "loader0", "decode0"} <= set(work["lane"])
+    assert set(pd.read_parquet(tmp_path / "out" / "requests.parquet")["status"]) == {"done"}
+    refused = run_command(cluster, str(file), *arguments, "--router", "nearest")
+    assert "there is no router 'nearest'" in str(refused.exception)
+    # A profile without adapters.csv serves only what asks for none.
+    arguments[1] = "h200-sdxl-estimated"
+    refused = run_command(cluster, str(file), *arguments)
+    assert "has no adapters.csv" in str(refused.exception)

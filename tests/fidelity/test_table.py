@@ -1,0 +1,128 @@
+"""The fidelity table's files: what is written comes back, and every mistake in them is one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from synerdiff.core import CONDITIONAL, GUIDED, REUSE, InputError
+from synerdiff.fidelity.table import Score, find_fidelity, read_fidelity, write_fidelity
+
+HEAD = {"model": "digits", "solver": "DDIMScheduler", "resolution": 32}
+
+
+def score(skipped=(1, 3), ssim=0.98, mode=REUSE, steps=6, scale=4.0, run_steps=None, half=0.005, **more) -> Score:
+    fields = {
+        "solver": "DDIMScheduler",
+        "steps": steps,
+        "guidance_scale": scale,
+        "rule": f"{mode}-{skipped}-{run_steps or steps}",
+        "run_steps": run_steps or steps,
+        "mode": mode,
+        "schedule": "spread",
+        "warmup_steps": 0,
+        "skipped_steps": skipped,
+        "rows": 2.0 * (run_steps or steps) - len(skipped or ()),
+        "n": 64,
+        "ssim": ssim,
+        "ssim_low": ssim - half,
+        "ssim_high": min(1.0, ssim + half),
+        "psnr_db": 40.0,
+        "psnr_low_db": 39.0,
+        "psnr_high_db": 41.0,
+        "recognised": 1.0,
+        "held_out": False,
+    }
+    return Score(**(fields | more))
+
+
+def rival(run_steps: int, ssim: float, steps: int = 6, scale: float = 4.0) -> Score:
+    return score((), ssim, GUIDED, steps, scale, run_steps, schedule="full")
+
+
+def test_a_table_comes_back_as_written(tmp_path: Path) -> None:
+    rows = [
+        score(),
+        score((2,), 0.99, CONDITIONAL, recognised=None, held_out=True),
+        score(None, 0.9, CONDITIONAL, schedule="adaptive", rows=8.25),
+        rival(4, 0.97),
+        score((), 1.0, GUIDED, half=0.0),
+    ]
+    write_fidelity(tmp_path, HEAD, rows)
+    table = read_fidelity(tmp_path)
+    assert (table.model, table.solver, table.resolution) == ("digits", "DDIMScheduler", 32)
+    assert sorted(table.rows, key=lambda row: row.rule) == sorted(rows, key=lambda row: row.rule)
+    assert [row.rows for row in table.rows] == sorted((row.rows for row in rows), reverse=True)
+    assert score().rows_share == pytest.approx(10 / 12)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (",reuse,", ",often,", "line 2: mode is 'often'; allowed are guided, conditional, reuse"),
+        (",reuse,", ",guided,", "line 2: mode is guided, which contradicts its skipped_steps"),
+        ("1;3", "3;1", "line 2: skipped_steps must rise without repeats and lie below 6"),
+        ("1;3", "1;6", "lie below 6"),
+        ("1;3", "1;x", "skipped_steps is '1;x'; step indices separated by ; or varies are needed"),
+        (",0.98,", ",1.2,", "line 2: ssim is 1.2; -1.0 to 1.0 is allowed"),
+        (",0.98,", ",nan,", "line 2: ssim is nan; -1.0 to 1.0 is allowed"),
+        (",0.98,", ",0.5,", "line 2: ssim is 0.5, outside its own interval 0.975 to 0.985"),
+        (",64,", ",many,", "line 2: n is 'many'; a whole number is needed"),
+        (",64,", ",1,", "line 2: n is 1; at least 2 is needed"),
+        (",64,", ",64,7,", "line 2: 20 cells where the header has 19"),
+        ("psnr_low_db,", "", "the column psnr_low_db is missing; a fidelity table has solver, steps,"),
+    ],
+)
+def test_mistakes_in_the_rows(tmp_path: Path, old: str, new: str, message: str) -> None:
+    write_fidelity(tmp_path, HEAD, [score()])
+    path = tmp_path / "fidelity.csv"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(InputError) as caught:
+        read_fidelity(tmp_path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("schema_version: 1", "schema_version: 7", "schema_version is 7; this version of synerdiff reads 1"),
+        ("model: digits", "model: [digits]", "model is ['digits']; a name is needed"),
+        ("resolution: 32", "resolution: big", "resolution is 'big'; a number of pixels or [height, width] is needed"),
+    ],
+)
+def test_mistakes_in_the_head(tmp_path: Path, old: str, new: str, message: str) -> None:
+    write_fidelity(tmp_path, HEAD, [score()])
+    path = tmp_path / "fidelity.yaml"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(InputError) as caught:
+        read_fidelity(tmp_path)
+    assert message in str(caught.value)
+
+
+def test_a_table_without_rows_or_files(tmp_path: Path) -> None:
+    write_fidelity(tmp_path, HEAD, [])
+    with pytest.raises(InputError, match="has no rows"):
+        read_fidelity(tmp_path)
+    (tmp_path / "fidelity.csv").unlink()
+    with pytest.raises(InputError, match="there is no such fidelity table"):
+        read_fidelity(tmp_path)
+
+
+def test_where_a_table_is_looked_for(tmp_path: Path) -> None:
+    given, profile = tmp_path / "given", tmp_path / "profile"
+    profile.mkdir()
+    with pytest.raises(InputError, match=r"holds no fidelity\.yaml, so it is not a fidelity table"):
+        find_fidelity(given, profile, "sdxl")
+    with pytest.raises(InputError, match="measure one with: synerdiff fidelity --model sdxl --out DIR"):
+        find_fidelity(None, profile, "sdxl")
+    with pytest.raises(InputError, match=r"none ships for model '\.\./models/digits'"):
+        find_fidelity(None, profile, "../models/digits")
+    assert find_fidelity(None, profile, "digits").name == "digits"
+    write_fidelity(profile, HEAD, [score()])
+    assert find_fidelity(None, profile, "digits") == profile
+    write_fidelity(given, HEAD, [score()])
+    assert find_fidelity(given, profile, "digits") == given

@@ -1,0 +1,247 @@
+"""Whole measurements of small points: complete tables, resuming, cuts, messages. Times are not judged."""
+
+import json
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+
+from profiler import bench
+from profiler import measure as measuring
+from profiler.findings import findings
+from profiler.measure import measure_profile
+from profiler.partial import Partial
+from profiler.sampling import Rule, spread_of
+from profiler.settings import CORUN_ROWS, ROWS, make_settings
+from synerdiff.cli.main import main
+from synerdiff.core import GUIDED, InputError
+from synerdiff.diffusion.chunking import Chunking
+from synerdiff.diffusion.loading import load_model
+from synerdiff.profile.folder import find_profile, load_profile
+from synerdiff.profile.tables import OVERHEADS
+
+FEW = Rule(least=3, most=3, width=1.0, cap_s=2.0)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch):
+    monkeypatch.setattr(bench, "QUICK", FEW)
+
+
+def settings(rows="1,2,4", **other):
+    return make_settings("digits", "cpu", rows=rows, quick=True, **other)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("profiles") / "small"
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "QUICK", FEW)
+        profile = measure_profile(settings(), folder, lambda *point: seen.append(point))
+    return folder, profile, seen
+
+
+def test_tables_are_complete_and_read_back(measured):
+    folder, profile, seen = measured
+    assert profile.provenance == "measured"
+    assert profile.row_buckets == tuple(profile.steps) == (1, 2, 4)
+    assert set(profile.held_out_steps) == {3}
+    assert {name: profile.chunk_count(name) for name in profile.chunkings} == {"whole": 1, "c4": 4}
+    assert set(profile.overheads) == set(OVERHEADS)
+    assert profile.overhead_ns("decision_lead") == 0
+    for name in profile.chunkings:
+        for chunk in range(profile.chunk_count(name)):
+            cells = profile.corun[name, chunk]
+            assert {rows for rows, cell in cells.items() if not cell.held_out} == {1, 4}
+            assert all(cell.step.n >= 3 and cell.chunk.n >= 3 for cell in cells.values())
+            for rows in (1, 2, 3, 4):
+                assert all(ppm > 0 for ppm in profile.slowdown_ppm(rows, name, chunk))
+    held_out = [key for key, cells in profile.corun.items() if cells.get(2) is not None and cells[2].held_out]
+    assert len(held_out) == 2, "the longest chunk of each chunking"
+    assert not (folder / "partial.json").exists()
+    done, total, _ = seen[-1]
+    assert done == total
+    assert load_profile(folder).content_hash == profile.content_hash
+
+
+def test_provenance_says_what_was_measured_and_how_well(measured):
+    _, profile, _ = measured
+    info = profile.info
+    assert (info["model"], info["resolution"], info["dtype"], info["quick"]) == ("digits", 32, "float32", True)
+    assert info["torch"] == torch.__version__
+    assert info["command"].startswith("synerdiff profile --model digits --device cpu --rows 1,2,4 --quick --out ")
+    assert info["measured_for_s"] > 0
+    for name in ("device", "processor", "usable_cores", "diffusers", "date", "commit", "sampling", "lanes"):
+        assert name in info
+    error = info["held_out_error"]
+    assert {name: error[name]["cells"] for name in error} == {"step_time": 1, "step_slowdown": 2, "chunk_slowdown": 2}
+    lookup = profile.step_ns(3) / profile.held_out_steps[3].median
+    assert error["step_time"]["worst"] == pytest.approx(abs(lookup - 1), abs=1e-4)
+    assert set(info["overlap"]) == {"whole", "c4"}
+    assert set(info["kappa"]["c4"]) == {1, 4}
+    assert info["unguided_step"]["rows"] == 4
+
+
+def test_cuts_make_the_longest_chunk_as_short_as_the_measured_atoms_allow(measured):
+    _, profile, _ = measured
+    times = list(profile.info["atoms_ns"].values())
+
+    def longest(cuts):
+        return max(sum(times[a:b]) for a, b in pairwise((0, *cuts, len(times))))
+
+    best = min(longest(cuts) for cuts in combinations(range(1, len(times)), 3))
+    assert longest(profile.info["cuts"]["c4"]) == best
+    assert profile.info["cuts"]["whole"] == []
+
+
+def test_the_step_that_is_measured_is_the_models_own_step():
+    from profiler.pieces import SAMPLE_STEPS, StepPiece
+
+    model = load_model("digits")
+    model.row_buckets = (4, 8)
+    seen = []
+    denoise = model.denoise
+    model.denoise = lambda inputs: seen.append(inputs.latents.shape[0]) or denoise(inputs)
+    piece = StepPiece(model, 5)
+    assert piece.again()() == 8, "5 rows are padded to the bucket"
+    states = piece._states
+    assert [state.default_mode for state in states].count(GUIDED) == 2
+    assert len(states) == 3
+    for _ in range(SAMPLE_STEPS):
+        piece.again()()
+    assert seen == [8] * (SAMPLE_STEPS + 1)
+    assert piece._states is not states, "finished samples are replaced"
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    folder = tmp_path / "p"
+
+    def stop_at(point):
+        def stop(*progress):
+            if progress[0] == point:
+                raise Stop
+
+        return stop
+
+    with pytest.raises(Stop):
+        measure_profile(settings("1,2"), folder, stop_at(2))
+    kept = json.loads((folder / "partial.json").read_text())
+    assert not kept["tables"]["corun"]
+    assert len(kept["tables"]["solo"]["step 1"][0]) == 2
+    assert not (folder / "profile.yaml").exists()
+
+    with pytest.raises(InputError, match=r"an interrupted measurement with rows 1, 2; now it is 1, 4"):
+        measure_profile(settings("1,4"), folder)
+    with pytest.raises(InputError, match="with dtype not given; now it is bfloat16"):
+        measure_profile(settings("1,2", dtype="bfloat16"), folder)
+
+    with pytest.raises(Stop):
+        measure_profile(settings("1,2"), folder, stop_at(4))
+    later = json.loads((folder / "partial.json").read_text())
+    assert len(later["tables"]["corun"]) == 2
+    assert later["tables"]["solo"] == kept["tables"]["solo"]
+    assert later["spent_s"] > kept["spent_s"]
+
+    saved = []
+    monkeypatch.setattr(Partial, "remove", lambda partial: saved.append(partial.tables))
+    profile = measure_profile(settings("1,2"), folder)
+    tables = saved[0]
+    for rows in (1, 2):
+        samples = tables["solo"][f"step {rows}"][0]
+        assert samples[:2] == kept["tables"]["solo"][f"step {rows}"][0]
+        assert profile.steps[rows] == spread_of(samples)
+    for key, (step, chunk) in later["tables"]["corun"].items():
+        both = tables["corun"][key]
+        assert (both[0][: len(step)], both[1][: len(chunk)]) == (step, chunk)
+        assert len(both[0]) > len(step), "every pair is visited twice"
+        name, index, rows = key.split()
+        assert profile.corun[name, int(index)][int(rows)].chunk.median == spread_of(both[1]).median
+    (folder / "partial.json").unlink()
+    with pytest.raises(InputError, match="already holds a profile"):
+        measure_profile(settings("1,2"), folder)
+
+
+def test_the_command_measures_reports_and_draws(tmp_path, capsys):
+    folder = tmp_path / "p"
+    assert main(["profile", "--model", "digits", "--rows", "1,2", "--quick", "--out", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "step, ms by rows" in printed.out
+    assert "kappa" in printed.out
+    assert "1/s_u + 1/s_v" in printed.out
+    assert "profile.png" in printed.out
+    assert (folder / "profile.png").stat().st_size > 10_000
+    assert (folder / "profile.svg").exists()
+    assert load_profile(folder).info["command"].endswith(f"--out {folder}")
+
+
+def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measuring, "measure_corun", stop)
+    folder = tmp_path / "p"
+    assert main(["profile", "--model", "digits", "--rows", "1", "--quick", "--out", str(folder)]) == 130
+    assert "what was measured is kept; the same command goes on from there" in capsys.readouterr().err
+    assert json.loads((folder / "partial.json").read_text())["tables"]["solo"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "digits", "--device", "tpu"], "There is no device tpu; use cpu, cuda or cuda:N."),
+        (["--model", "digits", "--device", "meta"], "There is no support for device meta"),
+        (["--model", "nothing"], "There is no model nothing"),
+        (["--model", "digits", "--rows", "0"], "--rows 0: whole numbers from 1 to 1024"),
+        (["--model", "digits", "--dtype", "int8"], "--dtype is 'int8'"),
+        (["--model", "digits", "--resolution", "33"], "multiples of 8 pixels, not 33x33"),
+    ],
+)
+def test_messages(tmp_path, capsys, options, message):
+    assert main(["profile", *options, "--out", str(tmp_path / "p")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
+def test_a_gpu_that_is_not_there(tmp_path, capsys):
+    assert main(["profile", "--model", "digits", "--device", "cuda", "--out", str(tmp_path / "p")]) == 2
+    assert "no usable CUDA GPU" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_things_in_it(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert main(["profile", "--model", "digits", "--out", str(tmp_path)]) == 2
+    assert "not empty and holds no profile" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_the_profile_that_ships_is_complete_and_was_measured_by_the_command_that_it_names():
+    profile = load_profile(find_profile("digits-cpu"))
+    assert not profile.estimated
+    assert profile.info["command"] == "synerdiff profile --model digits --device cpu --out profiler/profiles/digits-cpu"
+    assert profile.row_buckets == ROWS
+    assert {name: profile.chunk_count(name) for name in profile.chunkings} == {"whole": 1, "c4": 4, "c8": 8}
+    for name, cuts in profile.info["cuts"].items():
+        assert len(Chunking(name, tuple(cuts))) == profile.chunk_count(name)
+    assert all(spread.n >= 10 for spread in profile.steps.values())
+    again = json.loads(json.dumps(findings(profile, CORUN_ROWS)["held_out_error"]))
+    assert again == profile.info["held_out_error"], "what it states follows from its tables"
+    for rows in ROWS:
+        assert all(ppm > 0 for ppm in profile.slowdown_ppm(rows, "c8", 7))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_is_measured_with_its_clocks(tmp_path):
+    profile = measure_profile(make_settings("digits", "cuda", rows="1,2,4", quick=True), tmp_path / "p")
+    assert profile.info["execution"] == "CUDA graphs"
+    assert profile.info["clocks"]["looks"] > 0
+    assert profile.overhead_ns("decision_lead") > 0
+    assert {name: profile.chunk_count(name) for name in profile.chunkings} == {"whole": 1, "c4": 4}

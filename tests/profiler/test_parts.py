@@ -1,0 +1,232 @@
+"""The profiler's parts: sampling rule, what counts as co-run, settings, kept results, findings."""
+
+import json
+import time
+
+import pytest
+
+from profiler.facts import throttle_counts
+from profiler.findings import decode_slowdowns, findings
+from profiler.partial import FILE, Partial, claim_folder
+from profiler.plan import Plan
+from profiler.replay import Side, _inside, active_times, alone, in_turn, together
+from profiler.sampling import Rule, median_width, spread_of, warm_up
+from profiler.settings import command_line, make_settings
+from synerdiff.core import InputError
+from synerdiff.device.lanes import open_device
+from synerdiff.profile.tables import Corun, Profile, Spread
+
+
+def spread(value, n=10):
+    return Spread(value, value, value, n)
+
+
+def test_a_point_is_done_when_its_median_is_known_well_enough():
+    rule = Rule(least=10, most=50, width=0.01, cap_s=4.0)
+    assert not rule.enough([100] * 9, 1.0)
+    assert rule.enough([100] * 10, 0.0)
+    wide = [90, 110] * 10
+    assert median_width(wide) == pytest.approx(0.2)
+    assert not rule.enough(wide, 3.9)
+    assert rule.enough(wide, 4.1), "the time is over"
+    assert rule.enough([90, 110] * 25, 0.0), "50 samples are the most"
+    assert not rule.enough([90, 110, 100], 19.0)
+    assert rule.enough([90, 110, 100], 21.0), "very slow pieces"
+    assert not rule.enough([90, 110], 1000.0)
+
+
+def test_spread_is_the_median_with_the_tenth_and_ninetieth_percentile():
+    assert spread_of(range(100, 0, -1)) == Spread(50, 11, 90, 100)
+    assert spread_of([7]) == Spread(7, 7, 7, 1)
+
+
+def test_warming_up_ends_when_two_medians_agree():
+    times = iter([100, 100, 100, 50, 50, 50, 49, 50, 51, 1, 1, 1])
+    warm_up(lambda count: [next(times) for _ in range(count)], cap_s=60)
+    assert next(times) == 1, "9 runs were needed"
+    calls = []
+    warm_up(lambda count: calls.append(count) or [2 ** len(calls)] * count, cap_s=60)
+    assert len(calls) == 11, "it gives up on what never settles"
+
+
+def test_only_pieces_wholly_inside_the_partners_active_time_count():
+    partner = [(100, 200), (210, 300), (5_000_000, 6_000_000)]
+    assert active_times(partner) == [(100, 300), (5_000_000, 6_000_000)]
+    before, inside, across_the_gap, second = (90, 150), (100, 300), (250, 5_500_000), (5_000_001, 5_900_000)
+    assert _inside([before, inside, across_the_gap, second], partner) == [200, 899_999]
+
+
+class Sleep:
+    def __init__(self, seconds):
+        self.seconds, self.runs = seconds, 0
+
+    def again(self):
+        self.runs += 1
+        return lambda: time.sleep(self.seconds)
+
+
+def test_two_sides_replay_at_the_same_time_and_alone():
+    slow, quick = Sleep(0.02), Sleep(0.001)
+    with open_device("cpu") as device:
+        denoise, decode = Side(device.lane("denoise"), slow), Side(device.lane("decode0"), quick)
+        assert len(alone(denoise, 2)) == 2
+        assert slow.runs == 3, "one run before those that count"
+        slow_ns, quick_ns = together(denoise, decode, 3, 1_000_000)
+    assert slow.runs == 7
+    assert all(ns >= 20_000_000 for ns in slow_ns)
+    assert quick_ns
+    assert all(ns >= 1_000_000 for ns in quick_ns)
+    assert quick.runs >= 20, "the queue of the quick side is never empty"
+
+
+def test_pieces_in_turn_are_told_apart():
+    with open_device("cpu") as device:
+        lane = device.lane("decode0")
+        short, long = in_turn([Side(lane, Sleep(0.0001)), Side(lane, Sleep(0.01))], 2)
+    assert len(short) == len(long) == 2
+    assert max(short) < min(long)
+
+
+def test_what_a_piece_raises_reaches_the_caller():
+    class Broken:
+        def again(self):
+            return lambda: 1 / 0
+
+    with open_device("cpu") as device, pytest.raises(ZeroDivisionError):
+        alone(Side(device.lane("denoise"), Broken()), 1)
+
+
+def test_points_follow_from_the_rows():
+    full = make_settings("digits", "cpu")
+    assert full.corun_rows == (1, 2, 4, 8, 16, 32)
+    assert full.held_out_corun_rows == (3, 6, 12, 24)
+    assert full.held_out_step_rows == (5, 10, 20)
+    own = make_settings("digits", "cpu", rows="3,5,16,20")
+    assert own.corun_rows == (3, 16, 20), "lookups never leave the range: both ends are measured"
+    assert own.held_out_step_rows == (10,)
+    assert make_settings("digits", "cpu", rows="1,2,3").held_out_step_rows == (), "nothing lies between"
+    assert make_settings("digits", "cpu", rows="1,2,4").held_out_step_rows == (3,)
+
+
+@pytest.mark.parametrize(
+    ("option", "problem"),
+    [
+        ({"rows": "0,1"}, "whole numbers from 1 to 1024"),
+        ({"rows": "1,,2"}, "whole numbers"),
+        ({"rows": "1,two"}, "whole numbers"),
+        ({"rows": "-1"}, "whole numbers"),
+        ({"rows": "1,5000"}, "whole numbers"),
+        ({"rows": "4,2"}, "must rise"),
+        ({"rows": "2,2"}, "must rise"),
+        ({"dtype": "int8"}, "float32, bfloat16, float16"),
+        ({"resolution": "big"}, "HEIGHTxWIDTH"),
+        ({"resolution": "1x2x3"}, "HEIGHTxWIDTH"),
+        ({"resolution": "0"}, "HEIGHTxWIDTH"),
+    ],
+)
+def test_options_that_make_no_sense(option, problem):
+    with pytest.raises(InputError, match=problem):
+        make_settings("digits", "cpu", **option)
+
+
+def test_the_command_line_gives_the_same_settings():
+    settings = make_settings("sdxl", "cuda:1", "float16", "768x512", "1,2,4", True)
+    assert command_line(settings, "x") == (
+        "synerdiff profile --model sdxl --device cuda:1 --dtype float16 --resolution 768x512 --rows 1,2,4 --quick "
+        "--out x"
+    )
+    assert command_line(make_settings("digits", "cpu"), "x") == "synerdiff profile --model digits --device cpu --out x"
+
+
+def test_results_are_kept_and_only_continued_under_the_same_conditions(tmp_path):
+    first = Partial(tmp_path, {"model": "digits", "rows": [1, 2]})
+    assert first.tables == {}
+    first.table("steps")["1"] = [5, 4, 6, 10]
+    first.save()
+    again = Partial(tmp_path, {"model": "digits", "rows": [1, 2]})
+    assert again.tables == {"steps": {"1": [5, 4, 6, 10]}}
+    assert again.spent_s >= json.loads((tmp_path / FILE).read_text())["spent_s"]
+    with pytest.raises(InputError, match=r"with rows 1, 2; now it is 1, 4\. Repeat the same command"):
+        Partial(tmp_path, {"model": "digits", "rows": [1, 4]})
+    with pytest.raises(InputError, match="with dtype not given; now it is float16"):
+        Partial(tmp_path, {"model": "digits", "rows": [1, 2], "dtype": "float16"})
+    (tmp_path / FILE).write_text('{"tables": 3}')
+    with pytest.raises(InputError, match="remove it to start again"):
+        Partial(tmp_path, {})
+
+
+def test_folders_that_must_not_be_written(tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty and holds no profile"):
+        claim_folder(tmp_path / "notes")
+    (tmp_path / "notes" / "profile.yaml").write_text("schema_version: 1")
+    with pytest.raises(InputError, match="already holds a profile"):
+        claim_folder(tmp_path / "notes")
+    with pytest.raises(InputError, match="this is a file"):
+        claim_folder(tmp_path / "notes" / "a.txt")
+    with pytest.raises(InputError, match="cannot be written"):
+        claim_folder(tmp_path / "notes" / "a.txt" / "deeper")
+    claim_folder(tmp_path / "new")
+    assert (tmp_path / "new").is_dir()
+
+
+def test_the_plan_follows_from_settings_and_atoms():
+    plan = Plan(make_settings("digits", "cpu"), [5, 1, 1, 1, 1, 1, 1, 9])
+    assert {cut.name: len(cut) for cut in plan.chunkings} == {"whole": 1, "c4": 4, "c8": 8}
+    assert plan.longest == {"whole": 0, "c4": 3, "c8": 7}
+    held_out = [cell for cell in plan.cells if plan.held_out(cell)]
+    assert {(cell.chunking, cell.chunk) for cell in held_out} == {("whole", 0), ("c4", 3), ("c8", 7)}
+    assert {cell.rows for cell in held_out} == {3, 6, 12, 24}
+    assert len(plan.cells) == len(set(plan.cells)) == 13 * 6 + 3 * 4
+    due = [plan.round_due(done, 10) for done in range(2 * len(plan.cells))]
+    assert due == sorted(due)
+    assert (due[0], due[-1]) == (1, 10)
+    assert [due.count(k) for k in range(1, 11)] == [18] * 10, "evenly spread"
+    few = Plan(make_settings("digits", "cpu", rows="1"), [3, 1, 1, 1, 1])
+    assert [cut.name for cut in few.chunkings] == ["whole", "c4"], "eight chunks need eight atoms"
+    assert [few.round_due(done, 10) for done in range(10)] == list(range(1, 11))
+
+
+def made_profile():
+    """Two chunks of 1 and 3 that slow the step by 2 and 1.25 and are slowed by 1.5 and 2; whole: 2 and 2."""
+    cells = {("whole", 0): (2.0, 2.0), ("c2", 0): (2.0, 1.5), ("c2", 1): (1.25, 2.0)}
+    corun = {
+        key: {rows: Corun(spread(round(s_u * 1e6)), spread(round(s_v * 1e6)), False) for rows in (1, 4)}
+        for key, (s_u, s_v) in cells.items()
+    }
+    corun["whole", 0][2] = Corun(spread(1_600_000), spread(2_500_000), True)
+    return Profile(
+        name="made",
+        provenance="measured",
+        row_buckets=(1, 2, 4),
+        steps={1: spread(100), 2: spread(120), 4: Spread(200, 180, 220, 10)},
+        held_out_steps={3: spread(250)},
+        chunks={"whole": (spread(4000),), "c2": (spread(1000), spread(3000))},
+        corun=corun,
+        overheads={},
+    )
+
+
+def test_a_decode_in_chunks_slows_by_what_its_chunks_do():
+    profile = made_profile()
+    # 1.5 + 6 of time for 4 of work; the step progresses by 0.75 + 4.8 meanwhile.
+    assert decode_slowdowns(profile, "c2", 1) == pytest.approx((7.5 / 5.55, 7.5 / 4))
+    assert decode_slowdowns(profile, "whole", 4) == pytest.approx((2, 2))
+
+
+def test_findings_state_overlap_kappa_and_the_lookups_error():
+    found = findings(made_profile(), (1, 4))
+    assert found["overlap"]["whole"] == {1: 1.0, 4: 1.0}
+    assert found["overlap"]["c2"][1] == pytest.approx(5.55 / 7.5 + 4 / 7.5, abs=1e-4)
+    assert found["kappa"] == {"c2": {rows: {"step": 0.6757, "chunk": 0.9375} for rows in (1, 4)}}
+    error = found["held_out_error"]
+    assert error["step_time"] == {"cells": 1, "mean": 0.2, "worst": 0.2}, "3 rows are looked up as 4: 200, not 250"
+    assert error["step_slowdown"] == {"cells": 1, "mean": 0.25, "worst": 0.25}, "interpolated 2, measured 1.6"
+    assert error["chunk_slowdown"] == {"cells": 1, "mean": 0.2, "worst": 0.2}
+    assert found["dispersion"]["step_time"] == 0
+    assert found["dispersion"]["chunk_slowdown"] == 0
+
+
+def test_throttle_reasons_are_named_and_counted():
+    assert throttle_counts([0, 0x1, 0x4, 0x4 | 0x40]) == {"software power cap": 2, "hardware thermal slowdown": 1}

@@ -1,0 +1,169 @@
+"""``synerdiff run`` with adapters, processes beside it, Ctrl-C and torchrun; ``synerdiff profile --adapters``."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from profiler.adapter_cells import Session
+from synerdiff.cli import main as cli
+from synerdiff.diffusion.controlnet import random_controlnet
+from synerdiff.diffusion.loading import load_model
+from synerdiff.profile.adapters import QUANTITIES, load_adapters
+from synerdiff.profile.folder import write_profile
+from synerdiff.results.records import read_requests, read_work
+from tests.adapter_world import make_world
+from tests.hardware import digits_profile
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[2]
+HEADER = "arrival_s,steps,images,guidance_scale,seed,loras,controlnets\n"
+FOLDERS = ["--loras", "loras", "--controlnets", "controlnets", "--controlnet-images", "images"]
+CLUSTER = """
+workers:
+  - {denoise_gpu: 0}
+strategies: {loras: asynchronous, lora_bound_steps: 1, controlnets: service}
+controlnet_services:
+  - {gpu: 1, controlnets: [edges]}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    write_profile(root / "p", digits_profile())
+    make_world(root, load_model("digits"))
+    (root / "t.csv").write_text(HEADER + "0,3,1,4.0,1,ink@0.5,edges@0.8\n0.05,3,1,4.0,2,,edges=first.png\n")
+    (root / "loaded.yaml").write_text("workers:\n  - {denoise_gpu: 0}\nstrategies: {loras: asynchronous}\n")
+    (root / "c.yaml").write_text(CLUSTER)
+    return root
+
+
+@pytest.fixture
+def world(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def words(*more: str, out: str = "out", trace: str = "t.csv") -> list[str]:
+    return ["run", "--profile", "p", "--trace", trace, "--policy", "dynamic", "--out", out, *more]
+
+
+def test_a_run_without_a_cluster_does_all_itself(world):
+    from PIL import Image
+
+    assert cli.main(words(*FOLDERS, "--images", "made", "--timeline", out="own")) == 0
+    assert set(read_requests(world / "own")["status"]) == {"done"}
+    work = read_work(world / "own")
+    assert set(work["lane"]) == {"denoise", "decode0", "loader"}
+    assert {"merge", "restore", "load", "controlnet", "step", "chunk"} == set(work["kind"])
+    names = {event["name"] for event in json.loads((world / "own" / "timeline.json").read_text())["traceEvents"]}
+    assert {"merge of a LoRA", "restore of weights", "load", "ControlNet of 2 rows"} <= names
+    with Image.open(world / "made" / "0.0.png") as image:
+        assert (image.text["loras"], image.text["controlnets"]) == ("ink@0.5", "edges@0.8")
+
+
+def test_ctrl_c_ends_the_run_and_all_its_processes(world):
+    rows = "".join(f"{0.2 * i},40,1,4.0,{i % 20},ink,edges\n" for i in range(2000))
+    (world / "long.csv").write_text(HEADER + rows)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "synerdiff.cli.main", *words("--cluster", "c.yaml", *FOLDERS, "--images", "begun",
+                                                            out="cut", trace="long.csv")]  # fmt: skip
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, process_group=0) as running:
+        until = time.monotonic() + 120
+        while not any((world / "begun").glob("*.png")) if (world / "begun").exists() else True:
+            assert running.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        beside = children(running.pid)
+        assert len(beside) == 2
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(60) == 130
+        message = running.stderr.read().decode()
+    assert "Stopping: what runs is finished first" in message
+    assert "Traceback" not in message
+    assert not any(Path(f"/proc/{pid}").exists() for pid in beside)
+    status = set(read_requests(world / "cut")["status"])
+    assert status == {"done", "unfinished"}
+    assert {"controlnet", "loader"} <= set(read_work(world / "cut")["lane"])
+
+
+def children(pid: int) -> list[int]:
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def test_torchrun_starts_the_same_processes(world):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "synerdiff.cli.main", *words("--cluster", "loaded.yaml", *FOLDERS, out="torchrun")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(read_requests(world / "torchrun")["status"]) == {"done"}
+    assert ("loader", "load") in set(zip(*(read_work(world / "torchrun")[c] for c in ("lane", "kind")), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--cluster", "c.yaml", "--decode-gpus", "0,0"], "--decode-gpus excludes --cluster"),
+        (["--cluster", "slow.yaml"], "link: a run on hardware has the links that it has; leave this out."),
+        (FOLDERS[2:], "request 0 asks for LoRAs; give their folder with --loras."),
+        (["--cluster", "two.yaml"], "the cluster has 2 workers; a run on hardware has one."),
+    ],
+)
+def test_bad_input_is_one_sentence(world, capsys, more, sentence):
+    (world / "slow.yaml").write_text("workers:\n  - {denoise_gpu: 0}\nlink: {gb_per_s: 1}\n")
+    (world / "two.yaml").write_text("workers:\n  - {denoise_gpu: 0}\n  - {denoise_gpu: 1}\n")
+    assert cli.main(words(*more, out="bad")) == 2
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert printed.count("\n") == 1
+
+
+@contextmanager
+def alone(settings, bench):
+    with tempfile.TemporaryDirectory() as name:
+        net = random_controlnet("random", bench.model)
+        net.net.save_pretrained(str(Path(name) / net.name))
+        yield Session(bench, Path(name), net, None)
+
+
+def test_profile_adapters_writes_every_quantity(world, capsys, monkeypatch):
+    profile = digits_profile()
+    profile.row_buckets = (1, 2)
+    profile.steps = {rows: spread for rows, spread in profile.steps.items() if rows <= 2}
+    for cells in profile.corun.values():
+        cells.update({2: cells.pop(32)})
+    write_profile(world / "small", profile)
+    assert cli.main(["profile", "--model", "digits", "--out", "small", "--adapters", "--quick"]) == 0
+    assert "adapters.csv" in capsys.readouterr().out
+    found = load_adapters(world / "small")
+    assert found is not None
+    assert set(found.tables) == set(QUANTITIES)
+    assert set(found.tables["controlnet_forward"]) == {1, 2}
+    assert len(found.tables["lora_merge"]) == 3
+    assert all(spread.n >= 1 for table in found.tables.values() for spread in table.values())
+    model = load_model("digits")
+    assert found.bytes_of("prediction_bytes", 1) == 4 * 4 * 8 * 8
+    assert found.constant("controlnet_bytes") < sum(w.numel() * 4 for w in model.unet.parameters())
+    # A machine with one GPU has no place for a second process: what needs one is left out, and that is said.
+    monkeypatch.setattr("profiler.adapter_cells.open_session", alone)
+    assert cli.main(["profile", "--model", "digits", "--out", "small", "--adapters", "--quick"]) == 0
+    assert "not measured, and no service: that needs a second GPU" in capsys.readouterr().out
+    fewer = load_adapters(world / "small")
+    assert fewer is not None
+    missing = set(QUANTITIES) - set(fewer.tables)
+    assert missing == {"link_latency", "link_bytes_per_s"} | {name for name in QUANTITIES if name.endswith("_beside")}
+    assert cli.main(["profile", "--model", "sdxl", "--out", "small", "--adapters"]) == 2
+    assert "was made for the model digits, not for sdxl" in capsys.readouterr().err

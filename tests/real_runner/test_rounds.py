@@ -1,0 +1,209 @@
+"""On lanes that keep exactly to a profile's times, the hardware engine makes the simulator's run to the nanosecond."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from policies.registry import POLICIES, build_policy
+from real_runner import engine
+from real_runner.engine import run_real
+from real_runner.intake import Entry
+from real_runner.pieces import Picture
+from simulator import simulate
+from synerdiff.core import REUSE, ContractError, Decision, Request, SkipBudget
+from tests.builders import make_profile, requests_at
+from tests.simulator.test_reference import Whim
+
+
+class Clock:
+    """Virtual time; a wait jumps to the earliest end."""
+
+    torch_device = None
+
+    def __init__(self) -> None:
+        self.now_ns = 12_345
+
+    def wait_any(self, works, until_ns=None) -> None:
+        ends = [work.end_ns for work in works] + [until_ns]
+        self.now_ns = max(self.now_ns, min(ends))
+
+
+class TimedWork:
+    def __init__(self, clock, start_ns, end_ns, value=None) -> None:
+        self.clock, self.start_ns, self.end_ns, self.value = clock, start_ns, end_ns, value
+
+    def done(self) -> bool:
+        return self.clock.now_ns >= self.end_ns
+
+    def result(self):
+        return self.value
+
+
+class TimedLane:
+    """First in, first out; each piece takes what ``duration_of`` says."""
+
+    def __init__(self, clock, duration_of) -> None:
+        self.clock, self.duration_of, self.free_at_ns = clock, duration_of, 0
+
+    def submit(self, function) -> TimedWork:
+        start_ns = max(self.clock.now_ns, self.free_at_ns)
+        piece = getattr(function, "__self__", None)
+        self.free_at_ns = start_ns + (0 if piece is None else self.duration_of(piece))
+        return TimedWork(self.clock, start_ns, self.free_at_ns, Picture(None, True))
+
+
+class TimedIntake:
+    """Every request enters exactly when it arrives."""
+
+    def __init__(self, lane, model, requests, zero_ns, stop, controls_of) -> None:
+        self.clock, self.zero_ns, self.left = lane.clock, zero_ns, list(requests)
+
+    @property
+    def head(self):
+        if not self.left:
+            return None
+        due_ns = self.zero_ns + self.left[0].arrival_ns
+        return TimedWork(self.clock, due_ns, due_ns)
+
+    def ready(self):
+        entries = []
+        while self.left and self.head.done():
+            request = self.left.pop(0)
+            states = [SimpleNamespace(latent=0) for _ in range(request.images)]
+            entries.append(Entry(request, 0, 0, self.zero_ns + request.arrival_ns, states, ""))
+        return entries
+
+
+def rehearse(requests, policy, profile, decode_lanes=1, budget=None, stop=None):
+    """run_real on timed lanes."""
+    clock = Clock()
+
+    def step_ns(piece) -> int:
+        return profile.step_ns(sum(2 if mode == "guided" else 1 for mode in piece.modes) + piece.pad_rows)
+
+    def chunk_ns(piece) -> int:
+        piece.image.hidden = 0
+        return profile.chunk_ns(policy.chunking, piece.image.sample.chunks_done)
+
+    hardware = SimpleNamespace(
+        device=clock,
+        model=SimpleNamespace(device=None, denoiser_calls=lambda steps: steps),
+        denoise=TimedLane(clock, step_ns),
+        decode=[TimedLane(clock, chunk_ns) for _ in range(decode_lanes)],
+        intake=TimedLane(clock, None),
+        results=TimedLane(clock, None),
+        warm_up=lambda rows, cut: None,
+        chunk_functions=lambda lane, cut: [None] * len(cut),
+        hung=False,
+    )
+    patch = pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.setattr(time, "monotonic_ns", lambda: clock.now_ns)
+        patched.setattr(engine, "Intake", TimedIntake)
+        more = {} if budget is None else {"budget": budget}
+        return run_real(requests, policy, profile, hardware, stop=stop, **more)
+
+
+def uncontended(overheads=None):
+    profile = make_profile(
+        {1: 100, 2: 130, 4: 200, 8: 350, 16: 600}, {"whole": [170], "c3": [50, 70, 50]}, overheads=overheads
+    )
+    profile.info = {"cuts": {"c3": [1, 2]}}
+    return profile
+
+
+REQUESTS = st.lists(
+    st.tuples(st.integers(0, 400), st.integers(1, 4), st.integers(1, 3), st.sampled_from([1.0, 7.5])),
+    min_size=1,
+    max_size=12,
+)
+
+
+def trace_of(drawn) -> list[Request]:
+    requests, arrival_ns = [], 0
+    for index, (gap_ns, steps, images, guidance) in enumerate(drawn):
+        arrival_ns += gap_ns
+        requests.append(Request(index, arrival_ns, steps, images, guidance))
+    return requests
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    drawn=REQUESTS,
+    seed=st.integers(0, 10_000),
+    lanes=st.integers(1, 3),
+    lead_ns=st.sampled_from([0, 0, 20, 90, 5_000]),
+    chunking=st.sampled_from(["whole", "c3"]),
+)
+def test_whatever_a_policy_does_both_engines_make_the_same_run(drawn, seed, lanes, lead_ns, chunking):
+    requests = trace_of(drawn)
+    profile = uncontended({"decision_lead": lead_ns})
+    budget = SkipBudget(500_000, 1, 1, REUSE)
+    simulated_policy, real_policy = Whim(seed, chunking), Whim(seed, chunking)
+    simulated = simulate(requests, simulated_policy, profile, decode_gpus=(0,) * lanes, budget=budget)
+    real = rehearse(requests, real_policy, profile, lanes, budget)
+    assert real.error is None
+    assert real_policy.asked == simulated_policy.asked
+    assert real.result.work == simulated.work
+    assert real.result.requests == simulated.requests
+    assert real.result.decisions == simulated.decisions
+
+
+@pytest.mark.parametrize("lead_ns", [0, 40])
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_makes_the_same_run_on_both_engines(name, lead_ns):
+    requests = trace_of([(60 + 37 * i % 90, 2 + i % 3, 1 + i % 2, 1.0 if i % 5 == 4 else 7.5) for i in range(40)])
+    profile = uncontended({"decision_lead": lead_ns})
+    parameters = {"chunking": "c3"} if "chunking" in [p.name for p in getattr(POLICIES[name], "PARAMETERS", ())] else {}
+    budget = SkipBudget(400_000, 1, 1, REUSE)
+    simulated = simulate(requests, build_policy(name, parameters), profile, budget=budget)
+    real = rehearse(requests, build_policy(name, parameters), profile, 1, budget)
+    assert real.error is None
+    assert real.result.work == simulated.work
+    assert real.result.requests == simulated.requests
+
+
+def test_a_broken_contract_ends_the_run_and_keeps_what_was_finished():
+    class Sleepy:
+        chunking = "whole"
+        inner = build_policy("continuous-serial")
+
+        def reset(self, worker, profile):
+            self.inner.reset(worker, profile)
+
+        def decide(self, view):
+            return self.inner.decide(view) if view.now_ns < 1000 else Decision()
+
+    real = rehearse(requests_at(0, 0.01), Sleepy(), uncontended())
+    assert isinstance(real.error, ContractError)
+    assert "nothing can arrive and no wake is set" in str(real.error)
+    assert [record.status for record in real.result.requests] == ["done", "unfinished"]
+
+
+def test_a_stopped_run_keeps_what_was_finished():
+    stop = threading.Event()
+
+    class Stopper:
+        chunking = "whole"
+        inner = build_policy("continuous-serial")
+
+        def reset(self, worker, profile):
+            self.inner.reset(worker, profile)
+
+        def decide(self, view):
+            if view.now_ns >= 2000:
+                stop.set()
+            return self.inner.decide(view)
+
+    real = rehearse(requests_at(0, 0.001, 0.002, 0.005), Stopper(), uncontended(), stop=stop)
+    assert real.error is None
+    assert [record.status for record in real.result.requests] == ["done", "done", "unfinished", "unfinished"]
+    assert [(fault.kind, fault.detail) for fault in real.faults] == [("stopped", "2 of 4 samples had not ended")]
+    last = max(record.end_ns for record in real.result.work)
+    assert last == real.result.end_ns, "what ran when it was stopped is finished and recorded"

@@ -1,0 +1,129 @@
+"""``synerdiff trace``: the four commands from end to end."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from synerdiff.cli.trace import trace_app
+from synerdiff.core import InputError
+from tests.traces.test_gentd26 import folder_of
+from traces.native import read_trace
+
+
+def trace(*arguments: str | Path) -> None:
+    typer.main.get_command(trace_app)([str(argument) for argument in arguments], "trace", standalone_mode=False)
+
+
+def test_generate_then_describe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "burst.csv"
+    trace("generate", "mmpp", "--requests", "400", "--rate", "2", "--mix", "unguided-4", "--seed", "7", "--out", path)
+    assert "400 requests" in capsys.readouterr().out
+    assert len(read_trace(path)) == 400
+    trace("describe", path, "--out", tmp_path / "pictures")
+    out = capsys.readouterr().out
+    for expected in ("burst.csv", "400", "4: 100.0%", "guided 0.0%", "index of dispersion", "10 s", "LoRAs", "none"):
+        assert expected in out
+    assert [picture.name for picture in (tmp_path / "pictures").iterdir()] == ["trace.png"]
+
+
+def test_convert_gentd26_prints_what_it_dropped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "requests.csv"
+    trace("convert", folder_of(tmp_path), target, "--format", "gentd26")
+    out = capsys.readouterr().out
+    for line in ("7 rows", "1 dropped: image-to-image", "1 dropped: steps or images missing", "4 requests"):
+        assert line in out
+    assert "1 exact duplicates kept" in out
+    assert read_trace(target)[2].loras == ("L0001@0.8", "L0000")
+
+
+def test_convert_katz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "katz.json", tmp_path / "katz.csv"
+    entry = {"timestamp": 10, "ip": "x", "scene_id": "A", "base_model_id": "m", "controlnets": ["c"], "loras": [None]}
+    source.write_text(json.dumps([entry, entry | {"timestamp": 12.5, "scene_id": "B"}]))
+    trace("convert", source, target, "--format", "katz", "--steps", "8", "--checkpoints", "keep")
+    (first, second) = read_trace(target)
+    assert (first.steps, first.base_model, first.controlnets, second.arrival_ns) == (8, "m", ("c",), 2_500_000_000)
+    assert "2 nulls among loras left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("describe", "missing.csv"), "missing.csv: there is no such trace"),
+        (("generate", "poisson", "--out", "x.csv"), "give either requests or duration_s"),
+        (("generate", "poisson", "--requests", "3", "--out", "x.txt"), "ends in .csv"),
+        (("convert", "a", "b.csv", "--format", "azure"), "--format is 'azure'; allowed are gentd26 and katz"),
+        (("convert", "a", "b.csv", "--format", "gentd26", "--steps", "3"), "--steps belongs to --format katz"),
+        (("convert", "a", "b.csv", "--format", "katz", "--all-types"), "--all-types belongs to --format gentd26"),
+        (("convert", "a", "b.csv", "--format", "katz", "--service", "C"), "--service is 'C'; allowed are A and B"),
+        (("convert", "a", "b.csv", "--format", "katz", "--adapters", "all"), "adapters is 'all'; allowed are keep"),
+        (("fetch", "azure"), "'azure' is not a trace that can be fetched; known is gentd26"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        trace(*arguments)
+    assert message in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_the_command_loads_nothing_heavy() -> None:
+    import subprocess
+
+    code = (
+        "import sys, synerdiff.cli.trace, traces.native; "
+        "print(sorted({'numpy', 'pandas', 'pyarrow', 'matplotlib', 'rich.progress'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def mirror(tmp_path: Path) -> Iterator[str]:
+    """The published files, unpacked as they are published, on a server on this machine."""
+    folder = os.environ.get("SYNERDIFF_DATA")
+    if not folder:
+        pytest.skip("SYNERDIFF_DATA names no folder with GenTD26")
+    original, served = Path(folder) / "gentd26-original", tmp_path / "served"
+    served.mkdir()
+    shutil.copy(original / "data_trace_processed.tar.gz", served)
+    packed = original / "lora_request_trace.csv.gz"
+    (served / "lora_request_trace.csv").write_bytes(gzip.decompress(packed.read_bytes()))
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=served)) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_fetch_convert_describe_the_real_trace(tmp_path: Path, mirror: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, target = tmp_path / "fetched", tmp_path / "gentd26.csv"
+    trace("fetch", "gentd26", "--out", folder, "--base-url", mirror)
+    out = capsys.readouterr().out
+    assert out.count("fetched, SHA-256 as published") == 2
+    assert "Please cite: Yanying Lin" in out
+    trace("convert", folder, target, "--format", "gentd26")
+    assert "26,823 rows" in capsys.readouterr().out
+    trace("describe", target)
+    assert "24,413" in capsys.readouterr().out

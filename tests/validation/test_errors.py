@@ -1,0 +1,274 @@
+"""Refreshed profiles, errors of predictions, verdicts and the report, on runs whose truth is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from policies.registry import build_policy
+from real_runner.dispatch import Dispatch
+from simulator import simulate
+from synerdiff.core import InputError
+from synerdiff.profile.folder import load_profile
+from synerdiff.validation.calibration import all_times_scaled, cells_for, refreshed
+from synerdiff.validation.cell_tour import Beside, Seen, handed_over
+from synerdiff.validation.errors import TOLERANCES, case_errors, checks
+from synerdiff.validation.machine_load import MachineLoad
+from synerdiff.validation.report import as_json, require_validation_folder, write_report
+from synerdiff.validation.session import SATURATION, Case, Observation, Plan, Session
+from tests.builders import affine_profile, requests_at
+
+FACTS = {
+    "model": "digits",
+    "device": "a processor",
+    "software": "torch 9",
+    "date": "2026-01-02",
+    "trace": "t.csv",
+    "requests": 60,
+    "warm_up_s": 1.5,
+}
+
+
+DISPATCH_NS = 200_000
+
+
+def seen_of(profile, factor: float = 1.0, spread: int = 0) -> Seen:
+    """Cells that say exactly what the profile does, times a factor, or ``spread`` ns around it, and the hand-over."""
+
+    def samples(ns: int) -> list[int]:
+        return [round(ns * factor) + offset + DISPATCH_NS for offset in (-spread, 0, spread)]
+
+    def beside(slowdown_ppm: int) -> Beside:
+        return Beside(slowdown_ppm, 1e6, 1)
+
+    return Seen(
+        {rows: samples(cell.median) for rows, cell in profile.steps.items()},
+        {name: [samples(cell.median) for cell in cells] for name, cells in profile.chunks.items()},
+        {name: [cell.median] for name, cell in profile.overheads.items()},
+        {
+            (name, chunk, rows): (beside(cell.step.median), beside(cell.chunk.median))
+            for (name, chunk), cells in profile.corun.items()
+            for rows, cell in cells.items()
+        },
+    )
+
+
+def on_hardware(result, dispatch_ns: int = DISPATCH_NS):
+    """A simulated run as the runner would record it: a lane's piece begins once it has been handed over."""
+    dispatch = Dispatch()
+    work = []
+    for record in result.work:
+        waits_ns = dispatch.step_ns if record.kind == "step" else dispatch.chunk_ns
+        waits_ns.append(dispatch_ns)
+        work.append(record._replace(start_ns=record.start_ns + dispatch_ns))
+    return SimpleNamespace(result=replace(result, work=work), faults=[], dispatch=dispatch)
+
+
+def contended():
+    slowdowns = {1: (1_500_000, 1_400_000), 32: (1_300_000, 1_200_000)}
+    return affine_profile(slowdowns=slowdowns, overheads={"step_dispatch": DISPATCH_NS, "chunk_dispatch": DISPATCH_NS})
+
+
+def make_session(
+    truth, loads=(0.5, 0.8), policies=("continuous-serial", "continuous-parallel"), repeats=3, factor=0.02
+):
+    """A session whose hardware is the simulator with the profile ``truth``."""
+    profile = contended()
+    plan = Plan(policies, loads, repeats, range_factors=(1 - factor, 1 + factor))
+    passes = [seen_of(profile)]
+    session = Session(plan, profile, cells_for(profile, 16, ["whole"]), dict.fromkeys(loads, 1.0), passes)
+    for case in plan.cases:
+        gap_ms = 0 if case.saturated else 30 / case.load
+        requests = requests_at(*(gap_ms * i for i in range(60)), steps=5)
+        session.observations[case] = []
+        for repeat in range(repeats):
+
+            def run(times, requests=requests, case=case):
+                return simulate(requests, build_policy(case.policy), times)
+
+            passes.append(seen_of(profile))
+            seen = Observation(repeat, len(passes) - 1, session.pooled, requests, on_hardware(run(truth)))
+            now = session.profile_of(seen)
+            seen.predicted = run(now)
+            seen.low, seen.high = (run(all_times_scaled(now, f)) for f in plan.range_factors)
+            session.observations[case].append(seen)
+    return session
+
+
+def test_refreshed_cells_are_the_means_of_their_passes():
+    profile = contended()
+    passes = [seen_of(profile, 1.1, spread=1000), seen_of(profile, 1.3)]
+    new = refreshed(profile, passes, passes)
+    assert new.steps[4].median == pytest.approx(1.2 * profile.step_ns(4), abs=1)
+    assert new.steps[4].n == 6
+    assert new.steps[4].p10 < new.steps[4].median < new.steps[4].p90
+    assert new.chunks["whole"][0].median == pytest.approx(1.2 * profile.decode_ns(), abs=1)
+    assert new.overhead_ns("step_dispatch") == 200_000
+    assert new.slowdown_ppm(32, "whole", 0) == profile.slowdown_ppm(32, "whole", 0)
+    assert profile.step_ns(4) == affine_profile().step_ns(4), "the profile itself is untouched"
+    assert new.step_ns(4) == new.steps[4].median, "no lookup of the old profile is remembered"
+
+
+def test_a_long_tail_is_paid_for():
+    profile = contended()
+    seen = seen_of(profile)
+    steps = dict(seen.steps) | {4: [10_200_000] * 9 + [110_200_000]}
+    new = refreshed(profile, [replace(seen, steps=steps)], [seen])
+    assert new.step_ns(4) == 20_000_000, "the median would leave out what one step in ten costs"
+
+
+def test_slowdowns_are_summed_before_they_are_divided_and_bounded():
+    profile = contended()
+    seen = seen_of(profile)
+
+    def with_cell(step: Beside, chunk: Beside) -> Seen:
+        return replace(seen, beside=dict(seen.beside) | {("whole", 0, 32): (step, chunk)})
+
+    first = with_cell(Beside(1_000, 900.0, 1), Beside(500, 500.0, 1))
+    second = with_cell(Beside(2_000, 1_100.0, 2), Beside(1_000, -400.0, 2))
+    new = refreshed(profile, [first, second], [first, second])
+    assert new.slowdown_ppm(32, "whole", 0) == (1_500_000, 10_000_000)
+    assert new.corun["whole", 0][32].step.n == 3
+
+
+def test_scaled_profiles_scale_times_and_not_slowdowns():
+    profile = contended()
+    profile.step_ns(4), profile.slowdown_ppm(4, "whole", 0)
+    double = all_times_scaled(profile, 2.0)
+    assert double.step_ns(4) == 2 * profile.step_ns(4)
+    assert double.decode_ns("c4") == 2 * profile.decode_ns("c4")
+    assert double.slowdown_ppm(4, "whole", 0) == profile.slowdown_ppm(4, "whole", 0)
+
+
+def test_cells_are_those_that_the_runs_can_meet():
+    cells = cells_for(contended(), 10, ["whole", "c4", "whole"])
+    assert cells.rows == (1, 2, 3, 4, 6, 8, 12)
+    assert cells.chunkings == ("whole", "c4")
+    assert cells_for(contended(), 10, ["whole"], even_only=True).rows == (2, 4, 6, 8, 12)
+
+
+def test_a_true_prediction_has_no_error_and_passes_strictly():
+    session = make_session(contended(), loads=(0.5, 0.8, SATURATION))
+    for case in session.plan.cases:
+        found = case_errors(session, case)
+        assert {metric.error.value for metric in found.metrics.values() if metric.error is not None} == {0.0}
+        assert all(check.passed for check in checks(found, TOLERANCES["strict"]))
+        assert found.dispatch_s == {"step": 0.0002, "chunk": 0.0002, "decide": 0.0}
+        assert all(predicted == measured for _, predicted, measured in found.latencies)
+        assert len(found.latencies) == 60
+
+
+def test_slower_steps_are_found_named_and_judged():
+    truth = contended()
+    truth.steps = all_times_scaled(truth, 1.1).steps
+    session = make_session(truth)
+    found = case_errors(session, Case("continuous-serial", 0.5))
+    assert found.metrics["step_time_s"].error.value == pytest.approx(0.1, abs=0.002)
+    assert found.metrics["decode_time_s"].error.value == 0
+    assert found.metrics["request_latency_mean_s"].error.value > 0.05
+    assert "most of it in the stage denoise" in found.blame
+    verdicts = {check.what: check.passed for check in checks(found, TOLERANCES["strict"])}
+    assert verdicts == {
+        "step time": False,
+        "decode time": True,
+        "throughput": True,
+        "mean latency": False,
+        "faults": True,
+    }
+    assert found.range_s[1] > 1, "beyond what 2% slower times explain"
+    wide = make_session(truth, factor=0.15)
+    found = case_errors(wide, Case("continuous-serial", 0.5))
+    assert all(check.passed for check in checks(found, TOLERANCES["cpu"]))
+
+
+def test_slower_decodes_are_named():
+    truth = contended()
+    truth.chunks = all_times_scaled(truth, 1.5).chunks
+    found = case_errors(make_session(truth), Case("continuous-parallel", 0.5))
+    assert found.metrics["decode_time_s"].error.value == pytest.approx(0.5, abs=0.05)
+    assert "most of it in the stage decode" in found.blame
+
+
+def test_the_mix_of_steps_that_was_measured_weighs_both_runs():
+    """Twice as fast hardware makes other batches; equal steps are still compared with equal steps."""
+    found = case_errors(make_session(all_times_scaled(contended(), 0.5)), Case("continuous-serial", 0.8))
+    assert found.metrics["step_time_s"].error.value == pytest.approx(-0.5, abs=0.02)
+
+
+def test_faults_fail_a_case():
+    session = make_session(contended())
+    case = Case("continuous-serial", 0.5)
+    session.observations[case][1].run.faults.append("x")
+    failed = [check.what for check in checks(case_errors(session, case), TOLERANCES["strict"]) if not check.passed]
+    assert failed == ["faults"]
+
+
+def test_only_complete_repeats_count():
+    session = make_session(contended())
+    session.observations[Case("continuous-parallel", 0.8)].pop()
+    assert session.repeats == 2
+    assert len(case_errors(session, Case("continuous-serial", 0.5)).metrics["step_time_s"].repeats) == 2
+
+
+def test_the_report_says_what_failed_and_where(tmp_path):
+    truth = contended()
+    truth.steps = all_times_scaled(truth, 1.1).steps
+    session = make_session(truth, loads=(0.5, SATURATION))
+    limits = TOLERANCES["strict"]
+    errors = [case_errors(session, case) for case in session.plan.cases]
+    verdicts = [check for one in errors for check in checks(one, limits)]
+    text = write_report(tmp_path / "o", session, errors, verdicts, limits, FACTS)
+    data = json.loads((tmp_path / "o" / "validation.json").read_text())
+    assert data["passed"] is False
+    assert data == json.loads(json.dumps(as_json(session, errors, verdicts, limits, FACTS)))
+    assert data["drift"] == {"step_time": 1, "chunk_time": 1, "step_slowdown": 1, "chunk_slowdown": 1}
+    assert (tmp_path / "o" / "report.md").read_text() == text
+    failed = sum(not check.passed for check in verdicts)
+    assert f"# Prediction against hardware: failed ({failed} of {len(verdicts)} checks)" in text
+    assert "- continuous-serial at load 0.5: step time +10.0%; allowed: within 3%." in text
+    assert "- continuous-parallel, load 0.5: mean latency +" in text
+    assert "## Saturation (all requests at once)" in text
+    lines = (tmp_path / "o" / "requests.csv").read_text().splitlines()
+    assert lines[0] == "policy,load,request_id,predicted_s,measured_s"
+    assert len(lines) == 1 + 4 * 60
+    assert load_profile(tmp_path / "o" / "profile").step_ns(4) == contended().step_ns(4)
+    for name in ("prediction-errors", "requests", "timelines"):
+        assert (tmp_path / "o" / f"{name}.png").stat().st_size > 10_000
+    require_validation_folder(tmp_path / "o")
+    (tmp_path / "o" / "mine.txt").touch()
+    with pytest.raises(InputError, match=r"holds mine\.txt, which is no file of a validation"):
+        require_validation_folder(tmp_path / "o")
+
+
+def test_a_run_is_predicted_from_the_passes_around_it():
+    session = make_session(contended(), repeats=2)
+    case = session.plan.cases[1]
+    seen = session.observations[case][0]
+    assert seen.place == 3
+    for place in (1, 2, 3, 4):
+        session.passes[place] = seen_of(session.profile, 1.2)
+    assert session.profile_of(seen).step_ns(4) == round(1.2 * session.profile.step_ns(4))
+    other = session.observations[session.plan.cases[3]][1]
+    assert session.profile_of(other).step_ns(4) == session.profile.step_ns(4)
+
+
+def test_pieces_are_compared_with_their_hand_over():
+    """A lane's record leaves out what the simulator counts as a part of the piece."""
+    result = simulate(requests_at(0, 1, 2), build_policy("continuous-parallel"), contended())
+    assert handed_over(on_hardware(result)) == result.work
+
+
+def test_others_on_the_machine_are_noticed():
+    found = MachineLoad().load()
+    assert found.others is None or 0 <= found.others < 1024
+    assert found.stolen is None or 0 <= found.stolen < 1024
+
+
+def test_plans_are_checked():
+    with pytest.raises(InputError, match="--repeats is 0"):
+        Plan(("static",), (0.5,), 0)
+    with pytest.raises(InputError, match="--load is 3; a number above 0 and up to 2"):
+        Plan(("static",), (0.5, 3.0))

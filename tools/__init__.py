@@ -1,0 +1,1 @@
+"""Scripts that made what ships: trained models and fitted parameters. Not part of the wheel."""

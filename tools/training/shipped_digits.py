@@ -1,0 +1,41 @@
+"""The shipped `digits` as its adapters are trained on it: frozen, with the diffusion loss over styled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from synerdiff.diffusion.loading import SHIPPED, load_model
+from synerdiff.diffusion.model import DiffusionModel
+from tools.training.train_digits import ClassTokens
+
+
+def frozen_digits() -> tuple[DiffusionModel, Any, Any]:
+    """The model as it ships, its class tokens (labels (n,) -> (n, 2, width)), and its noise scheduler."""
+    from diffusers import DDIMScheduler
+    from safetensors.torch import load_file
+
+    folder: Path = SHIPPED["digits"]
+    tokens = ClassTokens()
+    tokens.load_state_dict({"table": load_file(folder / "class_tokens.safetensors")["tokens"].float()})
+    scheduler: Any = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")  # type: ignore[no-untyped-call]
+    return load_model("digits"), tokens.requires_grad_(False), scheduler
+
+
+@torch.inference_mode()
+def encode(model: DiffusionModel, images: torch.Tensor) -> torch.Tensor:
+    """Scaled latents (n, 4, 8, 8) of (n, 1, 32, 32) images in [-1, 1]."""
+    parts = [model.vae.encode(part).latent_dist.mean for part in torch.split(images, 128)]
+    return torch.cat(parts) * float(model.vae.config.scaling_factor)
+
+
+def half_and_back(module: nn.Module) -> nn.Module:
+    """Weights rounded to half precision, as they ship, and kept in single: what quality is measured on."""
+    return module.half().float()
+
+
+Loss = Callable[[nn.Module, torch.Generator, int], torch.Tensor]
