@@ -17,7 +17,7 @@ HEAVY = {
 }
 PROBE = """
 import json, sys
-from synerdiff.cli.main import main
+from synerdiff.cli import main
 code = main(sys.argv[1:])
 print("MODULES " + json.dumps([code, sorted({name.partition(".")[0] for name in sys.modules})]))
 """

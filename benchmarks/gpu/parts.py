@@ -31,7 +31,7 @@ from synerdiff.core import InputError  # noqa: E402
 from synerdiff.files import atomic  # noqa: E402
 from synerdiff.profile.tables import Profile  # noqa: E402
 
-SYNERDIFF = (sys.executable, "-m", "synerdiff.cli.main")
+SYNERDIFF = (sys.executable, "-m", "synerdiff.cli")
 LARGEST_FILE = 16 * 2**20
 MOST_FILES = 8
 STOP_S = 25

@@ -148,7 +148,3 @@ def _require_own_packages() -> None:
 def _fail(message: str, code: int) -> int:
     print(" ".join(message.split()), file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from synerdiff import __version__
-from synerdiff.cli import main as cli
+from synerdiff import __version__, cli
 from synerdiff.core import NS_PER_S
 from synerdiff.profile.folder import SHIPPED, write_profile
 from synerdiff.results.records import read_requests, read_work
@@ -278,7 +277,7 @@ def test_a_folder_that_cannot_be_written(world: Path, capsys: pytest.CaptureFixt
 
 LIMITED = """
 import resource, sys
-from synerdiff.cli import main as cli
+from synerdiff import cli
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 sys.exit(cli.main(sys.argv[1:]))
 """
@@ -365,7 +364,7 @@ def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m synerdiff.cli.main policies --json | true; echo ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m synerdiff.cli policies --json | true; echo ${{PIPESTATUS[0]}}"
     found = subprocess.run(
         ["bash", "-c", command],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -383,7 +382,7 @@ def _command(arguments: list[str], environment: dict[str, str], folder: Path) ->
         [
             sys.executable,
             "-c",
-            "import sys; from synerdiff.cli.main import main; sys.exit(main(sys.argv[1:]))",
+            "import sys; from synerdiff.cli import main; sys.exit(main(sys.argv[1:]))",
             *arguments,
         ],
         env={**os.environ, **environment},

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from synerdiff.cli import main as cli
+from synerdiff import cli
 from synerdiff.config.experiment import load_experiment
 from synerdiff.core import InputError, SkipBudget
 from synerdiff.experiments import grid_run
@@ -495,7 +495,7 @@ def test_a_broken_policy_ends_the_sweep_and_keeps_what_is_done(world: Path, caps
 
 
 LONG = SMALL.replace("requests: 30", "requests: 200").replace("seeds: [1, 2]", "seeds: [1, 2, 3, 4, 5, 6, 7, 8]")
-START = "import sys; from synerdiff.cli.main import main; sys.exit(main(sys.argv[1:]))"
+START = "import sys; from synerdiff.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def _started(world: Path, code: str = START, jobs: int = 2) -> subprocess.Popen[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from synerdiff.cli import main as cli
+from synerdiff import cli
 from synerdiff.core import InputError
 from synerdiff.experiments.fidelity_tradeoff import RIVAL, trade_off, variants
 from synerdiff.fidelity.table import read_fidelity, write_fidelity

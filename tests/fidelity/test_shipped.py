@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from synerdiff.cli import main as cli
+from synerdiff import cli
 from synerdiff.core import GUIDED, InputError
 from synerdiff.diffusion.loading import load_model
 from synerdiff.fidelity.floor import UnreachedFloor, budget_from_floor

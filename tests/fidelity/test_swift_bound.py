@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from synerdiff.cli.main import main
+from synerdiff.cli import main
 from synerdiff.core import InputError
 from synerdiff.diffusion.controlnet import load_controlnet
 from synerdiff.diffusion.digits_data import digits_split

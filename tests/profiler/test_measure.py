@@ -13,7 +13,7 @@ from profiler.measure import measure_profile
 from profiler.partial import Partial
 from profiler.sampling import Rule, spread_of
 from profiler.settings import CORUN_ROWS, ROWS, make_settings
-from synerdiff.cli.main import main
+from synerdiff.cli import main
 from synerdiff.core import GUIDED, InputError
 from synerdiff.diffusion.chunking import Chunking
 from synerdiff.diffusion.loading import load_model

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from profiler.adapter_cells import Session
-from synerdiff.cli import main as cli
+from synerdiff import cli
 from synerdiff.diffusion.controlnet import random_controlnet
 from synerdiff.diffusion.loading import load_model
 from synerdiff.profile.adapters import QUANTITIES, load_adapters
@@ -77,7 +77,7 @@ def test_ctrl_c_ends_the_run_and_all_its_processes(world):
     rows = "".join(f"{0.2 * i},40,1,4.0,{i % 20},ink,edges\n" for i in range(2000))
     (world / "long.csv").write_text(HEADER + rows)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "synerdiff.cli.main", *words("--cluster", "c.yaml", *FOLDERS, "--images", "begun",
+    command = [sys.executable, "-m", "synerdiff.cli", *words("--cluster", "c.yaml", *FOLDERS, "--images", "begun",
                                                             out="cut", trace="long.csv")]  # fmt: skip
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, process_group=0) as running:
         until = time.monotonic() + 120
@@ -106,7 +106,7 @@ def children(pid: int) -> list[int]:
 def test_torchrun_starts_the_same_processes(world):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, "-m", "synerdiff.cli.main", *words("--cluster", "loaded.yaml", *FOLDERS, out="torchrun")]
+    command = [*launcher, "-m", "synerdiff.cli", *words("--cluster", "loaded.yaml", *FOLDERS, out="torchrun")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     assert set(read_requests(world / "torchrun")["status"]) == {"done"}

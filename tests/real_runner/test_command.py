@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from synerdiff.cli import main as cli
+from synerdiff import cli
 from synerdiff.profile.folder import write_profile
 from synerdiff.results.records import read_requests, read_work
 from tests.builders import affine_profile

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from synerdiff.cli import main as cli
+from synerdiff import cli
 from synerdiff.profile.folder import load_profile, write_profile
 from tests.builders import affine_profile, make_profile
 from tests.hardware import digits_profile
