@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from synerdiff.core import InputError
+from synerdiff.schema import Section, validated
 from traces.columns import GUIDANCE_SCALE, IMAGES, STEPS
 from traces.gentd26_parameters import gentd26_parameters
 
@@ -31,13 +31,11 @@ _ONLY_FOR: dict[str, tuple[str, str]] = {
 }
 
 
-class TraceSpec(BaseModel):
+class TraceSpec(Section):
     """A generated trace: how arrivals come (kind), how long, and what is asked for (mix, loras).
 
     Fields that belong to one kind or mix are refused with any other.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     kind: Kind
     """poisson; gamma: a renewal process; mmpp: Poisson whose rate switches; gentd26-like: fitted to GenTD26."""
@@ -93,17 +91,4 @@ class TraceSpec(BaseModel):
 
 def trace_spec(fields: Mapping[str, Any], where: str) -> TraceSpec:
     """Validate; InputError is one sentence that starts with ``where`` and tells what is allowed."""
-    try:
-        return TraceSpec.model_validate(dict(fields))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            problem = f"the field {name!r} is unknown; known are {', '.join(TraceSpec.model_fields)}"
-        elif first["type"] == "missing":
-            problem = f"{name} is missing"
-        elif not name:
-            problem = first["msg"].removeprefix("Value error, ")
-        else:
-            problem = f"{name} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
-        raise InputError(f"{where}: {problem}.") from None
+    return validated(TraceSpec, dict(fields), where)

@@ -6,34 +6,18 @@ The fields are described in ``docs/swiftdiffusion.md``; an unknown field is an e
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from synerdiff.core import InputError
 from synerdiff.files import read_yaml
+from synerdiff.schema import Listed, Section, validated
 
-_T = TypeVar("_T")
-Listed = Annotated[tuple[_T, ...], Strict(False)]
 Gpu = Annotated[int, Field(ge=0, le=4095)]
 MIB = 1 << 20
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_fields(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            raise ValueError(f"named fields are needed: {', '.join(cls.model_fields)}")
-        for key in data:
-            if key not in cls.model_fields:
-                raise ValueError(f"there is no field '{key}'; known are {', '.join(cls.model_fields)}")
-        return data
-
-
-class Strategies(_Part):
+class Strategies(Section):
     """How adapters and guidance are served; each choice stands alone."""
 
     controlnets: Literal["inline", "service"] = "inline"
@@ -43,7 +27,7 @@ class Strategies(_Part):
     guidance: Literal["one-gpu", "two-gpus"] = "one-gpu"
 
 
-class WorkerEntry(_Part):
+class WorkerEntry(Section):
     """One worker. Decode lanes on the denoise GPU (the default: one) contend with its steps, others do not."""
 
     denoise_gpu: Gpu
@@ -62,7 +46,7 @@ class WorkerEntry(_Part):
         return {self.denoise_gpu, *self.lanes} | ({self.guidance_gpu} if self.guidance_gpu is not None else set())
 
 
-class Service(_Part):
+class Service(Section):
     """One GPU that runs ControlNets for all workers, one call at a time."""
 
     gpu: Gpu
@@ -80,14 +64,14 @@ class Service(_Part):
         return self
 
 
-class Link(_Part):
+class Link(Section):
     """Between GPUs; what is left out is taken from the profile's adapters.csv."""
 
     gb_per_s: float | None = Field(default=None, gt=0, le=1e6)
     latency_us: float | None = Field(default=None, ge=0, le=1e6)
 
 
-class LoraStorage(_Part):
+class LoraStorage(Section):
     """LoRA files, their way to a worker, and what each worker keeps of them."""
 
     mib: float = Field(default=400, gt=0, le=1e6)
@@ -105,7 +89,7 @@ class LoraStorage(_Part):
         return round(self.sizes_mib.get(name, self.mib) * MIB)
 
 
-class Cluster(_Part):
+class Cluster(Section):
     """Workers, services and how they work together."""
 
     workers: Listed[WorkerEntry] = Field(min_length=1, max_length=4096)
@@ -150,24 +134,4 @@ def load_cluster(path: Path) -> Cluster:
 
 def cluster_of(fields: dict[str, Any], where: str = "cluster") -> Cluster:
     """A cluster from its fields, checked; InputError starts with ``where``."""
-    try:
-        return Cluster.model_validate(fields)
-    except ValidationError as error:
-        raise InputError(f"{where}: {_sentence(error)}.") from None
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first problem: where, what was found, what is allowed."""
-    first = error.errors()[0]
-    place = ""
-    for part in first["loc"]:
-        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else part
-    if first["type"] == "missing":
-        return f"{place} is missing"
-    if first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
-        return f"{place}: {message}" if place else message
-    if first["type"] == "too_short":
-        return f"{place} is empty; at least one entry is needed"
-    message = first["msg"].replace("Input should be", "must be").replace("valid tuple", "list")
-    return f"{place} is {first['input']!r}; it {message[0].lower()}{message[1:]}"
+    return validated(Cluster, fields, where)

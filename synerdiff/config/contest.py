@@ -5,31 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from synerdiff.config.experiment import (
     Batch,
     Count,
     Experiment,
-    Listed,
     Load,
     Name,
     PolicyEntry,
     Seed,
     SkipBudgetSection,
     Workload,
-    _Section,
-    _sentence,
 )
-from synerdiff.core import InputError
 from synerdiff.files import read_yaml
+from synerdiff.schema import Listed, Section, validated
 
 Factor = Annotated[float, Field(ge=0, le=100)]
 Lanes = Listed[Annotated[int, Field(ge=0, le=63)]]
 Report = Literal["winners", "headline", "ablation"]
 
 
-class Machines(_Section):
+class Machines(Section):
     """Profiles x contention (factor on every slowdown's excess over 1) x decode share (factor on the decode's time) x
     decode lanes (the GPU of each)."""
 
@@ -39,7 +36,7 @@ class Machines(_Section):
     decode_gpus: Listed[Lanes] = Field(default=((0,),), min_length=1)
 
 
-class Contest(_Section):
+class Contest(Section):
     """Policies compared in cells: machines x workloads.
 
     In every cell each policy is measured at saturation and at each load, each time at its own best batch size, on the
@@ -98,8 +95,4 @@ class Contest(_Section):
 
 def load_contest(path: Path) -> Contest:
     """Read a contest file; InputError names the file and the path of the field that is wrong."""
-    data = read_yaml(path, "contest file")
-    try:
-        return Contest.model_validate(data)
-    except ValidationError as error:
-        raise InputError(f"{path}: {_sentence(error)}.") from None
+    return validated(Contest, read_yaml(path, "contest file"), str(path))

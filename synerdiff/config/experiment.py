@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
-from synerdiff.core import PPM, InputError, Mode, SkipBudget
+from synerdiff.core import PPM, Mode, SkipBudget
 from synerdiff.files import read_yaml
+from synerdiff.schema import Listed, Section, shown, validated
 
-_T = TypeVar("_T")
-Listed = Annotated[tuple[_T, ...], Strict(False)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Load = Annotated[float, Field(gt=0, le=10)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -23,21 +22,7 @@ Figure = Literal["latency-load", "throughput-load", "tradeoff", "stages", "lanes
 FIGURES: tuple[Figure, ...] = ("latency-load", "throughput-load", "tradeoff", "stages", "lanes", "backlog")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known_fields(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            raise ValueError(f"named fields are needed: {', '.join(cls.model_fields)}")
-        for key in data:
-            if key not in cls.model_fields:
-                raise ValueError(f"there is no field '{key}'; known are {', '.join(cls.model_fields)}")
-        return data
-
-
-class SkipBudgetSection(_Section):
+class SkipBudgetSection(Section):
     """How many steps of an image may run without guidance: the fields of ``core.SkipBudget``, or a floor on fidelity.
 
     ``min_ssim`` is looked up in the fidelity table of the folder ``fidelity`` (relative to the experiment's file; by
@@ -66,7 +51,7 @@ class SkipBudgetSection(_Section):
         return SkipBudget(round(self.fraction * PPM), self.warmup_steps, self.longest_run, Mode(self.mode))
 
 
-class Window(_Section):
+class Window(Section):
     """A part of a trace, in seconds of the trace as it is written, the end excluded."""
 
     start_s: float = Field(ge=0)
@@ -79,7 +64,7 @@ class Window(_Section):
         return self
 
 
-class Workload(_Section):
+class Workload(Section):
     """Where requests come from: a generator (one replicate per seed) or a trace file (one replicate per window)."""
 
     name: Name
@@ -105,7 +90,7 @@ class Workload(_Section):
         return self
 
 
-class PolicyEntry(_Section):
+class PolicyEntry(Section):
     """A policy at one set of parameters; ``batch`` is a size, a list of sizes to search, or ``best``.
 
     With ``steps_scale`` below 1 its requests take that share of their steps, rounded, all with full guidance: the
@@ -118,6 +103,15 @@ class PolicyEntry(_Section):
     batch: Batch | Literal["best"] | Listed[Batch] | None = None
     steps_scale: float = Field(default=1.0, gt=0, le=1)
     skip: bool = True
+
+    @field_validator("batch", mode="wrap")
+    @classmethod
+    def _a_batch(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return check(value)
+        except ValidationError:  # one for each of the four forms, none of them helpful
+            allowed = "allowed are a size of 1 to 4096, a list of sizes, or best"
+            raise ValueError(f"{shown(repr(value))} is not a batch size; {allowed}") from None
 
     @model_validator(mode="after")
     def _one_batch(self) -> PolicyEntry:
@@ -140,7 +134,7 @@ class PolicyEntry(_Section):
         return self.batch == "best" or isinstance(self.batch, tuple)
 
 
-class BatchSearch(_Section):
+class BatchSearch(Section):
     """How a policy's best batch size is found: the least mean latency at the nearest searched load."""
 
     batches: Listed[Batch] = Field(default=(1, 2, 4, 8, 16), min_length=1)
@@ -149,7 +143,7 @@ class BatchSearch(_Section):
     requests: Count = 400
 
 
-class Slo(_Section):
+class Slo(Section):
     """A request is good when it ends within ``solo_multiple`` times its latency alone, or within ``seconds``."""
 
     solo_multiple: float | None = Field(default=None, gt=0, le=1e6)
@@ -162,7 +156,7 @@ class Slo(_Section):
         return self
 
 
-class Experiment(_Section):
+class Experiment(Section):
     """One experiment: the grid profile x workload x policy x load x replicate."""
 
     name: Name
@@ -204,37 +198,4 @@ class Experiment(_Section):
 
 def load_experiment(path: Path) -> Experiment:
     """Read an experiment file; InputError names the file and the path of the field that is wrong."""
-    data = read_yaml(path, "sweep file")
-    try:
-        return Experiment.model_validate(data)
-    except ValidationError as error:
-        raise InputError(f"{path}: {_sentence(error)}.") from None
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first problem: where, what was found, what is allowed."""
-    first = error.errors()[0]
-    # A batch may be a number, a word or a list: pydantic reports each attempt; the place ends at the field's own name.
-    place = [part for part in first["loc"] if not (isinstance(part, str) and not part.isidentifier())]
-    if "batch" in place:
-        place = place[: place.index("batch") + 1]
-        allowed = "allowed are a size of 1 to 4096, a list of sizes, or best"
-        return f"{_path(place)} is not a batch size; {allowed}"
-    if first["type"] == "missing":
-        return f"{_path(place)} is missing"
-    if first["type"] == "value_error":
-        message = str(first["ctx"]["error"])
-        return f"{_path(place)}: {message}" if place else message
-    if first["type"] == "too_short":
-        return f"{_path(place)} is empty; at least one entry is needed"
-    message = first["msg"].replace("Input should be", "must be").replace("String should", "must")
-    message = message.replace("valid tuple", "list")
-    found = repr(first["input"])
-    return f"{_path(place)} is {found if len(found) <= 60 else found[:57] + '...'}; it {message}"
-
-
-def _path(place: list[int | str]) -> str:
-    text = ""
-    for part in place:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
+    return validated(Experiment, read_yaml(path, "sweep file"), str(path))

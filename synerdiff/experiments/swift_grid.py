@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import Field
 
 from synerdiff.core import NS_PER_S, InputError, Request
 from synerdiff.experiments.backends import Backend
@@ -18,6 +18,7 @@ from synerdiff.experiments.swift_profiles import LORA_MIB, h800_adapters, h800_p
 from synerdiff.experiments.swift_workload import MIXES, adapter_sets
 from synerdiff.files import read_yaml
 from synerdiff.profile.folder import write_table
+from synerdiff.schema import Listed, Section, validated
 
 SYSTEM = "katz"
 """Every set runs on the compiled denoiser, so that only the strategies differ."""
@@ -26,16 +27,14 @@ SATURATED = 0.0
 """As a load: everything arrives at once."""
 
 
-class SwiftStudy(BaseModel):
+class SwiftStudy(Section):
     """The study's file: lists are the axes of the grid."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
     service: str = "A"
-    gpus: Annotated[tuple[Annotated[int, Field(ge=4, le=1024)], ...], Strict(False)] = Field((4, 8, 16), min_length=1)
-    lora_shares: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Strict(False)] = (0.0, 0.5, 1.0)
-    loads: Annotated[tuple[Annotated[float, Field(gt=0, le=5)], ...], Strict(False)] = (0.1, 0.3, 0.6, 0.9)
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Strict(False)] = (1, 2)
+    gpus: Listed[Annotated[int, Field(ge=4, le=1024)]] = Field((4, 8, 16), min_length=1)
+    lora_shares: Listed[Annotated[float, Field(ge=0, le=1)]] = (0.0, 0.5, 1.0)
+    loads: Listed[Annotated[float, Field(gt=0, le=5)]] = (0.1, 0.3, 0.6, 0.9)
+    seeds: Listed[Annotated[int, Field(ge=0)]] = (1, 2)
     requests: int = Field(300, ge=50, le=1_000_000)
     steps: int = Field(50, ge=1, le=1000)
     host_cache_mib: float = Field(15_200, ge=0)
@@ -44,17 +43,7 @@ class SwiftStudy(BaseModel):
 
 def load_study(path: Path) -> SwiftStudy:
     """Read the study's file; InputError names the field that is wrong."""
-    try:
-        study = SwiftStudy.model_validate(read_yaml(path, "study file"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(SwiftStudy.model_fields)
-        if first["type"] == "extra_forbidden":
-            raise InputError(f"{path}: there is no field '{place}'; known are {known}.") from None
-        raise InputError(
-            f"{path}: {place} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}."
-        ) from None
+    study = validated(SwiftStudy, read_yaml(path, "study file"), str(path))
     if (study.service, "lora") not in MIXES:
         raise InputError(f"{path}: service is '{study.service}'; allowed are A and B.")
     return study

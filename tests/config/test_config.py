@@ -111,9 +111,18 @@ KNOWN = ", ".join(Experiment.model_fields)
         ({"policies": "[{polic: s}]"}, "policies[0]: there is no field 'polic'; known are policy, label, parameters, "),
         ({"policies": "[{label: s}]"}, "policies[0].policy is missing."),
         ({"policies": "[{policy: 3}]"}, "policies[0].policy is 3; it must be a valid string."),
-        ({"policies": "[{policy: s, batch: 0}]"}, "policies[0].batch is not a batch size; allowed are a size of 1 to"),
-        ({"policies": "[{policy: s, batch: big}]"}, "policies[0].batch is not a batch size; allowed are a size of 1"),
-        ({"policies": "[{policy: s, batch: [2, x]}]"}, "policies[0].batch is not a batch size; allowed are a size of"),
+        (
+            {"policies": "[{policy: s, batch: 0}]"},
+            "policies[0].batch: 0 is not a batch size; allowed are a size of 1 to",
+        ),
+        (
+            {"policies": "[{policy: s, batch: big}]"},
+            "policies[0].batch: 'big' is not a batch size; allowed are a size of 1",
+        ),
+        (
+            {"policies": "[{policy: s, batch: [2, x]}]"},
+            "policies[0].batch: [2, 'x'] is not a batch size; allowed are a size of",
+        ),
         ({"policies": "[{policy: s, batch: []}]"}, "policies[0]: batch is an empty list; allowed are a size, a list"),
         ({"policies": "[{policy: s, batch: 4, parameters: {batch: 3}}]"}, "policies[0]: batch is given twice: beside"),
         ({"policies": "[{policy: s}, {policy: s}]"}, "two policies (give labels) are both 's'."),

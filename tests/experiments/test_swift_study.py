@@ -217,7 +217,7 @@ def test_the_baseline_s_capacity_is_its_closed_form() -> None:
     [
         ("service: C\n", "service is 'C'; allowed are A and B"),
         ("gpu: [4]\n", "there is no field 'gpu'; known are service, gpus"),
-        ("gpus: [2]\n", "gpus.0 is 2; input should be greater than or equal to 4"),
+        ("gpus: [2]\n", "gpus\\[0\\] is 2; it must be greater than or equal to 4"),
     ],
 )
 def test_a_study_s_file_is_checked(tmp_path: Path, text: str, message: str) -> None:
