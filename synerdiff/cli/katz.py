@@ -20,8 +20,8 @@ def katz(
     ] = None,
 ) -> None:
     """Predict Katz's and diffusers' latencies on H800, compare with the published ones, take the strategies apart."""
-    from synerdiff.experiments.swift_ablation import ablation
-    from synerdiff.experiments.swift_profiles import SYSTEMS, h800_adapters, h800_profile
+    from synerdiff.experiments.h800 import SYSTEMS, h800_adapters, h800_profile
+    from synerdiff.experiments.layouts import ablation
     from synerdiff.files import require_writable_folder
     from synerdiff.profile.adapters import write_adapters
     from synerdiff.profile.folder import write_profile

@@ -22,9 +22,9 @@ def swift(
     """Simulate every set of strategies over LoRA share, load and number of GPUs, and draw where each pays."""
     from dataclasses import asdict
 
+    from synerdiff.experiments.adapter_mix import cache_curves
     from synerdiff.experiments.backends import LokyBackend
-    from synerdiff.experiments.swift_ablation import ablation
-    from synerdiff.experiments.swift_caches import cache_curves
+    from synerdiff.experiments.layouts import ablation
     from synerdiff.experiments.swift_grid import load_study, run_grid, speedups, write_rows
     from synerdiff.files import require_writable_folder
     from synerdiff.profile.folder import write_table

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.experiments.adapter_mix import MIXES, adapter_sets
 from synerdiff.experiments.backends import Backend
-from synerdiff.experiments.swift_layouts import BASELINE, SETS, Demand, layout, worker_image_s
-from synerdiff.experiments.swift_profiles import LORA_MIB, h800_adapters, h800_profile
-from synerdiff.experiments.swift_workload import MIXES, adapter_sets
+from synerdiff.experiments.h800 import LORA_MIB, h800_adapters, h800_profile
+from synerdiff.experiments.layouts import BASELINE, SETS, Demand, layout, worker_image_s
 from synerdiff.files import read_yaml
 from synerdiff.profile.folder import write_table
 from synerdiff.schema import Listed, Section, validated

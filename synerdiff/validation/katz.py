@@ -13,7 +13,7 @@ from pathlib import Path
 
 from synerdiff.config.cluster import Cluster, cluster_of
 from synerdiff.core import NS_PER_S, InputError, Request
-from synerdiff.experiments.swift_profiles import LORA_MIB, SYSTEMS, h800_adapters, h800_profile
+from synerdiff.experiments.h800 import LORA_MIB, SYSTEMS, h800_adapters, h800_profile
 
 STEPS = 50
 FILE = "katz_h800_sdxl.csv"

@@ -12,8 +12,9 @@ import typer
 from typer.testing import CliRunner
 
 from synerdiff.core import InputError
-from synerdiff.experiments.swift_ablation import ablation
-from synerdiff.experiments.swift_caches import FITTED, cache_curves, loads_per_request
+from synerdiff.experiments.adapter_mix import FITTED, MIXES, adapter_sets, cache_curves, loads_per_request
+from synerdiff.experiments.h800 import COMPONENTS, h800_adapters, h800_profile
+from synerdiff.experiments.layouts import SETS, STRATEGIES, Demand, ablation, divide, layout
 from synerdiff.experiments.swift_grid import (
     BASELINE,
     Point,
@@ -24,9 +25,6 @@ from synerdiff.experiments.swift_grid import (
     run_point,
     speedups,
 )
-from synerdiff.experiments.swift_layouts import SETS, STRATEGIES, Demand, divide, layout
-from synerdiff.experiments.swift_profiles import COMPONENTS, h800_adapters, h800_profile
-from synerdiff.experiments.swift_workload import MIXES, adapter_sets
 from synerdiff.validation import katz as swift_katz
 from synerdiff.validation.katz import compare, predict
 
@@ -205,8 +203,8 @@ def test_every_set_meets_the_same_requests_and_the_grid_is_complete() -> None:
 def test_the_baseline_s_capacity_is_its_closed_form() -> None:
     study = SwiftStudy(gpus=(4,), lora_shares=(0.0,), loads=(0.5,), seeds=(1,), requests=400, steps=5)
     row = run_point(Point(study, BASELINE, 4, 0.0, 0.0, 1))
+    from synerdiff.experiments.layouts import worker_image_s
     from synerdiff.experiments.swift_grid import demand_of
-    from synerdiff.experiments.swift_layouts import worker_image_s
 
     expected = worker_image_s((), demand_of(study, 0.0), h800_profile("katz"), h800_adapters("katz"), 380 << 20)
     assert row.gpu_seconds_per_image == pytest.approx(expected, rel=0.03)

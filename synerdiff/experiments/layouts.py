@@ -1,11 +1,17 @@
-"""How so many GPUs are divided between workers and ControlNet services under each set of strategies."""
+"""How so many GPUs are divided between workers and ControlNet services under each set of strategies, and what each
+strategy is worth to one request alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from policies.registry import build_policy
+from simulator import simulate_cluster
 from synerdiff.config.cluster import MIB, Cluster, cluster_of
-from synerdiff.core import NS_PER_S, InputError
+from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.experiments.h800 import LORA_MIB, h800_adapters, h800_profile
 from synerdiff.profile.adapters import Adapters
 from synerdiff.profile.tables import Profile
 
@@ -21,6 +27,8 @@ SETS: dict[str, tuple[str, ...]] = {
 """Name -> strategies; the first is the baseline."""
 BASELINE = "inline, synchronous"
 BOUND_STEPS = 20
+STEPS = 50
+NAMES = {"service": "ControlNet service", "asynchronous": "asynchronous LoRAs", "two-gpus": "guidance on two GPUs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,21 +94,76 @@ def layout(
     """A cluster of at most so many GPUs; services hold every ControlNet, workers' own GPUs too."""
     worker_s = worker_image_s(strategies, demand, profile, adapters, round(lora_mib * MIB))
     workers, services = divide(gpus, strategies, worker_s, service_image_s(strategies, demand, adapters))
+    hosts = [(gpus - 1 - service, controlnets) for service in range(services)]
+    return _cluster(workers, hosts, strategies, {"mib": lora_mib, "loaders": 2, "host_cache_mib": host_cache_mib})
+
+
+def _cluster(
+    workers: int, services: Sequence[tuple[int, Sequence[str]]], strategies: tuple[str, ...], loras: Mapping[str, Any]
+) -> Cluster:
+    """``services``: (GPU, the ControlNets that it holds)."""
     two = "two-gpus" in strategies
     return cluster_of(
         {
             "workers": [
                 {"denoise_gpu": 2 * w, "guidance_gpu": 2 * w + 1} if two else {"denoise_gpu": w} for w in range(workers)
             ],
-            "controlnet_services": [
-                {"gpu": gpus - 1 - service, "controlnets": list(controlnets)} for service in range(services)
-            ],
+            "controlnet_services": [{"gpu": gpu, "controlnets": list(names)} for gpu, names in services],
             "strategies": {
                 "controlnets": "service" if services else "inline",
                 "loras": "asynchronous" if "asynchronous" in strategies else "synchronous",
                 "lora_bound_steps": BOUND_STEPS,
                 "guidance": "two-gpus" if two else "one-gpu",
             },
-            "loras": {"mib": lora_mib, "loaders": 2, "host_cache_mib": host_cache_mib},
+            "loras": loras,
         }
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """One request alone on a cluster made for it: a service GPU per ControlNet (two with guidance on two GPUs)."""
+
+    name: str
+    system: str
+    strategies: tuple[str, ...]
+    gpus: int
+    latency_s: float
+
+    @property
+    def gpu_seconds(self) -> float:
+        """GPUs that are held * latency."""
+        return self.gpus * self.latency_s
+
+
+def solo(name: str, system: str, strategies: tuple[str, ...], controlnets: int, loras: int) -> Ablation:
+    """Simulate one guided request of 50 steps."""
+    names = [f"controlnet{number}" for number in range(controlnets)]
+    replicas = 0 if "service" not in strategies else 2 if "two-gpus" in strategies else 1
+    hosts = [(2 + number, [name]) for number, name in enumerate(name for name in names for _ in range(replicas))]
+    loaders = 2 if "asynchronous" in strategies else 1
+    cluster = _cluster(1, hosts, strategies, {"mib": LORA_MIB[1], "loaders": loaders})
+    request = Request(0, 0, STEPS, loras=tuple(f"lora{n}" for n in range(loras)), controlnets=tuple(names))
+    result = simulate_cluster(
+        [request],
+        lambda: build_policy("continuous-serial", {"batch": 1}),
+        h800_profile(system),
+        cluster,
+        adapters=h800_adapters(system),
+    )
+    return Ablation(name, system, strategies, result.gpus, result.run.requests[0].finished_ns / NS_PER_S)
+
+
+def ablation(controlnets: int = 3, loras: int = 2) -> list[Ablation]:
+    """diffusers; the compiled denoiser without strategies, with each alone, with all but each, with all."""
+    cases = [
+        ("diffusers", "diffusers", ()),
+        ("compiled denoiser, direct merge", "katz", ()),
+        *[(f"+ {NAMES[strategy]}", "katz", (strategy,)) for strategy in STRATEGIES],
+        *[
+            (f"all but {NAMES[strategy]}", "katz", tuple(s for s in STRATEGIES if s != strategy))
+            for strategy in STRATEGIES
+        ],
+        ("all three", "katz", STRATEGIES),
+    ]
+    return [solo(name, system, strategies, controlnets, loras) for name, system, strategies in cases]

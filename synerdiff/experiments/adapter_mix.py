@@ -4,21 +4,31 @@ The trace itself is not redistributable, and its curves were read off published 
 the popularity of LoRAs is a Zipf-Mandelbrot fit, that of ControlNets the share of each rank. Repetition is a model of
 ours: with probability ``repeat`` a request asks for exactly what the d-th request before it asked for, d drawn with
 weight d^-``decay`` (d up to 1000); else it draws its adapters anew, without one twice. Its parameters were fitted to
-the published loads per request of an LRU cache of 1, 2 and 4 files; everything else is prediction.
+the published loads per request of an LRU cache of 1, 2 and 4 files; everything else is prediction (``cache_curves``).
 """
 
 from __future__ import annotations
 
+import json
 import random
 from bisect import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
+from pathlib import Path
 
 from synerdiff.core import InputError
+from synerdiff.engine.caches import Cache
 
 SOURCE = "Katz's production trace, read off the plots of modelscope/Katz (commit 3552744), about +-0.01 loads"
 _FARTHEST = 1000
+
+CURVES_FILE = "katz_trace_facts.json"
+RULES = ("lru", "lfu")
+SIZES = tuple(range(1, 11))
+FITTED = ("lru", (1, 2, 4))
+"""The points to which the trace model was fitted; all others are predictions."""
+REQUESTS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +100,60 @@ def adapter_sets(service: str, kind: str, seed: int) -> Iterator[tuple[str, ...]
         if len(past) > 2 * _FARTHEST:
             del past[:_FARTHEST]
         yield asked
+
+
+@dataclass(frozen=True, slots=True)
+class CachePoint:
+    service: str
+    kind: str
+    rule: str
+    size: int
+    """Files that the cache holds."""
+    loads_per_request: float
+    published: float | None
+    """None when the published curves are not at hand."""
+
+    @property
+    def fitted(self) -> bool:
+        return self.rule == FITTED[0] and self.size in FITTED[1]
+
+    @property
+    def error(self) -> float | None:
+        """Loads per request off, modelled - published."""
+        return None if self.published is None else self.loads_per_request - self.published
+
+
+def loads_per_request(service: str, kind: str, rule: str, size: int, requests: int = REQUESTS, seed: int = 2) -> float:
+    """Misses per request of one cache that holds ``size`` files, started empty."""
+    cache = Cache(size, rule)
+    misses = 0
+    for asked in islice(adapter_sets(service, kind, seed), requests):
+        for name in asked:
+            if not cache.use(name):
+                cache.put(name)
+                misses += 1
+    return misses / requests
+
+
+def cache_curves(data_folder: Path | None = None, requests: int = REQUESTS) -> list[CachePoint]:
+    """Every service, kind, rule and size; beside the published values when their folder is given."""
+    facts = None
+    if data_folder is not None:
+        path = data_folder / CURVES_FILE
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: the published cache curves cannot be read ({error}).") from None
+    return [
+        CachePoint(
+            service,
+            kind,
+            rule,
+            size,
+            loads_per_request(service, kind, rule, size, requests),
+            None if facts is None else facts[f"loads_per_request_{rule.upper()}_{service}"][kind][size - 1],
+        )
+        for service, kind in MIXES
+        for rule in RULES
+        for size in SIZES
+    ]
