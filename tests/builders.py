@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from synerdiff.core import Decision, Request
+from collections.abc import Callable
+from typing import Any
+
+from synerdiff.core import Decision, Request, View, WorkerInfo
 from synerdiff.profile.tables import Corun, Profile, Spread
 
 MS = 1_000_000
@@ -38,7 +41,7 @@ def make_profile(
     )
 
 
-def affine_profile(base_ms: float = 10, per_row_ms: float = 2, decode_ms: float = 30, **more) -> Profile:
+def affine_profile(base_ms: float = 10, per_row_ms: float = 2, decode_ms: float = 30, **more: Any) -> Profile:
     """T(R) = base + per_row * R for 1..32 rows, a whole decode and its quarters."""
     rows = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     steps = {r: round((base_ms + per_row_ms * r) * MS) for r in rows}
@@ -46,7 +49,7 @@ def affine_profile(base_ms: float = 10, per_row_ms: float = 2, decode_ms: float 
     return make_profile(steps, {"whole": [4 * quarter], "c4": [quarter] * 4}, **more)
 
 
-def requests_at(*arrivals_ms: float, steps: int = 2, **fields) -> list[Request]:
+def requests_at(*arrivals_ms: float, steps: int = 2, **fields: Any) -> list[Request]:
     return [Request(i, round(ms * MS), steps, **fields) for i, ms in enumerate(arrivals_ms)]
 
 
@@ -55,13 +58,14 @@ class Script:
 
     NAME = "script"
 
-    def __init__(self, *decisions, chunking="whole"):
-        self.decisions, self.chunking, self.asked = list(decisions), chunking, []
+    def __init__(self, *decisions: Decision | Callable[[View], Decision], chunking: str = "whole") -> None:
+        self.decisions, self.chunking = list(decisions), chunking
+        self.asked: list[int] = []
 
-    def reset(self, worker, profile):
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         pass
 
-    def decide(self, view):
+    def decide(self, view: View) -> Decision:
         self.asked.append(view.now_ns)
         decision = self.decisions.pop(0) if self.decisions else Decision()
         return decision(view) if callable(decision) else decision

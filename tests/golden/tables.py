@@ -1,0 +1,319 @@
+"""The tables that are pinned, small, made by today's code: a restructuring adapts the calls here, not the values."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+from policies.registry import build_policy
+from real_runner.dispatch import Dispatch
+from simulator import simulate
+from synerdiff.config.contest import load_contest
+from synerdiff.config.experiment import load_experiment
+from synerdiff.core import RunResult, SkipBudget
+from synerdiff.experiments.contest import contest_tasks, run_contest
+from synerdiff.experiments.grid import Grid
+from synerdiff.experiments.sweep import run_sweep
+from synerdiff.experiments.swift_grid import SwiftStudy, run_grid
+from synerdiff.profile.folder import find_profile, load_profile
+from synerdiff.profile.tables import Profile
+from synerdiff.results.records import requests_table, work_table
+from synerdiff.validation.calibration import all_times_scaled, cells_for
+from synerdiff.validation.cell_tour import Beside, Seen
+from synerdiff.validation.errors import METRICS, TOLERANCES, case_errors, checks
+from synerdiff.validation.katz import compare, predict
+from synerdiff.validation.session import SATURATION, Observation, Plan, Session
+from tests.builders import affine_profile, requests_at
+from tests.golden.pins import Table
+
+SWEEP = """
+name: golden
+profiles: [digits-cpu, h200-sdxl-estimated]
+requests: 80
+seeds: [1, 2]
+loads: [0.7, 1.0]
+slo: {solo_multiple: 3}
+skip_budget: {fraction: 0.3}
+workloads:
+  - {name: guided, generator: poisson, parameters: {mix: gentd26}}
+  - {name: bursty, generator: gentd26-like, parameters: {loras: none}, loads: [0.6], batch_from: guided}
+batch_search: {batches: [4, 8], loads: [0.9], seed: 0, requests: 60}
+policies:
+  - {policy: continuous-serial, batch: best}
+  - {policy: synerdiff-feedback, batch: best}
+  - {policy: auto, batch: 8}
+  - {policy: dynamic, label: fewer, steps_scale: 0.7}
+"""
+CONTEST = """
+name: golden
+report: headline
+machines:
+  - {profiles: [h200-sdxl-estimated], contention: [0.5, 1.5], decode_share: [2]}
+workloads:
+  - {name: guided-20-50, generator: poisson, parameters: {mix: guided-20-50}}
+policies:
+  - {policy: continuous-serial}
+  - {policy: synerdiff-feedback}
+  - {policy: auto}
+  - {policy: continuous-serial, label: fewer, skip: false, steps_scale: 0.8}
+baselines: [continuous-serial]
+loads: [0.8]
+seeds: [1, 2]
+requests: 80
+search_requests: 40
+saturation_images: 120
+batches: [4, 8]
+slo_multiple: 3
+skip_budget: {fraction: 0.3}
+"""
+RUN_IDENTITY = ("purpose", "profile", "workload", "policy", "batch", "load", "seed")
+PUBLISHED = "katz-published"
+NOT_VALUES = ("key", "run")
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class Here:
+    """A backend without processes."""
+
+    def run_unordered(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+        return map(function, items)
+
+
+def sweep_runs() -> Table:
+    """``runs.parquet`` of a small sweep, batch search included."""
+    return RUN_IDENTITY, _sweep()[0]
+
+
+def sweep_requests() -> Table:
+    """``requests.parquet`` of the same sweep, each request with its run's identity."""
+    return (*RUN_IDENTITY, "request_id"), _sweep()[1]
+
+
+_SWEPT: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = []
+
+
+def _sweep() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(runs, requests), computed once in a process."""
+    import pandas
+
+    if not _SWEPT:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "golden.yaml").write_text(SWEEP, encoding="utf-8")
+            out = folder / "out"
+            run_sweep(Grid(load_experiment(folder / "golden.yaml"), folder, out), Here())
+            runs = [_plain(row) for row in pandas.read_parquet(out / "runs.parquet").to_dict("records")]
+            requests = [_plain(row) for row in pandas.read_parquet(out / "requests.parquet").to_dict("records")]
+        named = {row["key"]: {name: row[name] for name in RUN_IDENTITY} for row in runs}
+        # A request has a seed too, that of its images.
+        joined = [{**row, "image_seed": row["seed"], **named[row["run"]]} for row in requests]
+        _SWEPT.append(([_values(row) for row in runs], [_values(row) for row in joined]))
+    return _SWEPT[0]
+
+
+def comparison() -> Table:
+    """The rows of a comparison: saturation and one load, two levels of contention, fewer steps as a rival."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "golden.yaml").write_text(CONTEST, encoding="utf-8")
+        rows = run_contest(contest_tasks(load_contest(folder / "golden.yaml"), folder, folder / "out"), Here())
+    identity = ("profile", "contention", "decode_share", "decode_gpus", "workload", "policy", "measure", "load", "seed")
+    return identity, rows
+
+
+def katz() -> Table:
+    """Predicted latencies of every published combination and of one more."""
+    rows = [
+        {"system": system, "controlnets": c, "loras": n, "predicted_s": predict(system, c, n)}
+        for system in ("diffusers", "katz")
+        for c in range(5)
+        for n in range(5)
+    ]
+    return ("system", "controlnets", "loras"), rows
+
+
+def katz_published() -> Table:
+    """The predictions beside the published latencies, in the folder that SYNERDIFF_DATA names."""
+    rows = [{**asdict(row), "error": row.error} for row in compare(Path(os.environ["SYNERDIFF_DATA"]))]
+    return ("system", "n_controlnets", "n_loras"), rows
+
+
+def adapters() -> Table:
+    """Rows of a small grid of strategies for adapters."""
+    study = SwiftStudy(
+        gpus=(8,), lora_shares=(0.5,), loads=(0.6,), seeds=(1,), requests=50, steps=20, host_cache_mib=1_900
+    )
+    return ("strategies", "gpus", "lora_share", "load", "seed"), [asdict(row) for row in run_grid(study, Here())]
+
+
+def records() -> Table:
+    """The requests of single runs on a profile in round numbers: contention, chunks, skips, several images."""
+    rows = []
+    for policy, result in _single_runs():
+        rows += [{"policy": policy, **row} for row in requests_table(result.requests).to_pylist()]
+    return ("policy", "request_id"), rows
+
+
+def work() -> Table:
+    """The pieces of work of the same runs."""
+    rows = []
+    for policy, result in _single_runs():
+        pieces = work_table(result.work, result.sample_names).to_pylist()
+        rows += [{"policy": policy, "piece": number, **row} for number, row in enumerate(pieces)]
+    return ("policy", "piece"), rows
+
+
+def _single_runs() -> Iterator[tuple[str, RunResult]]:
+    profile = _contended()
+    requests = [
+        replace(request, images=1 + request.request_id % 2, steps=8 + request.request_id % 5)
+        for request in requests_at(*(7.0 * i for i in range(24)), steps=10, guidance_scale=7.5)
+    ]
+    budget = SkipBudget(300_000, 2, 1)
+    for policy in ("static", "chunked", "synerdiff", "synerdiff-feedback", "auto", "load-skip", "edf"):
+        yield policy, simulate(requests, build_policy(policy), profile, decode_gpus=(0,), budget=budget)
+
+
+DISPATCH_NS = 200_000
+
+
+def _contended() -> Profile:
+    slowdowns = {1: (1_500_000, 1_400_000), 32: (1_300_000, 1_200_000)}
+    return affine_profile(slowdowns=slowdowns, overheads={"step_dispatch": DISPATCH_NS, "chunk_dispatch": DISPATCH_NS})
+
+
+def validation() -> Table:
+    """Errors of predictions, from recorded runs whose hardware is the simulator with a slower profile."""
+    rows = []
+    for found in _case_errors():
+        case = {"policy": found.case.policy, "load": found.case.load}
+        for name in METRICS:
+            metric = found.metrics.get(name)
+            if metric is None:
+                continue
+            error = metric.error
+            rows.append(
+                {
+                    **case,
+                    "metric": name,
+                    "measured": metric.measured,
+                    "predicted": metric.predicted,
+                    "error": None if error is None else error.value,
+                    "low": None if error is None else error.low,
+                    "high": None if error is None else error.high,
+                }
+            )
+        ends = found.range_s or (None, None)
+        for name, value in (("range_low", ends[0]), ("range_high", ends[1]), ("faults", found.faults)):
+            rows.append({**case, "metric": name, "measured": value})
+    return ("policy", "load", "metric"), rows
+
+
+def verdicts() -> Table:
+    """What the checks say about the same runs, under both sets of tolerances."""
+    rows = []
+    for found in _case_errors():
+        for name, tolerance in TOLERANCES.items():
+            for check in checks(found, tolerance):
+                rows.append(
+                    {
+                        "policy": check.case.policy,
+                        "load": check.case.load,
+                        "tolerance": name,
+                        "what": check.what,
+                        "text": check.found,
+                        "allowed": check.allowed,
+                        "passed": check.passed,
+                    }
+                )
+    return ("policy", "load", "tolerance", "what"), rows
+
+
+def _case_errors() -> list[Any]:
+    session = _recorded_session()
+    return [case_errors(session, case) for case in session.plan.cases]
+
+
+def _recorded_session() -> Session:
+    """Three repeats of two policies at two loads and in a burst; the machine is up to 9% slower than the profile."""
+    profile = load_profile(find_profile("digits-cpu"))
+    truth = all_times_scaled(profile, 1.06)
+    truth.chunks = all_times_scaled(profile, 1.09).chunks
+    loads = (0.5, 0.8, SATURATION)
+    plan = Plan(("continuous-serial", "synerdiff-feedback"), loads, 3, range_factors=(0.85, 1.15))
+    passes = [_seen(profile, 1.01)]
+    session = Session(plan, profile, cells_for(profile, 16, ["whole", "c4"]), dict.fromkeys(loads, 1.0), passes)
+    for case in plan.cases:
+        gap_ms = 0 if case.saturated else 8 / case.load
+        requests = requests_at(*(gap_ms * i for i in range(40)), steps=6)
+        session.observations[case] = []
+        for repeat in range(plan.repeats):
+
+            def run(times: Profile, case: Any = case, requests: Any = requests) -> RunResult:
+                return simulate(requests, build_policy(case.policy), times)
+
+            passes.append(_seen(profile, 1.0 + 0.01 * repeat))
+            one = Observation(repeat, len(passes) - 1, session.pooled, requests, _recorded(run(truth)))
+            now = session.profile_of(one)
+            one.predicted = run(now)
+            one.low, one.high = (run(all_times_scaled(now, factor)) for factor in plan.range_factors)
+            session.observations[case].append(one)
+    return session
+
+
+def _seen(profile: Profile, factor: float) -> Seen:
+    """A pass over the cells that finds the profile's times, multiplied by a factor, and its slowdowns."""
+
+    def samples(ns: int) -> list[int]:
+        return [round(ns * factor) + offset for offset in (-1_000, 0, 3_000)]
+
+    return Seen(
+        {rows: samples(cell.median) for rows, cell in profile.steps.items()},
+        {name: [samples(cell.median) for cell in cells] for name, cells in profile.chunks.items()},
+        {name: [cell.median] for name, cell in profile.overheads.items()},
+        {
+            (name, chunk, rows): (Beside(cell.step.median, 1e6, 1), Beside(cell.chunk.median, 1e6, 1))
+            for (name, chunk), cells in profile.corun.items()
+            for rows, cell in cells.items()
+        },
+    )
+
+
+def _recorded(result: RunResult) -> Any:
+    """A simulated run as the runner would record it: a lane's piece begins once it has been handed over."""
+    dispatch = Dispatch()
+    moved = []
+    for record in result.work:
+        wait_ns = min(DISPATCH_NS, record.end_ns - record.start_ns)
+        (dispatch.step_ns if record.kind == "step" else dispatch.chunk_ns).append(wait_ns)
+        moved.append(record._replace(start_ns=record.start_ns + wait_ns))
+    return SimpleNamespace(result=replace(result, work=moved), faults=[], dispatch=dispatch)
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in NOT_VALUES}
+
+
+def _plain(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(name): value for name, value in row.items()}
+
+
+TABLES: dict[str, Callable[[], Table]] = {
+    "sweep-runs": sweep_runs,
+    "sweep-requests": sweep_requests,
+    "comparison": comparison,
+    "katz": katz,
+    PUBLISHED: katz_published,
+    "adapters": adapters,
+    "records": records,
+    "work": work,
+    "validation": validation,
+    "verdicts": verdicts,
+}
