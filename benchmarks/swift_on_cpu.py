@@ -38,8 +38,8 @@ from real_runner.hardware import Hardware, open_hardware
 from simulator import simulate_cluster
 from synerdiff.config.cluster import MIB, Cluster, cluster_of
 from synerdiff.core import NS_PER_S, Request, RunResult
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.controlnet import random_controlnet
-from synerdiff.diffusion.loading import load_model
 from synerdiff.diffusion.lora import random_lora, save_lora
 from synerdiff.figures.style import finish, new_figure, save, styled
 from synerdiff.profile.adapters import QUANTITIES, Adapters

@@ -25,10 +25,10 @@ from synerdiff.core import NS_PER_S, InputError
 from synerdiff.device.lanes import Lane
 from synerdiff.device.link import LinkLost
 from synerdiff.diffusion.controlnet import ControlNet, load_controlnet, random_controlnet
+from synerdiff.diffusion.denoisers.unet import Residuals, add_residuals, sum_residuals
 from synerdiff.diffusion.lora import random_lora, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.diffusion.rows import RowInputs
-from synerdiff.diffusion.split import Residuals, add_residuals, sum_residuals
 from synerdiff.profile.adapters import Adapters
 from synerdiff.profile.tables import Profile, Spread
 

@@ -11,7 +11,7 @@ import torch
 from profiler.sampling import FULL_CPU, FULL_GPU, QUICK, Rule
 from profiler.settings import Settings
 from synerdiff.device.lanes import Device, Lane, available_cores, open_device
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.stages import prepare_steps
 

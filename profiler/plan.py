@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from profiler.corun import VISITS
 from profiler.settings import Settings
-from synerdiff.diffusion.chunking import WHOLE, Chunking, choose_cuts
+from synerdiff.diffusion.decoder import WHOLE, Chunking, choose_cuts
 
 
 class Cell(NamedTuple):

@@ -24,10 +24,10 @@ from profiler.settings import Settings
 from synerdiff.core import InputError
 from synerdiff.device.lanes import available_cores
 from synerdiff.device.link import Link, LinkLost, Message, Op
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.controlnet import ControlCall, ControlNet, load_controlnet
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.denoisers.unet import Residuals
 from synerdiff.diffusion.rows import RowInputs
-from synerdiff.diffusion.split import Residuals
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 120.0

@@ -15,7 +15,7 @@ from profiler.bench import Bench
 from profiler.pieces import ChunkPiece, StepPiece, linked
 from profiler.replay import Side, alone, durations, in_turn
 from profiler.sampling import spread_of, warm_up
-from synerdiff.diffusion.chunking import Chunking
+from synerdiff.diffusion.decoder import Chunking
 from synerdiff.diffusion.stages import ChunkFunction, finished_picture, prepare_chunks
 from synerdiff.profile.tables import Spread
 

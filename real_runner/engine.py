@@ -21,7 +21,7 @@ from real_runner.hardware import Hardware, chunking_of
 from real_runner.intake import Entry, Intake, no_controls
 from real_runner.pieces import Image
 from synerdiff.core import NO_SKIPS, NS_PER_S, InputError, Request, RunResult, Sample, SkipBudget, WorkerInfo
-from synerdiff.diffusion.chunking import Chunking
+from synerdiff.diffusion.decoder import Chunking
 from synerdiff.engine.samples import make_samples, request_records, sorted_work
 from synerdiff.engine.worker import Worker
 from synerdiff.profile.tables import Profile

@@ -12,8 +12,8 @@ from real_runner.faults import is_out_of_memory
 from real_runner.pieces import picture_of
 from synerdiff.core import InputError
 from synerdiff.device.lanes import Device, Lane, available_cores, open_device
-from synerdiff.diffusion.chunking import WHOLE, Chunking
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.checkpoint import load_model
+from synerdiff.diffusion.decoder import WHOLE, Chunking
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.stages import ChunkFunction, prepare_chunks, prepare_steps
 from synerdiff.profile.tables import Profile

@@ -20,8 +20,8 @@ from profiler.hardware_facts import MODELS
 from profiler.replay import Side, alone
 from profiler.sampling import QUICK, spread_of, warm_up
 from synerdiff.device.lanes import find_device, open_device
-from synerdiff.diffusion.loading import load_model
-from synerdiff.diffusion.model import EagerDenoiser
+from synerdiff.diffusion.checkpoint import load_model
+from synerdiff.diffusion.denoisers.unet import EagerDenoiser
 from synerdiff.diffusion.stages import prepare_steps
 from synerdiff.files import atomic
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pandas
 
+from synerdiff.diffusion import MODELS
 from synerdiff.experiments.fidelity_tradeoff import trade_off
-from synerdiff.fidelity.table import SHIPPED, read_fidelity
+from synerdiff.fidelity.table import read_fidelity
 from synerdiff.figures.fidelity import latency_against_fidelity
 from synerdiff.figures.style import save
 from synerdiff.profile.folder import find_profile, load_profile
@@ -25,7 +26,7 @@ COLUMNS = ["policy", "variant", "load", "seed", "ssim", *METRICS]
 
 
 def main() -> None:
-    table = read_fidelity(SHIPPED / "digits")
+    table = read_fidelity(MODELS / "digits")
     for name in ("digits-cpu", "h200-sdxl-estimated"):
         profile = load_profile(find_profile(name))
         model, caption = str(profile.info["model"]), ""

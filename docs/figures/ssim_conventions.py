@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 
 from synerdiff.core import CONDITIONAL
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.fidelity.rules import adaptive, first, full, last, spread
 from synerdiff.fidelity.sampling import Sampler, Subject
 from synerdiff.fidelity.scores import ssim_of

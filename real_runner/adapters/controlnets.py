@@ -14,9 +14,10 @@ from real_runner.adapters.spans import Clock, Ledger
 from real_runner.faults import SERVICE_LOST
 from synerdiff.core import InputError, SampleId
 from synerdiff.device.link import Link, LinkLost, Message, Op
-from synerdiff.diffusion.controlnet import SHIPPED_CONTROLNETS, ControlCall, ControlNet, ControlUse, control_calls
+from synerdiff.diffusion import SHIPPED_CONTROLNETS
+from synerdiff.diffusion.controlnet import ControlCall, ControlNet, ControlUse, control_calls
+from synerdiff.diffusion.denoisers.unet import Residuals
 from synerdiff.diffusion.rows import RowInputs
-from synerdiff.diffusion.split import Residuals
 
 IMAGES_KEPT = 256
 """Conditioning images that the far end of a link remembers; both ends drop the same ones."""

@@ -9,9 +9,9 @@ import torch
 
 from real_runner.adapters.controlnets import Call, Source
 from real_runner.adapters.spans import Clock, Instant
+from synerdiff.diffusion.denoisers.unet import sum_residuals
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.rows import RowInputs
-from synerdiff.diffusion.split import sum_residuals
 
 
 class Forwarded(NamedTuple):

@@ -23,7 +23,7 @@ from real_runner.adapters.spans import Clock, Ledger
 from real_runner.faults import one_line
 from synerdiff.config.cluster import Cluster, cluster_of
 from synerdiff.device.link import Link, LinkLost, Message, Op
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.model import DiffusionModel
 
 LOADER_NICENESS = 10

@@ -74,8 +74,8 @@ def adapter_fidelity(
 
     import torch
 
-    from synerdiff.diffusion.loading import load_model
-    from synerdiff.diffusion.lora import SHIPPED_LORAS
+    from synerdiff.diffusion import SHIPPED_LORAS
+    from synerdiff.diffusion.checkpoint import load_model
     from synerdiff.fidelity.lora_bound import BOUNDS, bound_study, lines, write_bounds
     from synerdiff.fidelity.sampling import Subject
     from synerdiff.figures.fidelity import contact_sheet
@@ -138,7 +138,7 @@ def _gate(model: DiffusionModel) -> Gate | None:
         return None
     import torch
 
-    from synerdiff.diffusion.digits_classifier import STYLES_WEIGHTS, load_classifier
+    from synerdiff.diffusion.digits import STYLES_WEIGHTS, load_classifier
 
     classifier = load_classifier(STYLES_WEIGHTS)
 

@@ -77,7 +77,7 @@ def fidelity(
 
     import torch
 
-    from synerdiff.diffusion.loading import load_model
+    from synerdiff.diffusion.checkpoint import load_model
     from synerdiff.fidelity.report import draw, lines
     from synerdiff.fidelity.study import Study
 

@@ -98,7 +98,7 @@ def floor_choice(
 
     if given != SkipBudget():
         raise InputError("--min-ssim chooses which steps may be skipped, so it excludes the options --skip-...")
-    from synerdiff.diffusion.schedulers import SCHEDULERS
+    from synerdiff.diffusion import SCHEDULERS
 
     solver = None if scheduler is None else SCHEDULERS.get(scheduler, scheduler)
     return floor_for_requests(min_ssim, requests, profile, profile_folder, table, solver)

@@ -1,6 +1,6 @@
 """Lanes on a device: places where one piece of work runs at a time, in order, timed on the host's monotonic clock.
 
-This file holds the interface and the CPU twin (one pinned thread per lane); `cuda_device` holds streams. An engine
+This file holds the interface and the CPU twin (one pinned thread per lane); `cuda` holds streams. An engine
 submits to lanes, waits for the first end and asks each `Work` for its times; it never names a thread or a stream.
 """
 

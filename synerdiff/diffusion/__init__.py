@@ -1,12 +1,24 @@
 """The model layer: what the profiler measures is what the real runner executes.
 
-Light to import; torch and diffusers load with the modules that need them:
+Light to import: only names here. torch and diffusers load with the modules that need them.
 
-- `loading`: `load_model(name_or_path, device, dtype, resolution)`
-- `model`: `DiffusionModel` (start, step, decode, chunks) and `SampleState`
-- `chunking`: `Chunking` and `choose_cuts` (no torch); `decoder`: the exact atoms of a VAE decode
-- `lora`, `merging`: LoRA files, and LoRAs in a UNet's weights, taken out again to the last bit
-- `controlnet`, `split`: ControlNets, and a denoiser forward in two halves between which their residuals arrive
-- `device`, `cuda_device`, `graphs`: lanes on a CPU or on CUDA streams, CUDA graphs per row bucket and per chunk
-- `digits_data`, `digits_classifier`, `training`: the embedded model's images, its gate and how it was made
+- `checkpoint`: `load_model(name_or_path, device, dtype, resolution, scheduler)`; `architectures`: random weights
+- `model`: `DiffusionModel` (start, step, decode, chunks) and `SampleState`; `rows`: what one forward reads
+- `denoisers`: a forward as a whole and in two halves; `decoder`: the exact atoms of a VAE decode, and chunkings
+- `solvers`, `schedulers`: noise schedules per sample; `conditioning`: from a prompt to what the denoiser reads
+- `lora`, `merging`: LoRA files, and LoRAs in a UNet's weights, taken out again to the last bit; `controlnet`
+- `stages`: steps and decodes as devices run them: CUDA graphs per row bucket and per chunk
+- `digits`: the embedded model's images and its gate
 """
+
+from pathlib import Path
+
+MODELS = Path(__file__).parent / "models"
+"""Per model that ships: its weights, if any, and its fidelity table."""
+SHIPPED = {"digits": MODELS / "digits"}
+SHIPPED_LORAS = MODELS / "digits" / "loras"
+"""Trained for `digits`: `slanted`."""
+SHIPPED_CONTROLNETS = {"outline": MODELS / "digits" / "controlnet-outline"}
+"""Trained for `digits`."""
+SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
+"""Short name -> diffusers class; every other scheduler goes by its class name."""

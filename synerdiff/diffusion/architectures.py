@@ -13,6 +13,33 @@ from synerdiff.core import InputError
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 WEIGHTS_SEED = 20_260_101
+_IMAGE_CHANNELS = {2: (16, 32), 4: (8, 16, 32), 8: (16, 32, 96, 256), 16: (16, 32, 96, 256, 256)}
+"""How often images are reduced to latents -> channels of the layers that do it; 8: as in every public ControlNet."""
+_SHARED_WITH_UNET = (
+    "in_channels",
+    "flip_sin_to_cos",
+    "freq_shift",
+    "down_block_types",
+    "only_cross_attention",
+    "block_out_channels",
+    "layers_per_block",
+    "downsample_padding",
+    "mid_block_scale_factor",
+    "act_fn",
+    "norm_num_groups",
+    "norm_eps",
+    "cross_attention_dim",
+    "transformer_layers_per_block",
+    "attention_head_dim",
+    "num_attention_heads",
+    "use_linear_projection",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "upcast_attention",
+    "resnet_time_scale_shift",
+    "projection_class_embeddings_input_dim",
+    "mid_block_type",
+)
 
 
 def known_architectures() -> tuple[str, ...]:
@@ -35,6 +62,21 @@ def empty_modules(config: dict[str, Any]) -> tuple[Any, Any]:
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config["unet"])  # type: ignore[no-untyped-call]
         return unet, AutoencoderKL(**config["vae"])  # type: ignore[no-untyped-call]
+
+
+def empty_controlnet(unet_config: Any, image_reduction: int, channels: int) -> Any:
+    """The ControlNetModel for a UNet of that configuration, on the meta device: shapes, no memory.
+
+    It reads images of `channels` channels that are `image_reduction` (a power of 2) times as large as the latents.
+    """
+    from diffusers import ControlNetModel
+
+    config = {option: unet_config[option] for option in _SHARED_WITH_UNET}
+    widths = _IMAGE_CHANNELS[image_reduction]
+    with torch.device("meta"):
+        return ControlNetModel(  # type: ignore[no-untyped-call]
+            **config, conditioning_embedding_out_channels=widths, conditioning_channels=channels
+        )
 
 
 @torch.no_grad()

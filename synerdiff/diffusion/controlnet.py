@@ -11,43 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from synerdiff.core import InputError
-from synerdiff.diffusion.architectures import WEIGHTS_SEED, fill_randomly
+from synerdiff.diffusion import SHIPPED_CONTROLNETS
+from synerdiff.diffusion.architectures import WEIGHTS_SEED, empty_controlnet, fill_randomly
+from synerdiff.diffusion.denoisers.unet import Residuals
 from synerdiff.diffusion.rows import RowInputs, select_rows
 from synerdiff.diffusion.solvers import to_device
-from synerdiff.diffusion.split import Residuals
 
 if TYPE_CHECKING:
     from synerdiff.diffusion.model import DiffusionModel
-
-SHIPPED_CONTROLNETS = {"outline": Path(__file__).parent / "models" / "digits" / "controlnet-outline"}
-"""Trained for `digits`."""
-_IMAGE_CHANNELS = {2: (16, 32), 4: (8, 16, 32), 8: (16, 32, 96, 256), 16: (16, 32, 96, 256, 256)}
-"""How often images are reduced to latents -> channels of the layers that do it; 8: as in every public ControlNet."""
-_SHARED_WITH_UNET = (
-    "in_channels",
-    "flip_sin_to_cos",
-    "freq_shift",
-    "down_block_types",
-    "only_cross_attention",
-    "block_out_channels",
-    "layers_per_block",
-    "downsample_padding",
-    "mid_block_scale_factor",
-    "act_fn",
-    "norm_num_groups",
-    "norm_eps",
-    "cross_attention_dim",
-    "transformer_layers_per_block",
-    "attention_head_dim",
-    "num_attention_heads",
-    "use_linear_projection",
-    "addition_embed_type",
-    "addition_time_embed_dim",
-    "upcast_attention",
-    "resnet_time_scale_shift",
-    "projection_class_embeddings_input_dim",
-    "mid_block_type",
-)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,9 +72,6 @@ def control_calls(
     return calls
 
 
-ControlForward = Callable[[RowInputs, torch.Tensor], tuple[torch.Tensor, ...]]
-
-
 class ControlNet:
     """A diffusers ControlNetModel by name; several may serve one step."""
 
@@ -114,8 +82,6 @@ class ControlNet:
         self.net = net
         self.channels = int(net.config.conditioning_channels)
         """Of the images that it reads."""
-        self.forward: ControlForward = self._eager
-        """Unscaled residuals, down then mid; `split_graphs.capture_controlnet` puts a graph per row count here."""
 
     @property
     def size_bytes(self) -> int:
@@ -127,12 +93,13 @@ class ControlNet:
 
         Equal to diffusers' forward with that `conditioning_scale`, in half precision too: the product is rounded once.
         """
-        tensors = self.forward(call.inputs, call.images)
+        tensors = self._forward(call.inputs, call.images)
         scales = to_device([call.scales], call.images.device).view(-1, 1, 1, 1)
         scaled = [(one * scales).to(one.dtype) for one in tensors]
         return Residuals(tuple(scaled[:-1]), scaled[-1])
 
-    def _eager(self, inputs: RowInputs, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _forward(self, inputs: RowInputs, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Unscaled residuals, down then mid."""
         added = None if inputs.pooled is None else {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
         down, mid = self.net(
             inputs.latents, inputs.timesteps, inputs.tokens, images, added_cond_kwargs=added, return_dict=False
@@ -172,21 +139,6 @@ def random_controlnet(name: str, model: DiffusionModel, seed: int = WEIGHTS_SEED
     """
     net = empty_controlnet(model.unet.config, _reduction(model), int(model.vae.config.out_channels))
     return ControlNet(name, fill_randomly(net, model.device, model.dtype, seed))
-
-
-def empty_controlnet(unet_config: Any, image_reduction: int, channels: int) -> Any:
-    """The ControlNetModel for a UNet of that configuration, on the meta device: shapes, no memory.
-
-    It reads images of `channels` channels that are `image_reduction` (a power of 2) times as large as the latents.
-    """
-    from diffusers import ControlNetModel
-
-    config = {option: unet_config[option] for option in _SHARED_WITH_UNET}
-    widths = _IMAGE_CHANNELS[image_reduction]
-    with torch.device("meta"):
-        return ControlNetModel(  # type: ignore[no-untyped-call]
-            **config, conditioning_embedding_out_channels=widths, conditioning_channels=channels
-        )
 
 
 class ReadsImages(Protocol):

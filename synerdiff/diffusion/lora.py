@@ -14,8 +14,6 @@ import torch
 from synerdiff.core import InputError
 from synerdiff.files import atomic
 
-SHIPPED_LORAS = Path(__file__).parent / "models" / "digits" / "loras"
-"""Trained for `digits`: `slanted`."""
 _PREFIX = "unet."
 _HALVES = {
     ".lora_A.weight": "down",

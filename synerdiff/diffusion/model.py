@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from synerdiff.core import CONDITIONAL, GUIDED, REUSE, InputError, Mode
-from synerdiff.diffusion.chunking import WHOLE, Chunking
 from synerdiff.diffusion.conditioning import Condition, PromptEncoder
 from synerdiff.diffusion.controlnet import ControlNet, ControlUse, control_calls
-from synerdiff.diffusion.decoder import Chunk, ChunkedDecoder
+from synerdiff.diffusion.decoder import WHOLE, Chunk, ChunkedDecoder, Chunking
+from synerdiff.diffusion.denoisers.unet import EagerDenoiser, SplitDenoiser, sum_residuals
 from synerdiff.diffusion.rows import Denoise, RowInputs, assemble, bucket_of, combine, order_by_mode, rows_of
 from synerdiff.diffusion.solvers import LinearProgress, Progress, Solver, to_device
-from synerdiff.diffusion.split import Split, SplitDenoiser, sum_residuals
 
 
 @dataclass(slots=True, eq=False)
@@ -62,20 +61,6 @@ def image_seed(seed: int, image: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{image}".encode()).digest()[:8], "big") >> 1
 
 
-class EagerDenoiser:
-    """The UNet called as it is; the default `Denoise`."""
-
-    def __init__(self, unet: Any) -> None:
-        self.unet = unet
-
-    def __call__(self, inputs: RowInputs) -> torch.Tensor:
-        added = None if inputs.pooled is None else {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
-        output: torch.Tensor = self.unet(
-            inputs.latents, inputs.timesteps, inputs.tokens, added_cond_kwargs=added, return_dict=False
-        )[0]
-        return output
-
-
 @dataclass(frozen=True, slots=True)
 class PreparedStep:
     """A step between its assembly and its end: `inputs` has n conditional rows, `guided` unconditional ones, padding.
@@ -103,7 +88,7 @@ class DiffusionModel:
     """A UNet2DConditionModel, an AutoencoderKL, a noise schedule and a prompt encoder. Made by `load_model`.
 
     `row_buckets` (None = eager, any number of rows) pads each step up to a bucket; `denoise` may be replaced by a
-    graph per bucket (`graphs.GraphedDenoiser`), and `split`, the same forward in two halves, likewise.
+    graph per bucket (`stages.GraphedDenoiser`); `split` is the same forward in two halves, always eager.
     `controlnets`: by name, those that `step` runs itself. Work is enqueued on the current CUDA stream and never
     waited for. Steps of different samples and chunks of different decodes may run in different threads at once.
     """
@@ -121,7 +106,7 @@ class DiffusionModel:
         self.dtype: torch.dtype = unet.dtype
         self.decoder = ChunkedDecoder(vae)
         self.denoise: Denoise = EagerDenoiser(unet)
-        self.split: Split = SplitDenoiser(unet)
+        self.split = SplitDenoiser(unet)
         self.controlnets: dict[str, ControlNet] = {}
         self.row_buckets: tuple[int, ...] | None = None
         factor = vae_factor(vae)

@@ -10,6 +10,7 @@ import torch
 
 from synerdiff.core import CONDITIONAL, GUIDED, REUSE, InputError, Mode
 from synerdiff.diffusion.conditioning import Condition
+from synerdiff.diffusion.solvers import to_device
 
 _ORDER = {GUIDED: 0, REUSE: 1, CONDITIONAL: 2}
 
@@ -128,7 +129,6 @@ def assemble(
 
 
 def _row_times(timesteps: Sequence[float], rows: Sequence[int], device: torch.device) -> torch.Tensor:
-    from synerdiff.diffusion.solvers import to_device
 
     return to_device([[timesteps[row] for row in rows]], device)[0]
 

@@ -1,20 +1,31 @@
-"""What both the profiler and the real runner execute: prepared steps, prepared chunks, and the finished picture."""
+"""What both the profiler and the real runner execute: prepared steps, prepared chunks, and the finished picture.
+
+On a GPU both are CUDA graphs: the denoiser's forward captured once per row bucket, and each chunk of a decode once per
+lane. Graphs that share a pool must never replay at the same time, so the denoiser's and each decode lane's have a pool
+of their own. Captures use `capture_error_mode="thread_local"`: another lane's thread may allocate meanwhile.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from synerdiff.core import InputError
+from synerdiff.device.cuda import CudaLane
 from synerdiff.device.lanes import Lane
-from synerdiff.diffusion.chunking import Chunking
+from synerdiff.diffusion.decoder import Chunking
 from synerdiff.diffusion.model import DiffusionModel
+from synerdiff.diffusion.rows import RowInputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 ChunkFunction = Callable[[torch.Tensor], torch.Tensor]
+T = TypeVar("T")
+
+WARM_UPS = 3
 
 
 def prepare_steps(model: DiffusionModel, row_buckets: Sequence[int], lane: Lane) -> None:
@@ -24,23 +35,8 @@ def prepare_steps(model: DiffusionModel, row_buckets: Sequence[int], lane: Lane)
     both devices then follow the rule that the profile states. `lane` is the one that will run the steps.
     """
     if model.device.type == "cuda":
-        from synerdiff.device.cuda import CudaLane
-        from synerdiff.diffusion.graphs import capture_denoiser
-
         assert isinstance(lane, CudaLane)
         capture_denoiser(model, row_buckets, lane.stream, lane.graph_pool)
-    else:
-        model.row_buckets = tuple(sorted(row_buckets))
-
-
-def prepare_split_steps(model: DiffusionModel, row_buckets: Sequence[int], lane: Lane) -> None:
-    """As `prepare_steps`, for steps in two halves (`model.split`): on a GPU two CUDA graphs per bucket, on `lane`."""
-    if model.device.type == "cuda":
-        from synerdiff.device.cuda import CudaLane
-        from synerdiff.diffusion.split_graphs import capture_halves
-
-        assert isinstance(lane, CudaLane)
-        capture_halves(model, row_buckets, lane.stream, lane.graph_pool)
     else:
         model.row_buckets = tuple(sorted(row_buckets))
 
@@ -48,9 +44,6 @@ def prepare_split_steps(model: DiffusionModel, row_buckets: Sequence[int], lane:
 def prepare_chunks(model: DiffusionModel, chunking: Chunking, lane: Lane) -> tuple[ChunkFunction, ...]:
     """The chunks of one sample's decode for one decode lane; on a GPU each is a CUDA graph of that lane."""
     if model.device.type == "cuda":
-        from synerdiff.device.cuda import CudaLane
-        from synerdiff.diffusion.graphs import capture_chunks
-
         assert isinstance(lane, CudaLane)
         return capture_chunks(model, chunking, lane.stream, lane.graph_pool)
     return model.chunks(chunking)
@@ -66,3 +59,94 @@ def finished_picture(image: torch.Tensor) -> Image:
     levels = (image[0].float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
     pixels = levels.permute(1, 2, 0).cpu().numpy()
     return images.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+class CapturedFunction(Generic[T]):
+    """A function of tensors with fixed shapes, captured; its output buffers are overwritten by the next call."""
+
+    def __init__(
+        self,
+        function: Callable[..., T],
+        examples: Sequence[torch.Tensor],
+        stream: torch.cuda.Stream,
+        pool: Any,
+    ) -> None:
+        self._inputs = [example.clone(memory_format=torch.contiguous_format) for example in examples]
+        # Warm-up on the capture stream: libraries choose their kernels and allocate workspaces outside the capture.
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                function(*self._inputs)
+        stream.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._output = function(*self._inputs)
+
+    # The buffers are inference tensors, which only inference mode may write to, and a chunk's caller is not in it.
+    @torch.inference_mode()
+    def __call__(self, *arguments: torch.Tensor) -> T:
+        """Copy the arguments into the captured buffers and replay, all on the current stream."""
+        for buffer, argument in zip(self._inputs, arguments, strict=True):
+            buffer.copy_(argument, non_blocking=True)
+        self._graph.replay()
+        return self._output
+
+
+class GraphedDenoiser:
+    """A `Denoise` that replays the graph of exactly the rows given; the caller pads to a bucket first."""
+
+    def __init__(self, graphs: dict[int, CapturedFunction[torch.Tensor]]) -> None:
+        self._graphs = graphs
+
+    def __call__(self, inputs: RowInputs) -> torch.Tensor:
+        rows = inputs.latents.shape[0]
+        if rows not in self._graphs:
+            raise InputError(f"No graph was captured for {rows} rows; captured: {sorted(self._graphs)}.")
+        return self._graphs[rows](*inputs.tensors())
+
+
+@torch.inference_mode()
+def capture_denoiser(
+    model: DiffusionModel, buckets: Sequence[int], stream: torch.cuda.Stream, pool: Any | None = None
+) -> None:
+    """Capture the model's denoiser at each bucket and make the model use it: steps are then padded to a bucket.
+
+    Large buckets are captured first, so that the smaller ones find their memory in the pool.
+    """
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    eager, graphs = model.denoise, {}
+    condition = model.encode_prompt(model.prompts.default_prompt(0))
+    for rows in sorted(buckets, reverse=True):
+        example = model.example_rows(rows, condition)
+
+        def forward(*tensors: torch.Tensor) -> torch.Tensor:
+            return eager(RowInputs(*tensors))
+
+        graphs[rows] = CapturedFunction(forward, example.tensors(), stream, pool)
+    model.denoise = GraphedDenoiser(graphs)
+    model.row_buckets = tuple(sorted(buckets))
+
+
+@torch.inference_mode()
+def capture_chunks(
+    model: DiffusionModel, chunking: Chunking, stream: torch.cuda.Stream, pool: Any | None = None
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
+    """The chunks of one sample's decode as graphs, for one decode lane (each lane captures its own).
+
+    What a chunk returns is a copy of the graph's buffer, so that another sample's decode may run in between.
+    """
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
+    hidden = torch.zeros(model.latent_shape, device=model.device)
+    captured: list[Callable[[torch.Tensor], torch.Tensor]] = []
+    for chunk in model.chunks(chunking):
+        graph = CapturedFunction(chunk, [hidden], stream, pool)
+
+        def run(tensor: torch.Tensor, graph: CapturedFunction[torch.Tensor] = graph) -> torch.Tensor:
+            return graph(tensor).clone()
+
+        captured.append(run)
+        # Shapes are all that the next capture needs; running the chunk eagerly gives them.
+        with torch.cuda.stream(stream):
+            hidden = chunk(hidden)
+        stream.synchronize()
+    return tuple(captured)

@@ -50,8 +50,7 @@ def outline_study(
     import torch
 
     from synerdiff.diffusion.controlnet import ControlUse
-    from synerdiff.diffusion.digits_data import digits_split
-    from synerdiff.diffusion.digits_styles import displaced, outline
+    from synerdiff.diffusion.digits import digits_split, displaced, outline
 
     held_out = digits_split().held_out
     # Spread over the held-out images; their classes come in turn only roughly, so prompts follow the labels.

@@ -156,14 +156,14 @@ def _opened(path: Path, shape: Sequence[int]) -> Any:
 
 def _gate_of(model: DiffusionModel) -> Callable[[torch.Tensor, Sequence[str]], Any] | None:
     """Whether images in [0, 1] show the class that their prompt names; None for a model without a classifier."""
-    from synerdiff.diffusion.loading import SHIPPED
+    from synerdiff.diffusion import SHIPPED
 
     weights = SHIPPED.get(model.name, Path(model.name)) / "classifier.safetensors"
     if not weights.is_file():
         return None
     import torch
 
-    from synerdiff.diffusion.digits_classifier import load_classifier
+    from synerdiff.diffusion.digits import load_classifier
 
     classifier = load_classifier(weights).to(model.device)
 

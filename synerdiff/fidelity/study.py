@@ -47,7 +47,7 @@ IMAGE_SOURCES = tuple(
     [_HERE / "sampling.py", _HERE / "scores.py"]
     + [
         _HERE.parent / "diffusion" / f"{name}.py"
-        for name in ("model", "rows", "solvers", "copied_solver", "conditioning", "decoder")
+        for name in ("model", "rows", "solvers", "schedulers", "conditioning", "decoder", "denoisers/unet")
     ]
 )
 """What turns seeds into images and scores: a part made by other source is not reused."""

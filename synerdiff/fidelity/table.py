@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from synerdiff.core import GUIDED, InputError, Mode
+from synerdiff.diffusion import MODELS
 from synerdiff.files import atomic, read_text, read_yaml, write_yaml
 
 _T = TypeVar("_T", int, float)
@@ -23,7 +24,6 @@ SCHEMA_VERSION = 1
 HEAD, ROWS = "fidelity.yaml", "fidelity.csv"
 VARIES = "varies"
 """Stands for the skipped steps of a rule that decides by image: a study measures it, a budget cannot name it."""
-SHIPPED = Path(__file__).resolve().parents[1] / "diffusion" / "models"
 
 
 class Score(NamedTuple):
@@ -94,7 +94,7 @@ def find_fidelity(given: Path | None, profile_folder: Path, model: str) -> Path:
     """
     candidates = [given] if given is not None else [profile_folder]
     if given is None and Path(model).name == model:
-        candidates.append(SHIPPED / model)
+        candidates.append(MODELS / model)
     for folder in candidates:
         if (folder / HEAD).is_file():
             return folder

@@ -9,8 +9,8 @@ import torch
 
 from synerdiff.core import GUIDED, REUSE, InputError
 from synerdiff.device.lanes import available_cores, open_device
-from synerdiff.diffusion.chunking import Chunking
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.checkpoint import load_model
+from synerdiff.diffusion.decoder import Chunking
 
 torch.set_num_threads(1)
 
@@ -115,7 +115,7 @@ def test_steps_and_chunks_on_two_lanes_give_the_results_of_one():
 @pytest.mark.gpu
 @needs_gpu
 def test_graphs_equal_eager_steps_and_chunks():
-    from synerdiff.diffusion.graphs import capture_chunks, capture_denoiser
+    from synerdiff.diffusion.stages import capture_chunks, capture_denoiser
 
     eager, graphed = (load_model("digits", "cuda", torch.float32) for _ in range(2))
     with open_device("cuda") as device:

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from synerdiff.core import InputError
-from synerdiff.diffusion.chunking import WHOLE, Chunking, choose_cuts
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.checkpoint import load_model
+from synerdiff.diffusion.decoder import WHOLE, Chunking, choose_cuts
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and badly so on a busy machine
 

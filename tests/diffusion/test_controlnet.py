@@ -8,20 +8,18 @@ import torch
 from PIL import Image
 
 from synerdiff.core import REUSE, InputError
-from synerdiff.diffusion import split_graphs
-from synerdiff.diffusion.architectures import empty_modules, read_architecture
+from synerdiff.diffusion.architectures import empty_controlnet, empty_modules, read_architecture
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.controlnet import (
     ControlNet,
     ControlUse,
     control_calls,
-    empty_controlnet,
     load_controlnet,
     random_controlnet,
     read_control_image,
 )
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.denoisers.unet import sum_residuals
 from synerdiff.diffusion.rows import runs_of, select_rows
-from synerdiff.diffusion.split import Encoded, residual_shapes, sum_residuals
 
 torch.set_num_threads(1)
 
@@ -80,7 +78,6 @@ def test_the_halves_equal_the_whole_forward_to_the_last_bit(name, dtype):
     assert order == ["mid block", "fetched", "decoder"]
     assert not torch.equal(whole, model.denoise(inputs))
     shapes = tuple(tuple(tensor.shape[1:]) for tensor in residuals.tensors())
-    assert shapes == residual_shapes(model.unet, model.latent_shape)
     assert residuals.size_bytes == sum(6 * c * h * w * dtype.itemsize for c, h, w in shapes)
 
 
@@ -276,69 +273,3 @@ def test_unets_that_cannot_be_split_are_refused():
     split = type(model.split)(model.unet)
     with pytest.raises(InputError, match="Only UNets with a mid block that are conditioned on text alone can be split"):
         split(model.example_rows(1, model.encode_prompt("")), lambda: None)
-
-
-class Replayed:
-    """What a CUDA graph does, on a CPU: inputs are copied into its buffers, its outputs are always the same ones."""
-
-    def __init__(self, function, examples, stream, pool):
-        self._function, self._inputs = function, [example.clone() for example in examples]
-        self._output = function(*self._inputs)
-
-    def __call__(self, *arguments):
-        for buffer, argument in zip(self._inputs, arguments, strict=True):
-            buffer.copy_(argument)
-        fresh = self._function(*self._inputs)
-        for buffer, value in zip(tensors_of(self._output), tensors_of(fresh), strict=True):
-            buffer.copy_(value)
-        return self._output
-
-
-def tensors_of(output):
-    if isinstance(output, Encoded):
-        return (output.hidden, *output.skips, output.embedding)
-    return (output,) if isinstance(output, torch.Tensor) else output
-
-
-def test_halves_from_buffers_that_are_overwritten_give_the_same_images(monkeypatch):
-    monkeypatch.setattr(split_graphs, "CapturedFunction", Replayed)
-    eager, graphed = steered_model("tiny-sdxl"), steered_model("tiny-sdxl")
-    split_graphs.capture_halves(graphed, (1, 2, 4), stream=None, pool=object())
-    for net in graphed.controlnets.values():
-        split_graphs.capture_controlnet(net, graphed, (1, 2), stream=None, pool=object())
-    ends = []
-    for model in (eager, graphed):
-        model.row_buckets = (1, 2, 4)
-        states = [model.start(seed, 4, scale) for seed, scale in ((1, 4.0), (2, 1.0))]
-        states[0].controls = (ControlUse("a", picture(model, 1), 0.8), ControlUse("b", picture(model, 2), 0.5))
-        for _ in range(4):
-            model.step(states)
-        ends.append([state.latent for state in states])
-    for one, other in zip(*ends, strict=True):
-        assert torch.equal(one, other)
-    with pytest.raises(InputError, match=r"No graph was captured for 3 rows; captured: \[1, 2, 4\]"):
-        graphed.split.encode(graphed.example_rows(3, graphed.encode_prompt("x")))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
-def test_graphs_of_the_halves_equal_eager_ones():
-    from synerdiff.device.lanes import open_device
-
-    ends = []
-    with open_device("cuda") as device:
-        lane = device.lane("denoise", high_priority=True)
-        for graphed in (False, True):
-            model = load_model("digits", "cuda", torch.float32)
-            model.controlnets = {"a": random_controlnet("a", model)}
-            if graphed:
-                split_graphs.capture_halves(model, (2, 4), lane.stream)
-                split_graphs.capture_controlnet(model.controlnets["a"], model, (2,), lane.stream)
-            model.row_buckets = (2, 4)
-            states = [model.start(seed, 4, 4.0) for seed in (1, 2)]
-            states[0].controls = (ControlUse("a", picture(model, 1).cuda(), 0.8),)
-            for _ in range(4):
-                lane.submit(lambda model=model, states=states: model.step(states)).result()
-            ends.append([state.latent.cpu() for state in states])
-    for one, other in zip(*ends, strict=True):
-        assert float((one - other).abs().max()) < 1e-3

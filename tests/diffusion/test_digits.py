@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from synerdiff.diffusion.digits_classifier import load_classifier, recognised_fraction
-from synerdiff.diffusion.digits_data import augment, digits_split
-from synerdiff.diffusion.loading import SHIPPED, load_model
+from synerdiff.diffusion import SHIPPED
+from synerdiff.diffusion.checkpoint import load_model
+from synerdiff.diffusion.digits import digits_split, load_classifier, recognised_fraction
 from tools.training import train_digits
+from tools.training.digits_images import augment
 
 torch.set_num_threads(1)
 

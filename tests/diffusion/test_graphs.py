@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from synerdiff.diffusion import graphs
-from synerdiff.diffusion.chunking import Chunking
-from synerdiff.diffusion.graphs import capture_chunks, capture_denoiser
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion import stages
+from synerdiff.diffusion.checkpoint import load_model
+from synerdiff.diffusion.decoder import Chunking
+from synerdiff.diffusion.stages import capture_chunks, capture_denoiser
 
 torch.set_num_threads(1)
 STREAM = SimpleNamespace(device="cpu", wait_stream=lambda other: None, synchronize=lambda: None)
 
 
-class Replaying(graphs.CapturedFunction):
+class Replaying(stages.CapturedFunction):
     """Replays into the output that the capture made, as a graph does."""
 
     def __init__(self, function, examples, stream, pool) -> None:
@@ -31,7 +31,7 @@ def no_cuda(monkeypatch):
     def nothing(*_, **__):
         yield
 
-    monkeypatch.setattr(graphs, "CapturedFunction", Replaying)
+    monkeypatch.setattr(stages, "CapturedFunction", Replaying)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
     monkeypatch.setattr(torch.cuda, "graph", nothing)
     monkeypatch.setattr(torch.cuda, "stream", nothing)

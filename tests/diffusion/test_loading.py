@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from synerdiff.core import InputError
+from synerdiff.diffusion import SHIPPED
 from synerdiff.diffusion.architectures import empty_modules, fill_randomly, read_architecture
-from synerdiff.diffusion.loading import SHIPPED, load_model
+from synerdiff.diffusion.checkpoint import load_model
 
 torch.set_num_threads(1)
 
@@ -134,6 +135,6 @@ def test_another_folder_with_class_tokens_loads_like_digits(tmp_path):
 
 
 def test_the_package_and_the_chunkings_import_without_torch():
-    code = "import synerdiff.diffusion, synerdiff.diffusion.chunking, sys; print('torch' in sys.modules)"
+    code = "import synerdiff.diffusion, synerdiff.diffusion.decoder, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from synerdiff.core import InputError
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.lora import LoraFile, LoraLayer, random_lora, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
 

@@ -5,9 +5,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from synerdiff.diffusion.copied_solver import CopiedSolver, make_solver
-from synerdiff.diffusion.loading import load_model
-from synerdiff.diffusion.schedulers import make_scheduler
+from synerdiff.diffusion.checkpoint import load_model
+from synerdiff.diffusion.schedulers import CopiedSolver, make_scheduler, make_solver
 from synerdiff.diffusion.solvers import LinearSolver
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and badly so on a busy machine

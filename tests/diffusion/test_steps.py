@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from synerdiff.core import CONDITIONAL, GUIDED, REUSE, InputError
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.model import image_seed
 from synerdiff.diffusion.rows import bucket_of, rows_of
 

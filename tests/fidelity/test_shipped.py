@@ -11,14 +11,15 @@ import pytest
 
 from synerdiff import cli
 from synerdiff.core import GUIDED, InputError
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion import MODELS
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.fidelity.floor import UnreachedFloor, budget_from_floor
 from synerdiff.fidelity.sampling import fingerprint
 from synerdiff.fidelity.scores import MEASURE
-from synerdiff.fidelity.table import SHIPPED, read_fidelity
+from synerdiff.fidelity.table import read_fidelity
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE = read_fidelity(SHIPPED / "digits")
+TABLE = read_fidelity(MODELS / "digits")
 SCORES = {(row.solver, row.steps, row.guidance_scale, row.rule): row for row in TABLE.rows}
 SETTINGS = sorted({key[:3] for key in SCORES})
 SOLVERS = {"DDIM": "DDIMScheduler", "DPM++ 2M": "DPMSolverMultistepScheduler"}
@@ -26,7 +27,7 @@ SOLVERS = {"DDIM": "DDIMScheduler", "DPM++ 2M": "DPMSolverMultistepScheduler"}
 
 @lru_cache(maxsize=1)
 def comparisons() -> dict[tuple[str, int, float, str, str, str], tuple[float, float, float]]:
-    with (SHIPPED / "digits" / "fidelity-comparisons.csv").open() as file:
+    with (MODELS / "digits" / "fidelity-comparisons.csv").open() as file:
         return {
             (
                 line["solver"],

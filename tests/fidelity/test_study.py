@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from synerdiff.core import CONDITIONAL, GUIDED, REUSE, InputError
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.fidelity.calibration import calibrate, end_gains
 from synerdiff.fidelity.comparisons import read_comparisons
 from synerdiff.fidelity.rules import adaptive, full, last, random_half, spread

@@ -8,16 +8,17 @@ import torch
 
 from synerdiff.cli import main
 from synerdiff.core import InputError
+from synerdiff.diffusion import SHIPPED_LORAS
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.controlnet import load_controlnet
-from synerdiff.diffusion.digits_data import digits_split
-from synerdiff.diffusion.digits_styles import slanted
-from synerdiff.diffusion.loading import load_model
-from synerdiff.diffusion.lora import SHIPPED_LORAS, LoraFile, LoraLayer, random_lora, read_lora, save_lora
+from synerdiff.diffusion.digits import digits_split
+from synerdiff.diffusion.lora import LoraFile, LoraLayer, random_lora, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.fidelity.lora_bound import bound_study
 from synerdiff.fidelity.outline import outline_study, overlap_of
 from synerdiff.fidelity.sampling import Subject
 from synerdiff.fidelity.scores import psnr_db_of, ssim_of
+from tools.training.digits_images import slanted
 
 torch.set_num_threads(1)
 

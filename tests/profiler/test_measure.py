@@ -15,8 +15,8 @@ from profiler.sampling import Rule, spread_of
 from profiler.settings import CORUN_ROWS, ROWS, make_settings
 from synerdiff.cli import main
 from synerdiff.core import GUIDED, InputError
-from synerdiff.diffusion.chunking import Chunking
-from synerdiff.diffusion.loading import load_model
+from synerdiff.diffusion.checkpoint import load_model
+from synerdiff.diffusion.decoder import Chunking
 from synerdiff.profile.folder import find_profile, load_profile
 from synerdiff.profile.tables import OVERHEADS
 

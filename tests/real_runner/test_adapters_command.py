@@ -17,8 +17,8 @@ import torch
 
 from profiler.adapter_cells import Session
 from synerdiff import cli
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.controlnet import random_controlnet
-from synerdiff.diffusion.loading import load_model
 from synerdiff.profile.adapters import QUANTITIES, load_adapters
 from synerdiff.profile.folder import write_profile
 from synerdiff.results.records import read_requests, read_work

@@ -67,7 +67,7 @@ def test_a_run_writes_what_a_simulated_one_does_and_its_images(world, capsys):
 def _check_images(folder: Path) -> None:
     from PIL import Image
 
-    from synerdiff.diffusion.loading import load_model
+    from synerdiff.diffusion.checkpoint import load_model
     from synerdiff.diffusion.stages import finished_picture
 
     assert sorted(path.name for path in folder.iterdir()) == ["0.0.png", "1.0.png", "1.1.png", "2.0.png", "3.0.png"]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from synerdiff.diffusion.loading import SHIPPED, load_model
+from synerdiff.diffusion import SHIPPED
+from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.model import DiffusionModel
 from tools.training.train_digits import ClassTokens
 

@@ -20,8 +20,7 @@ import torch.nn.functional as functional
 from diffusers import ControlNetModel
 from torch import nn
 
-from synerdiff.diffusion.digits_data import digits_split
-from synerdiff.diffusion.digits_styles import displaced, outline
+from synerdiff.diffusion.digits import digits_split, displaced, outline
 from tools.training.shipped_digits import encode, frozen_digits
 from tools.training.train_digits import UNCONDITIONAL, OutOfTime, train_stage
 

@@ -17,11 +17,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from synerdiff.diffusion.digits_classifier import recognised_fraction, save_classifier, train_classifier
-from synerdiff.diffusion.digits_data import LabelledImages, augment, digits_split
-from synerdiff.diffusion.digits_styles import STYLES
+from synerdiff.diffusion.digits import LabelledImages, digits_split, recognised_fraction
 from synerdiff.diffusion.lora import LoraFile, LoraLayer, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
+from tools.training.digits_images import STYLES, augment, save_classifier, train_classifier
 from tools.training.shipped_digits import encode, frozen_digits
 from tools.training.train_digits import OutOfTime, train_stage, unet_loss
 
@@ -72,7 +71,7 @@ def train_style_classifier(out: Path, seed: int) -> dict[str, Any]:
 
 def measure(style: str, out: Path) -> dict[str, Any]:
     """Of 256 images with the LoRA (DDIM, 25 steps, guidance 4, classes in turn): the share that is recognised."""
-    from synerdiff.diffusion.digits_classifier import load_classifier
+    from synerdiff.diffusion.digits import load_classifier
 
     model, _, _ = frozen_digits()
     MergedWeights(model.unet).merge(read_lora(f"{style}.safetensors", out))

@@ -1,18 +1,33 @@
-"""A denoiser forward in two halves: encoder with mid block, then the decoder, which ControlNet residuals steer.
+"""UNets: a forward as a whole, and in two halves between which ControlNet residuals arrive.
 
-Between the halves a worker may wait for a ControlNet that runs elsewhere. Each half can be timed and captured alone.
+The halves are the encoder with the mid block, then the decoder, which residuals steer. Between them a worker may wait
+for a ControlNet that runs elsewhere, and each can be timed alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from synerdiff.core import InputError
 from synerdiff.diffusion.rows import RowInputs, runs_of
+
+
+class EagerDenoiser:
+    """The UNet called as it is; the default `Denoise`."""
+
+    def __init__(self, unet: Any) -> None:
+        self.unet = unet
+
+    def __call__(self, inputs: RowInputs) -> torch.Tensor:
+        added = None if inputs.pooled is None else {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
+        output: torch.Tensor = self.unet(
+            inputs.latents, inputs.timesteps, inputs.tokens, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return output
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +62,6 @@ class Encoded:
     skips: tuple[torch.Tensor, ...]
     embedding: torch.Tensor
     tokens: torch.Tensor
-
-
-class Split(Protocol):
-    """The two halves; called as a whole it fetches the residuals in between."""
-
-    def encode(self, inputs: RowInputs) -> Encoded: ...
-
-    def decode(self, encoded: Encoded, residuals: Residuals | None = None) -> torch.Tensor: ...
-
-    def __call__(self, inputs: RowInputs, fetch: Callable[[], Residuals | None]) -> torch.Tensor: ...
 
 
 class SplitDenoiser:
@@ -147,19 +152,6 @@ def sum_residuals(total_rows: int, parts: Sequence[tuple[Sequence[int], Residual
                 total[run] += change[done : done + count]
                 done += count
     return Residuals(sums[:-1], sums[-1])
-
-
-def residual_shapes(unet: Any, latent_shape: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    """(channels, height, width) of one row's residuals, down then mid, at latents of (1, C, h, w)."""
-    height, width = latent_shape[-2:]
-    shapes = [(int(unet.config.block_out_channels[0]), height, width)]
-    for block in unet.down_blocks:
-        channels = int(block.resnets[-1].out_channels)
-        shapes += [(channels, height, width)] * len(block.resnets)
-        if block.downsamplers is not None:
-            height, width = height // 2, width // 2
-            shapes.append((channels, height, width))
-    return (*shapes, (shapes[-1][0], height, width))
 
 
 def _attended(block: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""One file per family of denoisers: what the model layer calls of each."""
