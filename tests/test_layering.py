@@ -1,8 +1,13 @@
-"""A lower layer never imports a higher one, and heavy libraries stay inside the functions that use them."""
+"""How the code hangs together, read from its imports: layers, no circles, imports where they belong, a name once.
+
+``LATE``, ``COMMANDS``, ``TWICE`` and ``CIRCLES`` hold what does not keep a rule yet. They only shrink
+(``test_layering_exceptions.py`` names what may go).
+"""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -23,25 +28,104 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 )
 """Bottom up: a folder imports only earlier ones (or its own layer), and the engines' packages never each other."""
 ENGINES = LAYERS[5]
-HEAVY = {"numpy", "pandas", "pyarrow", "matplotlib", "simpy", "joblib", "torch", "diffusers", "ray", "optuna"}
+HEAVY = {
+    *("torch", "diffusers", "transformers", "peft", "safetensors", "sklearn", "torchmetrics", "PIL", "pynvml"),
+    *("matplotlib", "pandas", "pyarrow", "simpy", "joblib", "ray", "optuna"),
+}
+"""Light modules import these inside functions; whatever else is imported inside a function is late."""
 LIGHT = (
     "synerdiff.core",
     "synerdiff.files",
     "synerdiff.schema",
     "synerdiff.profile",
+    "synerdiff.results.records",
+    "synerdiff.results.intervals",
     "synerdiff.config",
     "synerdiff.engine",
     "synerdiff.fidelity.table",
     "synerdiff.fidelity.floor",
-    "synerdiff.results.records",
-    "synerdiff.results.folder",
-    "synerdiff.results.intervals",
     "synerdiff.experiments",
     "synerdiff.validation",
     "synerdiff.cli",
     "policies",
 )
-"""What every command imports at once: nothing heavy at the top of these modules."""
+"""What many commands import: no heavy library at the top of these modules."""
+WITHOUT_NUMPY = (*LIGHT[:4], "synerdiff.config", "synerdiff.engine", "synerdiff.cli", "policies")
+
+# What does not keep a rule yet.
+LATE: set[str] = {
+    "real_runner.adapters.process",
+    "real_runner.adapters.spans",
+    "real_runner.hardware",
+    "synerdiff.device.lanes",
+    "synerdiff.diffusion.rows",
+    "synerdiff.diffusion.stages",
+    "synerdiff.experiments.contest",
+    "synerdiff.experiments.contest_report",
+    "synerdiff.experiments.fidelity_tradeoff",
+    "synerdiff.experiments.grid",
+    "synerdiff.experiments.one_run",
+    "synerdiff.experiments.sources",
+    "synerdiff.experiments.sweep_figures",
+    "synerdiff.experiments.swift_grid",
+    "synerdiff.fidelity.calibration",
+    "synerdiff.fidelity.lora_bound",
+    "synerdiff.fidelity.outline",
+    "synerdiff.fidelity.report",
+    "synerdiff.fidelity.sampling",
+    "synerdiff.fidelity.scores",
+    "synerdiff.figures.trace",
+    "synerdiff.results.folder",
+    "synerdiff.validation.calibration",
+    "synerdiff.validation.errors",
+    "synerdiff.validation.katz",
+    "synerdiff.validation.report",
+    "synerdiff.validation.session",
+}
+"""Modules below the commands with an import of anything but a heavy library inside a function."""
+COMMANDS: set[str] = {
+    "synerdiff.cli.adapter_fidelity",
+    "synerdiff.cli.cluster",
+    "synerdiff.cli.contest",
+    "synerdiff.cli.estimate",
+    "synerdiff.cli.fidelity",
+    "synerdiff.cli.katz",
+    "synerdiff.cli.options",
+    "synerdiff.cli.profile",
+    "synerdiff.cli.run",
+    "synerdiff.cli.simulate",
+    "synerdiff.cli.sweep",
+    "synerdiff.cli.swift",
+    "synerdiff.cli.trace",
+    "synerdiff.cli.validate",
+}
+"""Commands with more than one import of ours inside a function."""
+TWICE: set[str] = {
+    "Atom",
+    "Beside",
+    "Case",
+    "Cell",
+    "ChunkPiece",
+    "Comparison",
+    "Link",
+    "Parts",
+    "Piece",
+    "Plan",
+    "Replica",
+    "Results",
+    "Rule",
+    "Session",
+    "Settings",
+    "Source",
+    "StepPiece",
+}
+"""Class names that stand for several things."""
+CIRCLES: set[str] = {
+    "synerdiff.device.cuda, synerdiff.device.lanes",
+    "synerdiff.diffusion.controlnet, synerdiff.diffusion.model",
+    "synerdiff.fidelity, synerdiff.figures",
+}
+"""Modules that import each other, and folders that do."""
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -53,6 +137,10 @@ def module_name(path: Path) -> str:
 
 def inside(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
+
+
+PACKAGE_NAMES = {module_name(path) for path in MODULES if path.name == "__init__.py"}
+TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in MODULES}
 
 
 def layer(module: str) -> int | None:
@@ -90,8 +178,8 @@ def violations(module: str, source: str, is_package: bool = False) -> list[str]:
     return broken
 
 
-def top_level_heavy(source: str) -> set[str]:
-    """Heavy libraries that importing the module loads: imports outside functions and TYPE_CHECKING blocks."""
+def top_level(source: str) -> set[str]:
+    """Packages that importing the module loads: imports outside functions and TYPE_CHECKING blocks."""
     found: set[str] = set()
     waiting: list[ast.AST] = list(ast.parse(source).body)
     while waiting:
@@ -104,7 +192,75 @@ def top_level_heavy(source: str) -> set[str]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             found |= {name.partition(".")[0] for name in imports(node, "", False)}
         waiting.extend(ast.iter_child_nodes(node))
-    return found & HEAVY
+    return found
+
+
+def late_imports(module: str, tree: ast.Module) -> set[str]:
+    """What a module below the commands imports inside functions, heavy libraries left out."""
+    if inside(module, "synerdiff.cli"):
+        return set()
+    return {name for node in function_imports(tree) for name in named(node) if name.partition(".")[0] not in HEAVY}
+
+
+def most_imports(tree: ast.Module) -> int:
+    """The most statements in one function that import modules of ours."""
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    ours = ([n for n in function_imports(f) if named(n)[0].partition(".")[0] in PACKAGES] for f in functions)
+    return max((len(found) for found in ours), default=0)
+
+
+def function_imports(tree: ast.AST) -> list[ast.Import | ast.ImportFrom]:
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    nodes = {id(node): node for function in functions for node in ast.walk(function)}
+    return [node for node in nodes.values() if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
+def named(node: ast.Import | ast.ImportFrom) -> list[str]:
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+
+
+def classes_twice(trees: Mapping[str, ast.Module]) -> dict[str, list[str]]:
+    """Class name -> the modules that define it, where these are several."""
+    places: dict[str, list[str]] = {}
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(module)
+    return {name: modules for name, modules in places.items() if len(modules) > 1}
+
+
+def circles(trees: Mapping[str, ast.Module]) -> set[str]:
+    """Modules and folders that import each other, over however many steps, as ``a, b``."""
+    modules = {
+        name: {other for other in imports(tree, name, name in PACKAGE_NAMES) if other in trees and other != name}
+        for name, tree in trees.items()
+    }
+    folders: dict[str, set[str]] = {}
+    for name, others in modules.items():
+        folders.setdefault(folder(name), set()).update({folder(other) for other in others} - {folder(name)})
+    return {*_connected(modules), *_connected(folders)}
+
+
+def folder(module: str) -> str:
+    parts = module.split(".")
+    return ".".join(parts[: 2 if parts[0] == "synerdiff" else 1])
+
+
+def _connected(edges: Mapping[str, set[str]]) -> set[str]:
+    """The strongly connected components of more than one node."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        waiting = [start]
+        while waiting:
+            new = edges.get(waiting.pop(), set()) - seen
+            seen |= new
+            waiting += new
+        return seen
+
+    reach = {name: reached(name) for name in edges}
+    groups = {tuple(sorted(other for other in reach[name] if name in reach.get(other, ()))) for name in edges}
+    return {", ".join(group) for group in groups if len(group) > 1}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=module_name)
@@ -114,8 +270,30 @@ def test_a_layer_imports_only_lower_ones(path: Path) -> None:
 
 def test_light_modules_import_heavy_libraries_where_they_are_used() -> None:
     for path in MODULES:
-        if any(inside(module_name(path), package) for package in LIGHT):
-            assert top_level_heavy(path.read_text(encoding="utf-8")) == set(), path
+        top = top_level(path.read_text(encoding="utf-8"))
+        name = module_name(path)
+        if any(inside(name, package) for package in LIGHT):
+            assert not top & HEAVY, f"{name} imports {', '.join(top & HEAVY)} at the top"
+        if any(inside(name, package) for package in WITHOUT_NUMPY):
+            assert "numpy" not in top, f"{name} imports numpy at the top"
+
+
+def test_below_the_commands_imports_stand_at_the_top() -> None:
+    assert {name: late_imports(name, tree) for name, tree in TREES.items() if late_imports(name, tree)}.keys() <= LATE
+
+
+def test_a_command_imports_one_module_inside_its_function() -> None:
+    assert {
+        name for name, tree in TREES.items() if inside(name, "synerdiff.cli") and most_imports(tree) > 1
+    } <= COMMANDS
+
+
+def test_no_class_name_stands_twice() -> None:
+    assert classes_twice(TREES).keys() <= TWICE, classes_twice(TREES)
+
+
+def test_no_imports_go_in_circles() -> None:
+    assert circles(TREES) <= CIRCLES
 
 
 def test_policies_import_only_core_and_profile() -> None:
@@ -126,7 +304,9 @@ def test_policies_import_only_core_and_profile() -> None:
                 # ``from synerdiff.profile.folder`` starts with an allowed name but is not one.
                 assert any(inside(name, package) for package in allowed), f"{path.name} imports {name}"
             else:
-                assert name.partition(".")[0] not in HEAVY | {"random", "time", "datetime"}, f"{path.name}: {name}"
+                assert name.partition(".")[0] not in HEAVY | {"numpy", "random", "time", "datetime"}, (
+                    f"{path.name}: {name}"
+                )
 
 
 def test_only_figures_imports_matplotlib() -> None:
@@ -143,5 +323,13 @@ def test_the_check_finds_what_it_looks_for() -> None:
     ]
     assert violations("simulator.x", "from simulator.pieces import Piece\nfrom policies.base import Policy") == []
     assert violations("synerdiff.core", "from .profile.tables import Profile") != []
-    assert top_level_heavy("try:\n    import torch\nexcept ImportError:\n    pass") == {"torch"}
-    assert top_level_heavy("if TYPE_CHECKING:\n    import pandas\ndef f():\n    import numpy") == set()
+    assert top_level("try:\n    import torch\nexcept ImportError:\n    pass") == {"torch"}
+    assert top_level("if TYPE_CHECKING:\n    import pandas\ndef f():\n    import numpy") == set()
+    late = ast.parse("import os\ndef f():\n    import torch\n    from synerdiff.files import atomic\n    import json")
+    assert late_imports("simulator.x", late) == {"synerdiff.files", "json"}
+    assert (late_imports("synerdiff.cli.x", late), most_imports(late)) == (set(), 1)
+    trees = {"traces.a": ast.parse("import traces.b\nclass X: ..."), "traces.b": ast.parse("from traces import c")}
+    trees["traces.c"] = ast.parse("def f():\n    import traces.a, policies.d\nclass X: ...")
+    trees["policies.d"] = ast.parse("from traces.b import y")
+    assert circles(trees) == {"policies.d, traces.a, traces.b, traces.c", "policies, traces"}
+    assert classes_twice(trees) == {"X": ["traces.a", "traces.c"]}
