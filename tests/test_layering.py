@@ -58,8 +58,6 @@ LATE: set[str] = {
     "real_runner.adapters.spans",
     "real_runner.hardware",
     "synerdiff.device.lanes",
-    "synerdiff.diffusion.rows",
-    "synerdiff.diffusion.stages",
     "synerdiff.experiments.contest",
     "synerdiff.experiments.contest_report",
     "synerdiff.experiments.fidelity_tradeoff",
