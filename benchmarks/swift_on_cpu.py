@@ -37,7 +37,7 @@ from real_runner.engine import run_real
 from real_runner.hardware import Hardware, open_hardware
 from simulator import simulate_cluster
 from synerdiff.config.cluster import MIB, Cluster, cluster_of
-from synerdiff.core import NS_PER_S, Request, RunResult
+from synerdiff.core import NS_PER_S, ControlNetUse, LoraUse, Request, RunResult
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.controlnet import random_controlnet
 from synerdiff.diffusion.lora import random_lora, save_lora
@@ -50,7 +50,7 @@ from synerdiff.validation.cell_tour import Seen, cells_seen, joined
 BOUND = 5
 RANK = 16
 GUIDANCE = 4.0
-NET, LORA = ("net=1.png",), ("style",)
+NET, LORA = (ControlNetUse("net", image="1.png"),), (LoraUse("style"),)
 SERVICE, LOADER = {"controlnets": "service"}, {"loras": "asynchronous", "lora_bound_steps": BOUND}
 HALVES = {"guidance": "two-gpus"}
 CELLS_PER_ROUND = 2
@@ -75,7 +75,9 @@ class Case:
 def one_request(steps: int) -> list[Case]:
     """Each way of serving with one request alone."""
 
-    def case(name: str, strategies: dict[str, Any], controlnets: tuple[str, ...], loras: tuple[str, ...]) -> Case:
+    def case(
+        name: str, strategies: dict[str, Any], controlnets: tuple[ControlNetUse, ...], loras: tuple[LoraUse, ...]
+    ) -> Case:
         request = Request(0, 0, steps, guidance_scale=GUIDANCE, seed=1, controlnets=controlnets, loras=loras)
         return Case(name, strategies, [request])
 

@@ -36,11 +36,6 @@ class Router(Protocol):
     def route(self, request: Request, workers: list[WorkerState]) -> int: ...
 
 
-def lora_file(adapter: str) -> str:
-    """``name@scale`` -> name: the file, whatever the scale at which it is merged."""
-    return adapter.partition("@")[0]
-
-
 class RoundRobin:
     """One worker after the other."""
 
@@ -100,11 +95,11 @@ class AdapterAffinity:
     def route(self, request: Request, workers: list[WorkerState]) -> int:
         if not request.loras:
             return min(workers, key=_queue).index
-        files = [lora_file(adapter) for adapter in request.loras]
-        wanted = set(files)
+        wanted = {use.file for use in request.loras}
+        first = request.loras[0].file
         most = min(worker.samples for worker in workers) + self.slack
         near = [worker for worker in workers if worker.samples <= most]
-        return max(near, key=lambda worker: (len(wanted & worker.loras), _score(files[0], worker.index))).index
+        return max(near, key=lambda worker: (len(wanted & worker.loras), _score(first, worker.index))).index
 
 
 def _score(file: str, worker: int) -> bytes:

@@ -159,12 +159,7 @@ class Execution:
         self.dispatch.step_ns.append(start_ns - running.cause_ns)
         if content.forward_began is not None:
             start_ns = min(end_ns, max(start_ns, content.forward_began() - self.zero_ns))
-        self.records.append(
-            WorkRecord(
-                self.gpu, "denoise", "step", start_ns, end_ns, step.rows, step.pad_rows, step.ids, step.modes, -1,
-                False, False,
-            )
-        )  # fmt: skip
+        self.records.append(WorkRecord.step(self.gpu, start_ns, end_ns, step.ids, step.rows, step.modes, step.pad_rows))
         if content.out_of_memory:
             self._lower_max_rows(content, step.rows, end_ns)
         for image in content.images:
@@ -184,11 +179,10 @@ class Execution:
         self.decodes[lane.index] = None
         self.dispatch.chunk_ns.append(start_ns - running.cause_ns)
         self.records.append(
-            WorkRecord(
-                lane.gpu, f"decode{lane.index}", "chunk", start_ns, end_ns, 0, 0, (sample.id,), "",
-                sample.chunks_done, lane.exclusive, lane.forced,
+            WorkRecord.decode_chunk(
+                lane.gpu, lane.index, start_ns, end_ns, sample.id, sample.chunks_done, lane.exclusive, lane.forced
             )
-        )  # fmt: skip
+        )
         if sample.chunks_done == 0:
             sample.decode_started_ns = start_ns
         image = content.image

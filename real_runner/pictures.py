@@ -45,7 +45,7 @@ class PictureFolder:
         }
         for name, entries in (("loras", sample.request.loras), ("controlnets", sample.request.controlnets)):
             if entries:
-                parameters[name] = ";".join(entries)
+                parameters[name] = ";".join(map(str, entries))
         self._queue.put((self._folder / f"{sample.name}.png", image, parameters))
 
     def _write_all(self) -> None:

@@ -58,8 +58,8 @@ class AdapterRun(WorkerRun):
                 self.asking.add(sample.id)
                 self.loader.need(sample.request.loras, now_ns, self.planner.files_in_weights)
                 if self.asynchronous:
-                    for adapter in sample.request.loras:
-                        self.loader.fetch(adapter, sample.id, now_ns)
+                    for lora in sample.request.loras:
+                        self.loader.fetch(lora.file, sample.id, now_ns)
 
     def decide(self, now_ns: int) -> None:
         super().decide(now_ns)
@@ -89,11 +89,10 @@ class AdapterRun(WorkerRun):
         half = [segment for segment in forwards if segment.gpu != self.gpu]
         if half:
             self.step_records.append(
-                WorkRecord(
-                    half[0].gpu, "guidance", "half", half[0].start_ns, half[-1].end_ns, half[0].rows, 0, step.ids, "",
-                    -1, False, False,
+                WorkRecord.other(
+                    half[0].gpu, "guidance", "half", half[0].start_ns, half[-1].end_ns, step.ids, half[0].rows
                 )
-            )  # fmt: skip
+            )
         super().end_step(piece, now_ns)
         for sample in step.freed:
             if sample.id in self.asking:
@@ -112,11 +111,8 @@ class AdapterRun(WorkerRun):
         for gpu in gpus:
             lane = "loader" if segment.kind == "load" else "denoise" if gpu == self.gpu else "guidance"
             self.step_records.append(
-                WorkRecord(
-                    gpu, lane, segment.kind, segment.start_ns, segment.end_ns, segment.rows, 0, step.ids, "", -1,
-                    False, False,
-                )
-            )  # fmt: skip
+                WorkRecord.other(gpu, lane, segment.kind, segment.start_ns, segment.end_ns, step.ids, segment.rows)
+            )
 
     # --- contention ---------------------------------------------------------------------------------------------
 
@@ -156,17 +152,13 @@ class AdapterRun(WorkerRun):
         worker, planner = self.worker, self.planner
         if worker.denoise_held or worker.next_step is not None:
             return
-        wanted = {adapter for sample in worker.active.values() for adapter in sample.request.loras}
-        leaving = [adapter for adapter in planner.weights if adapter not in wanted]
+        wanted = {lora for sample in worker.active.values() for lora in sample.request.loras}
+        leaving = [lora for lora in planner.weights if lora not in wanted]
         if not leaving:
             return
         start_ns = max(now_ns, planner.restored_ns)
-        planner.restored_ns = start_ns + sum(planner.restore_ns(adapter) for adapter in leaving)
-        planner.weights = [adapter for adapter in planner.weights if adapter in wanted]
+        planner.restored_ns = start_ns + sum(planner.restore_ns(lora) for lora in leaving)
+        planner.weights = [lora for lora in planner.weights if lora in wanted]
         gpus = {self.gpu: "denoise"} | ({self.guidance_gpu: "guidance"} if self.guidance_gpu is not None else {})
         for gpu, lane in gpus.items():
-            self.step_records.append(
-                WorkRecord(
-                    gpu, lane, "restore", start_ns, planner.restored_ns, 0, 0, (), "", -1, False, False
-                )
-            )  # fmt: skip
+            self.step_records.append(WorkRecord.other(gpu, lane, "restore", start_ns, planner.restored_ns))

@@ -29,7 +29,6 @@ from synerdiff.core import (
     WorkerInfo,
     WorkRecord,
 )
-from synerdiff.engine.adapter_names import controlnet_name, require_each_once
 from synerdiff.engine.samples import request_records, sorted_work
 from synerdiff.profile.adapters import Adapters
 from synerdiff.profile.tables import Profile
@@ -151,9 +150,7 @@ def _require(
             )
         return False
     if controlnets is not None and cluster.strategies.controlnets == "service":
-        services.require(dict.fromkeys(controlnet_name(name) for request in requests for name in request.controlnets))
-    for request in requests:
-        require_each_once(request)
+        services.require(dict.fromkeys(use.name for request in requests for use in request.controlnets))
     return loras is not None or controlnets is not None or two_gpus
 
 

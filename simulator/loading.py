@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from policies.routers import lora_file
 from simulator.pieces import Draws
 from synerdiff.config.cluster import LoraStorage
-from synerdiff.core import NS_PER_S, SampleId, WorkRecord
+from synerdiff.core import NS_PER_S, LoraUse, SampleId, WorkRecord
 from synerdiff.engine.caches import Cache
 from synerdiff.profile.adapters import Adapters
 
@@ -36,9 +35,9 @@ class Loader:
         """How often it meant copying it to the GPU."""
         self.records: list[WorkRecord] = []
 
-    def need(self, adapters: tuple[str, ...], now_ns: int, present: set[str]) -> None:
+    def need(self, loras: tuple[LoraUse, ...], now_ns: int, present: set[str]) -> None:
         """A sample needs these from now on; files in ``present`` are in the weights already."""
-        for file in [lora_file(adapter) for adapter in adapters]:
+        for file, _ in loras:
             self.requested += 1
             self.users[file] = self.users.get(file, 0) + 1
             if file in self.ready_ns:
@@ -47,26 +46,21 @@ class Loader:
             elif file in present:
                 self.ready_ns[file] = now_ns
 
-    def fetch(self, adapter: str, sample: SampleId, now_ns: int) -> int:
+    def fetch(self, file: str, sample: SampleId, now_ns: int) -> int:
         """Start to load a needed file unless that has been done; the instant at which it is on the GPU."""
-        file = lora_file(adapter)
         ready_ns = self.ready_ns.get(file)
         if ready_ns is None:
             ready_ns = now_ns if self.device.use(file) else self._load(file, sample, now_ns)
             self.ready_ns[file] = ready_ns
         return ready_ns
 
-    def release(self, adapters: tuple[str, ...]) -> None:
+    def release(self, loras: tuple[LoraUse, ...]) -> None:
         """A sample needs these no more."""
-        for file in [lora_file(adapter) for adapter in adapters]:
+        for file, _ in loras:
             self.users[file] -= 1
             if not self.users[file]:
                 del self.users[file]
                 self.ready_ns.pop(file, None)
-
-    def size(self, adapter: str) -> int:
-        """Bytes of the adapter's file."""
-        return self.storage.bytes_of(lora_file(adapter))
 
     @property
     def known(self) -> set[str]:
@@ -86,7 +80,7 @@ class Loader:
         start_ns = max(now_ns, self.lanes_free_ns[lane])
         end_ns = self.lanes_free_ns[lane] = start_ns + work_ns
         name = "loader" if len(self.lanes_free_ns) == 1 else f"loader{lane}"
-        self.records.append(WorkRecord(self.gpu, name, "load", start_ns, end_ns, 0, 0, (sample,), "", -1, False, False))
+        self.records.append(WorkRecord.other(self.gpu, name, "load", start_ns, end_ns, (sample,)))
         return end_ns
 
     def _read_ns(self, size: int) -> int:

@@ -76,6 +76,4 @@ class ControlNetServices:
     def _record(
         self, replica: Replica, kind: str, start_ns: int, end_ns: int, rows: int, samples: tuple[SampleId, ...]
     ) -> None:
-        self.records.append(
-            WorkRecord(replica.gpu, "controlnet", kind, start_ns, end_ns, rows, 0, samples, "", -1, False, False)
-        )
+        self.records.append(WorkRecord.other(replica.gpu, "controlnet", kind, start_ns, end_ns, samples, rows))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from policies.routers import lora_file
 from simulator.loading import Loader, transfer_ns
 from simulator.pieces import Draws, Times
 from simulator.segments import Plan, Segment
 from simulator.services import ControlNetServices
 from synerdiff.config.cluster import Cluster, Link, WorkerEntry
-from synerdiff.core import NS_PER_S
-from synerdiff.engine.adapter_names import controlnet_name
+from synerdiff.core import NS_PER_S, LoraUse
 from synerdiff.engine.caches import Cache
 from synerdiff.engine.worker import Step
 from synerdiff.profile.adapters import Adapters
@@ -24,7 +22,7 @@ Begin = Callable[[int], int]
 class StepPlanner:
     """Plans the steps of one worker, and keeps what its weights hold.
 
-    ``weights``: adapters (``name@scale``) in the weights when the planned step has begun, in the order in which they
+    ``weights``: LoRAs in the weights when the planned step has begun, in the order in which they
     were merged. ``restored_ns``: until then adapters are being taken out and no step may run.
     """
 
@@ -55,7 +53,7 @@ class StepPlanner:
         self.controlnet_loads = 0
         self.global_ids: list[int] = []
         """The worker's own sample id -> the id that records of shared services carry."""
-        self.weights: list[str] = []
+        self.weights: list[LoraUse] = []
         self.restored_ns = 0
         self.dispatch_ns = profile.overhead_ns("step_dispatch")
         self.link_latency_ns = 0
@@ -74,7 +72,7 @@ class StepPlanner:
 
     @property
     def files_in_weights(self) -> set[str]:
-        return {lora_file(adapter) for adapter in self.weights}
+        return {lora.file for lora in self.weights}
 
     def plan(self, step: Step, now_ns: int) -> Plan:
         """The segments of a step that starts now."""
@@ -98,11 +96,11 @@ class StepPlanner:
 
     # --- LoRAs --------------------------------------------------------------------------------------------------
 
-    def restore_ns(self, adapter: str) -> int:
-        return self.draws.draw(self.adapters.spread("lora_restore", self.loader.size(adapter)))
+    def restore_ns(self, lora: LoraUse) -> int:
+        return self.draws.draw(self.adapters.spread("lora_restore", self.loader.storage.bytes_of(lora.file)))
 
-    def _merge_ns(self, adapter: str) -> int:
-        size = self.loader.size(adapter)
+    def _merge_ns(self, lora: LoraUse) -> int:
+        size = self.loader.storage.bytes_of(lora.file)
         more_ns = len(self.weights) * self.adapters.ns("lora_merge_more", size)
         return self.draws.draw(self.adapters.spread("lora_merge", size)) + more_ns
 
@@ -112,26 +110,26 @@ class StepPlanner:
         if self.restored_ns > now_ns:
             last = plan.add(Segment("wait", begin=_until(self.restored_ns)))
         wanted = step.samples[0].request.loras
-        for adapter in [adapter for adapter in self.weights if adapter not in wanted]:
-            last = plan.add(Segment("restore", gpu=self.gpu, work_ns=self.restore_ns(adapter)), last)
-            self.weights.remove(adapter)
+        for lora in [lora for lora in self.weights if lora not in wanted]:
+            last = plan.add(Segment("restore", gpu=self.gpu, work_ns=self.restore_ns(lora)), last)
+            self.weights.remove(lora)
         must_wait = max(sample.step_index for sample in step.samples) >= self.bound_steps
-        for adapter in wanted:
-            if adapter in self.weights:
+        for lora in wanted:
+            if lora in self.weights:
                 continue
             if not self.asynchronous:
                 # One thing after the other: the next file is not read before this one is merged.
-                last = plan.add(Segment("wait", begin=self._fetch(adapter, step)), last)
-            elif self.loader.ready_ns[lora_file(adapter)] > now_ns:
+                last = plan.add(Segment("wait", begin=self._fetch(lora.file, step)), last)
+            elif self.loader.ready_ns[lora.file] > now_ns:
                 if not must_wait:
                     continue
-                last = plan.add(Segment("wait", begin=_until(self.loader.ready_ns[lora_file(adapter)])), last)
-            last = plan.add(Segment("merge", gpu=self.gpu, work_ns=self._merge_ns(adapter)), last)
-            self.weights.append(adapter)
+                last = plan.add(Segment("wait", begin=_until(self.loader.ready_ns[lora.file])), last)
+            last = plan.add(Segment("merge", gpu=self.gpu, work_ns=self._merge_ns(lora)), last)
+            self.weights.append(lora)
         return last
 
-    def _fetch(self, adapter: str, step: Step) -> Begin:
-        return lambda now_ns: max(now_ns, self.loader.fetch(adapter, step.samples[0].id, now_ns))
+    def _fetch(self, file: str, step: Step) -> Begin:
+        return lambda now_ns: max(now_ns, self.loader.fetch(file, step.samples[0].id, now_ns))
 
     # --- ControlNets and the forward ----------------------------------------------------------------------------
 
@@ -204,7 +202,7 @@ class StepPlanner:
             [
                 self.global_ids[sample.id]
                 for sample in step.samples
-                if name in map(controlnet_name, sample.request.controlnets)
+                if any(use.name == name for use in sample.request.controlnets)
             ]
         )
         return lambda now_ns: self.services.call(name, rows, users, now_ns)
@@ -240,7 +238,6 @@ def _controlnet_rows(step: Step, guided_rows: int, other_rows: int) -> dict[str,
     for sample, letter in zip(step.samples, step.modes, strict=True):
         rows = guided_rows if letter == "g" else other_rows
         if rows:
-            for entry in sample.request.controlnets:
-                name = controlnet_name(entry)
-                found[name] = found.get(name, 0) + rows
+            for use in sample.request.controlnets:
+                found[use.name] = found.get(use.name, 0) + rows
     return found

@@ -185,21 +185,17 @@ class WorkerRun:
         step = self.worker.end_step(now_ns)
         self.step_piece = None
         self.step_records.append(
-            WorkRecord(
-                self.gpu, "denoise", "step", piece.start_ns, now_ns, step.rows, step.pad_rows, step.ids, step.modes,
-                -1, False, False,
-            )
-        )  # fmt: skip
+            WorkRecord.step(self.gpu, piece.start_ns, now_ns, step.ids, step.rows, step.modes, step.pad_rows)
+        )
 
     def end_chunk(self, lane: LaneView, piece: Piece, now_ns: int) -> None:
         sample = lane.sample
         assert sample is not None
         self.chunk_records.append(
-            WorkRecord(
-                lane.gpu, f"decode{lane.index}", "chunk", piece.start_ns, now_ns, 0, 0, (sample.id,), "",
-                sample.chunks_done, lane.exclusive, lane.forced,
+            WorkRecord.decode_chunk(
+                lane.gpu, lane.index, piece.start_ns, now_ns, sample.id, sample.chunks_done, lane.exclusive, lane.forced
             )
-        )  # fmt: skip
+        )
         self.chunk_pieces[lane.index] = None
         if self.worker.end_chunk(lane, now_ns):
             self.start_chunk(lane, now_ns)

@@ -6,7 +6,8 @@ Standard library only. Engines count integer nanoseconds (``_ns``); slowdowns ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -16,9 +17,6 @@ PPM = 1_000_000
 
 SampleId = int
 """Dense number of a sample within a run: requests in trace order, then images."""
-
-BatchKey = tuple[str, int | None, int | None, tuple[str, ...]]
-"""(base model, height, width, merged adapters): only samples with equal keys share a step."""
 
 
 class InputError(ValueError):
@@ -53,6 +51,82 @@ class Phase(StrEnum):
     FAILED = "failed"
 
 
+class LoraUse(NamedTuple):
+    """A LoRA that a request asks for: its file (the name without ending), and the scale at which it is merged."""
+
+    file: str
+    scale: float = 1.0
+
+    def __str__(self) -> str:
+        """As a trace names it: ``FILE@SCALE``; a scale of 1 is left out."""
+        return _scaled_text(self.file, self.scale)
+
+
+class ControlNetUse(NamedTuple):
+    """A ControlNet that a request asks for, its conditioning scale, and the file of its conditioning image.
+
+    Without ``image`` the image is ``SEED.png`` of the request.
+    """
+
+    name: str
+    scale: float = 1.0
+    image: str = ""
+
+    def __str__(self) -> str:
+        """As a trace names it: ``NAME@SCALE=IMAGE``; a scale of 1 and an image that is not given are left out."""
+        return _scaled_text(self.name, self.scale) + (f"={self.image}" if self.image else "")
+
+
+def loras_from(texts: Iterable[str]) -> tuple[LoraUse, ...]:
+    """One request's LoRAs from a trace's text (``x@1`` is ``x``).
+
+    Raises InputError for an empty name, a scale that is no finite number, and a file that is named twice.
+    """
+    uses = tuple([LoraUse(*_name_and_scale(text, text, "LoRA")) for text in texts])
+    _require_each_once([use.file for use in uses], "LoRA")
+    return uses
+
+
+def controlnets_from(texts: Iterable[str]) -> tuple[ControlNetUse, ...]:
+    """One request's ControlNets from a trace's text; raises InputError as `loras_from`."""
+    parts = [(text, *text.partition("=")) for text in texts]
+    uses = tuple([ControlNetUse(*_name_and_scale(named, text, "ControlNet"), image) for text, named, _, image in parts])
+    _require_each_once([use.name for use in uses], "ControlNet")
+    return uses
+
+
+def _name_and_scale(named: str, text: str, what: str) -> tuple[str, float]:
+    name, separator, number = named.partition("@")
+    if not name.strip():
+        raise InputError(f"a request asks for the {what} {text!r}, which has no name")
+    if not separator:
+        return name, 1.0
+    try:
+        scale = float(number)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise InputError(f"a request asks for the {what} {text!r}; after the @ a number is needed")
+    return name, scale
+
+
+def _require_each_once(names: Sequence[str], what: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"a request asks for the {what} {name!r} twice")
+
+
+def _scaled_text(name: str, scale: float) -> str:
+    if scale == 1:
+        return name
+    short = f"{scale:g}"
+    return f"{name}@{short if float(short) == scale else repr(scale)}"
+
+
+BatchKey = tuple[str, int | None, int | None, tuple[LoraUse, ...]]
+"""(base model, height, width, merged adapters): only samples with equal keys share a step."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One arrival. ``steps`` counts denoiser steps per image; ``guidance_scale`` <= 1 means unguided."""
@@ -65,8 +139,8 @@ class Request:
     height: int | None = None
     width: int | None = None
     base_model: str = ""
-    loras: tuple[str, ...] = ()
-    controlnets: tuple[str, ...] = ()
+    loras: tuple[LoraUse, ...] = ()
+    controlnets: tuple[ControlNetUse, ...] = ()
     slo_ns: int | None = None
     seed: int | None = None
 
@@ -320,7 +394,7 @@ class WorkerInfo:
 
 
 class WorkRecord(NamedTuple):
-    """One piece of work on one lane."""
+    """One piece of work on one lane; made by `step`, `decode_chunk` and `other`."""
 
     gpu: int
     lane: str
@@ -335,18 +409,62 @@ class WorkRecord(NamedTuple):
     exclusive: bool
     forced: bool
 
+    @classmethod
+    def step(
+        cls,
+        gpu: int,
+        start_ns: int,
+        end_ns: int,
+        samples: tuple[SampleId, ...],
+        rows: int,
+        modes: str = "",
+        pad_rows: int = 0,
+    ) -> WorkRecord:
+        """A denoiser step; ``rows`` include ``pad_rows``, ``modes`` has one letter per sample."""
+        return cls(gpu, "denoise", "step", start_ns, end_ns, rows, pad_rows, samples, modes, -1, False, False)
+
+    @classmethod
+    def decode_chunk(
+        cls,
+        gpu: int,
+        lane: int,
+        start_ns: int,
+        end_ns: int,
+        sample: SampleId,
+        chunk: int = 0,
+        exclusive: bool = False,
+        forced: bool = False,
+    ) -> WorkRecord:
+        """One chunk of a sample's decode on decode lane ``lane``."""
+        lane_name = f"decode{lane}"
+        return cls(gpu, lane_name, "chunk", start_ns, end_ns, 0, 0, (sample,), "", chunk, exclusive, forced)
+
+    @classmethod
+    def other(
+        cls,
+        gpu: int,
+        lane: str,
+        kind: str,
+        start_ns: int,
+        end_ns: int,
+        samples: tuple[SampleId, ...] = (),
+        rows: int = 0,
+    ) -> WorkRecord:
+        """What adapters and split guidance take: ``load``, ``merge``, ``restore``, ``controlnet``, ``half``."""
+        return cls(gpu, lane, kind, start_ns, end_ns, rows, 0, samples, "", -1, False, False)
+
 
 class RequestRecord(NamedTuple):
     """What became of one request; times are those of its last-finishing sample, -1 where it never got there."""
 
     request: Request
-    admitted_ns: int
-    denoised_ns: int
-    decode_started_ns: int
-    finished_ns: int
-    status: str
-    skipped_steps: int
-    modes: tuple[str, ...]
+    admitted_ns: int = -1
+    denoised_ns: int = -1
+    decode_started_ns: int = -1
+    finished_ns: int = -1
+    status: str = "unfinished"
+    skipped_steps: int = 0
+    modes: tuple[str, ...] = ()
     """Per image: one letter per step taken."""
 
 

@@ -14,7 +14,6 @@ from synerdiff.diffusion.controlnet import ControlUse, load_controlnet, random_c
 from synerdiff.diffusion.lora import random_lora, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.diffusion.model import image_seed
-from synerdiff.engine.adapter_names import controlnet_use, lora_use
 
 LORAS = ("ink", "chalk")
 CONTROLNETS = ("edges", "depth")
@@ -66,8 +65,7 @@ def made_alone(model, folders: Folders, request, image: int = 0, loras_from_step
     state = model.start(seed_of(request), request.steps, request.guidance_scale, image=image)
     assert state.seed == image_seed(seed_of(request), image)
     uses = []
-    for entry in request.controlnets:
-        use = controlnet_use(entry)
+    for use in request.controlnets:
         net = load_controlnet(folders.controlnets / use.name, model)
         model.controlnets[use.name] = net
         picture = read_control_image(use.image or f"{seed_of(request)}.png", folders.images, net, model)
@@ -76,8 +74,7 @@ def made_alone(model, folders: Folders, request, image: int = 0, loras_from_step
     try:
         for index in range(request.steps):
             if index == loras_from_step:
-                for entry in request.loras:
-                    use = lora_use(entry)
+                for use in request.loras:
                     merged.merge(read_lora(f"{use.file}.safetensors", folders.loras), use.scale)
             model.step([state])
     finally:

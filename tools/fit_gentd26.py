@@ -115,10 +115,10 @@ def _repeat(sessions: Sequence[Sequence[Gentd26Row]], feature: Any) -> float:
 
 
 def _lora_parameters(rows: Sequence[Gentd26Row], sessions: Sequence[Sequence[Gentd26Row]]) -> dict[str, Any]:
-    used = [lora.partition("@") for row in rows for lora in row.loras]
-    counts = np.array(sorted(Counter(name for name, _, _ in used).values(), reverse=True))
+    used = [lora for row in rows for lora in row.loras]
+    counts = np.array(sorted(Counter(lora.file for lora in used).values(), reverse=True))
     s, q = fit_zipf_mandelbrot(counts / counts.sum())
-    scales = Counter(float(scale or 1) for _, _, scale in used)
+    scales = Counter(lora.scale for lora in used)
     return {
         "repeat": _repeat(sessions, lambda row: row.loras),
         "per_request": _shares(Counter(len(row.loras) for row in rows)),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
-from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request, controlnets_from, loras_from
 
 COLUMNS = (
     "arrival_s",
@@ -39,7 +39,18 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NS = Decimal(NS_PER_S)
 _REMEMBERED_ROWS = 20_000
 
-Fields = tuple[int, int, float, int | None, int | None, str, tuple[str, ...], tuple[str, ...], int | None, int | None]
+Fields = tuple[
+    int,
+    int,
+    float,
+    int | None,
+    int | None,
+    str,
+    tuple[LoraUse, ...],
+    tuple[ControlNetUse, ...],
+    int | None,
+    int | None,
+]
 """A request's fields after its arrival, in their order."""
 
 
@@ -88,6 +99,10 @@ def parse_fields(texts: Sequence[str]) -> Fields:
     steps, images, guidance, height, width, base_model, loras, controlnets, slo, seed = texts
     if bool(height.strip()) != bool(width.strip()):
         raise FieldError("height and width go together; one of them is empty")
+    try:
+        uses = loras_from(_names(loras, "loras")), controlnets_from(_names(controlnets, "controlnets"))
+    except InputError as error:
+        raise FieldError(str(error)) from None
     return (
         whole_number(steps, "steps", STEPS),
         whole_number(images, "images", IMAGES) if images.strip() else 1,
@@ -95,8 +110,7 @@ def parse_fields(texts: Sequence[str]) -> Fields:
         whole_number(height, "height", SIDE_PIXELS) if height.strip() else None,
         whole_number(width, "width", SIDE_PIXELS) if width.strip() else None,
         _name(base_model, "base_model"),
-        _names(loras, "loras"),
-        _names(controlnets, "controlnets"),
+        *uses,
         _slo_ns(slo) if slo.strip() else None,
         whole_number(seed, "seed", SEED) if seed.strip() else None,
     )
@@ -175,7 +189,8 @@ def texts_of(request: Request) -> list[str]:
         _optional(request.seed),
     ]
     nanoseconds(texts[0], "arrival_s", MAX_ARRIVAL_S)
-    parse_fields(texts[1:])
+    if parse_fields(texts[1:])[6:8] != (request.loras, request.controlnets):
+        raise FieldError("a LoRA or ControlNet has a name that reads as a scale or an image")
     return texts
 
 
@@ -190,8 +205,8 @@ def _optional(value: int | None) -> str:
     return "" if value is None else str(value)
 
 
-def _joined(names: Iterable[str], column: str) -> str:
-    names = list(names)
+def _joined(uses: Iterable[LoraUse | ControlNetUse], column: str) -> str:
+    names = list(map(str, uses))
     for name in names:
         if not name.strip() or LIST_SEPARATOR in name:
             raise FieldError(f"{column} holds {name!r}; a name must not be empty or contain a semicolon")

@@ -99,8 +99,8 @@ def describe(requests: Sequence[Request]) -> TraceSummary:
         loras_per_request=shares(len(request.loras) for request in requests),
         controlnets_per_request=shares(len(request.controlnets) for request in requests),
         # A LoRA is one thing to load at whatever scale it is used.
-        loras=popularity(lora.rpartition("@")[0] or lora for request in requests for lora in request.loras),
-        controlnets=popularity(name for request in requests for name in request.controlnets),
+        loras=popularity(use.file for request in requests for use in request.loras),
+        controlnets=popularity(use.name for request in requests for use in request.controlnets),
         base_models=popularity(request.base_model for request in requests),
         windows=tuple(
             window_counts(times_ns, window_s)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import ast
 import tarfile
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from synerdiff.core import InputError
+from synerdiff.core import InputError, LoraUse
 from traces.columns import FieldError, number
 from traces.csv_rows import Progress, csv_rows, reading, rows_of
 
@@ -58,7 +58,7 @@ class Gentd26Row:
     images: int | None
     checkpoint: str
     lora_count: int
-    loras: tuple[str, ...]
+    loras: tuple[LoraUse, ...]
     """``name`` or ``name@scale``; empty when LoRAs were not asked for."""
     cells: tuple[str, ...]
     """The whole row, to tell exact duplicates."""
@@ -77,7 +77,7 @@ def gentd26_rows(path: Path, with_loras: bool, progress: Progress | None = None)
     joined = "lora_ids" in header
     if not joined:
         _check_header(path, header, ("gmt_create", *_SHARED))
-    names: Iterator[tuple[str, ...]] | None = None
+    names: Iterator[tuple[LoraUse, ...]] | None = None
     if with_loras and not joined:
         wanted = [(line, dict(zip(header, cells, strict=True))) for line, cells in csv_rows(path, WHAT)][1:]
         names = iter(_joined_loras(path, wanted))
@@ -147,7 +147,7 @@ def _optional(where: str, row: Mapping[str, str], column: str) -> int | None:
     return _integer(where, row, column, 2**31) if row[column].strip() else None
 
 
-def _loras_of_table(where: str, row: Mapping[str, str]) -> tuple[str, ...]:
+def _loras_of_table(where: str, row: Mapping[str, str]) -> tuple[LoraUse, ...]:
     ids, scales = row["lora_ids"], row.get("lora_scales", "")
     if not ids:
         return ()
@@ -155,20 +155,21 @@ def _loras_of_table(where: str, row: Mapping[str, str]) -> tuple[str, ...]:
     if len(split_ids) != len(split_scales):
         raise InputError(f"{where}: lora_ids names {len(split_ids)} LoRAs and lora_scales {len(split_scales)} scales.")
     try:
-        return tuple(
-            lora_text(name, number(scale, "lora_scales", (0, 1000)))
-            for name, scale in zip(split_ids, split_scales, strict=True)
-        )
+        scaled = [number(scale, "lora_scales", (0, 1000)) for scale in split_scales]
     except FieldError as error:
         raise InputError(f"{where}: {error}.") from None
+    return _each_once(zip(split_ids, scaled, strict=True))
 
 
-def lora_text(name: str, scale: float) -> str:
-    """``name`` for scale 1, else ``name@scale``."""
-    return name if scale == 1 else f"{name}@{scale:g}"
+def _each_once(loras: Iterable[tuple[str, float]]) -> tuple[LoraUse, ...]:
+    """The first mention of a LoRA counts: a request merges none twice."""
+    first: dict[str, float] = {}
+    for name, scale in loras:
+        first.setdefault(name, scale)
+    return tuple([LoraUse(name, scale) for name, scale in first.items()])
 
 
-def _joined_loras(path: Path, wanted: list[tuple[int, dict[str, str]]]) -> list[tuple[str, ...]]:
+def _joined_loras(path: Path, wanted: list[tuple[int, dict[str, str]]]) -> list[tuple[LoraUse, ...]]:
     """The LoRAs of every row of the request file, from the last rows of the wider one."""
     wide = next((path.parent / name for name in WIDE_FILES if (path.parent / name).is_file()), None)
     if wide is None:
@@ -194,7 +195,7 @@ def _joined_loras(path: Path, wanted: list[tuple[int, dict[str, str]]]) -> list[
         same = all(row[column] == wide_row[column] for column in _SHARED)
         if not same or _integer(f"{path}, line {line}", row, "num_lora", _MOST_LORAS) != len(loras):
             raise InputError(f"{wide}, line {wide_line}: this is not the request of {path}, line {line}.")
-        found.append(tuple(lora_text(names[key], scale) for key, scale in loras))
+        found.append(_each_once((names[key], scale) for key, scale in loras))
     return found
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request, controlnets_from, loras_from
 from traces.columns import (
     GUIDANCE_SCALE,
     IMAGES,
@@ -55,7 +55,7 @@ def read_katz(
     """
     check_options(checkpoints, adapters)
     _check_mix(steps, images, guidance_scale)
-    entries: list[tuple[int, str, tuple[str, ...], tuple[str, ...]]] = []
+    entries: list[tuple[int, str, tuple[LoraUse, ...], tuple[ControlNetUse, ...]]] = []
     dropped: Counter[str] = Counter()
     noted: Counter[str] = Counter()
     rows = 0
@@ -69,8 +69,11 @@ def read_katz(
         base_model = _identifier(where, "base_model_id", entry["base_model_id"])
         if base_model is None:
             noted["without a base model"] += 1
-        controlnets = _identifiers(where, "controlnets", entry["controlnets"], noted)
-        loras = _identifiers(where, "loras", entry["loras"], noted)
+        named = [_identifiers(where, field, entry[field], noted) for field in ("controlnets", "loras")]
+        try:
+            controlnets, loras = controlnets_from(named[0]), loras_from(named[1])
+        except InputError as error:
+            raise InputError(f"{where}: {error}.") from None
         if adapters == "drop" and (loras or controlnets):
             noted["stripped of their LoRAs and ControlNets"] += 1
         entries.append(
@@ -213,4 +216,7 @@ def _identifiers(where: str, field: str, value: Any, noted: Counter[str]) -> tup
     nulls = found.count(None)
     if nulls:
         noted[f"nulls among {field} left out"] += nulls
-    return tuple(name for name in found if name is not None)
+    names = dict.fromkeys(name for name in found if name is not None)
+    if len(names) + nulls < len(found):
+        noted[f"{field} named again left out"] += len(found) - nulls - len(names)
+    return tuple(names)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traces.gentd26_files import lora_text
+from synerdiff.core import LoraUse
 from traces.gentd26_parameters import Gentd26Parameters
 from traces.spec import TraceSpec
 
@@ -41,7 +41,9 @@ def draw_steps_images(
     return pairs[drawn, 0], pairs[drawn, 1], 7.5
 
 
-def draw_loras(rng: np.random.Generator, fitted: Gentd26Parameters, sessions: Integers) -> Sequence[tuple[str, ...]]:
+def draw_loras(
+    rng: np.random.Generator, fitted: Gentd26Parameters, sessions: Integers
+) -> Sequence[tuple[LoraUse, ...]]:
     """The LoRAs of each request: how many, which (the most popular is L0000), and at which scale, as fitted.
 
     A request names no LoRA twice. Within a session the LoRAs of the request before are repeated with the fitted
@@ -51,13 +53,13 @@ def draw_loras(rng: np.random.Generator, fitted: Gentd26Parameters, sessions: In
     ranks = np.arange(1, fitted.lora_ids + 1)
     popularity = np.cumsum((ranks + fitted.lora_zipf_q) ** -fitted.lora_zipf_s)
     scales = list(fitted.lora_scales)
-    drawn: list[tuple[str, ...]] = [()] * len(sessions)
+    drawn: list[tuple[LoraUse, ...]] = [()] * len(sessions)
     for index in np.flatnonzero(counts):
         chosen: dict[int, float] = {}
         while len(chosen) < counts[index]:
             rank = int(np.searchsorted(popularity, rng.random() * popularity[-1]))
             chosen.setdefault(rank, scales[int(_draw(rng, fitted.lora_scales, 1)[0])])
-        drawn[index] = tuple(lora_text(f"L{rank:04d}", scale) for rank, scale in chosen.items())
+        drawn[index] = tuple(LoraUse(f"L{rank:04d}", scale) for rank, scale in chosen.items())
     return [drawn[source] for source in _source(rng, sessions, fitted.repeat_loras)]
 
 

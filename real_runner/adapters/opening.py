@@ -19,7 +19,6 @@ from synerdiff.config.cluster import Cluster
 from synerdiff.core import Request
 from synerdiff.diffusion.controlnet import load_controlnet
 from synerdiff.diffusion.merging import MergedWeights
-from synerdiff.engine.adapter_names import controlnet_name
 
 TIMEOUT_S = 30.0
 """After so long without an answer a process counts as lost; below the engine's watchdog."""
@@ -37,7 +36,7 @@ def open_serving(
     Use as a context manager: leaving ends the processes. Raises InputError for what cannot be served.
     """
     roles = roles_of(cluster)
-    names = tuple(sorted({controlnet_name(entry) for request in requests for entry in request.controlnets}))
+    names = tuple(sorted({use.name for request in requests for use in request.controlnets}))
     spec = spec_for(hardware, cluster, folders, names, timeout_s)
     if folders.loras is None:
         roles = [role for role in roles if role.kind != "loader"]

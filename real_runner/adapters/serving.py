@@ -32,7 +32,6 @@ from synerdiff.device.lanes import Work
 from synerdiff.diffusion.controlnet import ControlUse, read_control_image
 from synerdiff.diffusion.model import PreparedStep
 from synerdiff.diffusion.rows import RowInputs, bucket_of, select_rows
-from synerdiff.engine.adapter_names import controlnet_name, controlnet_use, lora_use, require_each_once
 from synerdiff.engine.worker import Worker
 
 
@@ -81,11 +80,6 @@ class Serving:
     def require(self, requests: Sequence[Request]) -> None:
         """InputError for what can be served in no case; a file that turns out to be broken fails its request alone."""
         for request in requests:
-            require_each_once(request)
-            for entry in request.loras:
-                lora_use(entry)
-            for entry in request.controlnets:
-                controlnet_use(entry)
             if request.loras and self.parts.loras is None:
                 raise InputError(f"request {request.request_id} asks for LoRAs; give their folder with --loras.")
             if request.controlnets and self.folders.images is None:
@@ -94,7 +88,7 @@ class Serving:
                     "with --controlnet-images."
                 )
         served = self.parts.served
-        for name in sorted({controlnet_name(entry) for request in requests for entry in request.controlnets}):
+        for name in sorted({use.name for request in requests for use in request.controlnets}):
             if served is not None and name not in served:
                 known = ", ".join(sorted(served)) or "none"
                 raise InputError(
@@ -135,8 +129,7 @@ class Serving:
     def controls_of(self, request: Request) -> tuple[ControlUse, ...]:
         """The request's ControlNets with their images, for all of its samples; called in the intake."""
         uses = []
-        for entry in request.controlnets:
-            use = controlnet_use(entry)
+        for use in request.controlnets:
             assert self.folders.images is not None
             place = controlnet_place(use.name, self.folders.controlnets)
             image = use.image or f"{seed_of(request)}.png"
@@ -157,7 +150,7 @@ class Serving:
         for sample in worker.active.values():
             if sample.request.loras and sample.id not in self._asking:
                 self._asking[sample.id] = sample
-                files = [lora_use(entry).file for entry in sample.request.loras]
+                files = [use.file for use in sample.request.loras]
                 store.need(files, sample.id)
                 if self.asynchronous:
                     for file in files:
@@ -166,7 +159,7 @@ class Serving:
 
     def _release(self, sample: Sample) -> None:
         assert self.parts.loras is not None
-        self.parts.loras.release([lora_use(entry).file for entry in sample.request.loras])
+        self.parts.loras.release([use.file for use in sample.request.loras])
 
     def _restore_while_idle(self, worker: Worker) -> None:
         if worker.denoise_held or worker.next_step is not None:
@@ -174,7 +167,7 @@ class Serving:
         if self._restoring is not None and not self._restoring.done():
             return
         weights = self.parts.weights
-        wanted = {lora_use(entry) for sample in worker.active.values() for entry in sample.request.loras}
+        wanted = {use for sample in worker.active.values() for use in sample.request.loras}
         keep = [file for file, scale in weights.held.items() if (file, scale) in wanted]
         if len(keep) < len(weights.held):
             self._restoring = self.hardware.denoise.submit(lambda: weights.restore(keep))
@@ -190,7 +183,7 @@ class Serving:
         All samples of a step ask for the same. A LoRA that cannot be had fails them.
         """
         weights, store = self.parts.weights, self.parts.loras
-        wanted = [lora_use(entry) for entry in images[0].sample.request.loras]
+        wanted = images[0].sample.request.loras
         ids = tuple(image.sample.id for image in images)
         held = weights.held
         keep = [file for file, scale in held.items() if (file, scale) in wanted]

@@ -106,11 +106,7 @@ class Ledger:
         for span in list(self.spans):
             start_ns = max(0, span.start() - zero_ns)
             end_ns = max(start_ns, span.end() - zero_ns)
-            found.append(
-                WorkRecord(
-                    span.gpu, span.lane, span.kind, start_ns, end_ns, span.rows, 0, span.samples, "", -1, False, False
-                )
-            )
+            found.append(WorkRecord.other(span.gpu, span.lane, span.kind, start_ns, end_ns, span.samples, span.rows))
         return found
 
     def faults_since(self, zero_ns: int) -> list[Fault]:

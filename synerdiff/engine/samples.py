@@ -35,7 +35,7 @@ def request_records(requests: Sequence[Request], samples: Sequence[Sample]) -> l
             records.append(RequestRecord(request, *stages, "done", skipped, modes))
             continue
         status = next((str(p) for p in (Phase.REJECTED, Phase.FAILED) if p in phases), "unfinished")
-        records.append(RequestRecord(request, -1, -1, -1, -1, status, skipped, modes))
+        records.append(RequestRecord(request, status=status, skipped_steps=skipped, modes=modes))
     return records
 
 

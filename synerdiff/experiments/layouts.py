@@ -10,7 +10,7 @@ from typing import Any
 from policies.registry import build_policy
 from simulator import simulate_cluster
 from synerdiff.config.cluster import MIB, Cluster, cluster_of
-from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request
 from synerdiff.experiments.h800 import LORA_MIB, h800_adapters, h800_profile
 from synerdiff.profile.adapters import Adapters
 from synerdiff.profile.tables import Profile
@@ -143,7 +143,8 @@ def solo(name: str, system: str, strategies: tuple[str, ...], controlnets: int, 
     hosts = [(2 + number, [name]) for number, name in enumerate(name for name in names for _ in range(replicas))]
     loaders = 2 if "asynchronous" in strategies else 1
     cluster = _cluster(1, hosts, strategies, {"mib": LORA_MIB[1], "loaders": loaders})
-    request = Request(0, 0, STEPS, loras=tuple(f"lora{n}" for n in range(loras)), controlnets=tuple(names))
+    uses = tuple(LoraUse(f"lora{n}") for n in range(loras))
+    request = Request(0, 0, STEPS, loras=uses, controlnets=tuple(map(ControlNetUse, names)))
     result = simulate_cluster(
         [request],
         lambda: build_policy("continuous-serial", {"batch": 1}),

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request
 from synerdiff.experiments.adapter_mix import MIXES, adapter_sets
 from synerdiff.experiments.backends import Backend
 from synerdiff.experiments.h800 import LORA_MIB, h800_adapters, h800_profile
@@ -112,8 +112,8 @@ def requests_of(point: Point, rate_per_s: float) -> list[Request]:
                 number,
                 round(now_s * NS_PER_S),
                 study.steps,
-                loras=next(loras) if with_loras else (),
-                controlnets=next(controlnets),
+                loras=tuple(map(LoraUse, next(loras))) if with_loras else (),
+                controlnets=tuple(map(ControlNetUse, next(controlnets))),
             )
         )
     return found

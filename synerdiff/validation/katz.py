@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from synerdiff.config.cluster import Cluster, cluster_of
-from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request
 from synerdiff.experiments.h800 import LORA_MIB, SYSTEMS, h800_adapters, h800_profile
 
 STEPS = 50
@@ -64,8 +64,8 @@ def predict(system: str, n_controlnets: int, n_loras: int) -> float:
         0,
         0,
         STEPS,
-        loras=tuple(f"lora{number}" for number in range(n_loras)),
-        controlnets=tuple(f"controlnet{number}" for number in range(n_controlnets)),
+        loras=tuple(LoraUse(f"lora{number}") for number in range(n_loras)),
+        controlnets=tuple(ControlNetUse(f"controlnet{number}") for number in range(n_controlnets)),
     )
     result = simulate_cluster(
         [request],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simulator import simulate
-from synerdiff.core import ChunkLaunch, ContractError, Decision, Request, SkipBudget
+from synerdiff.core import ChunkLaunch, ContractError, Decision, LoraUse, Request, SkipBudget
 from tests.builders import Script, make_profile
 
 PROFILE = make_profile({2: 100, 4: 150}, {"whole": [40], "c2": [20, 20]})
@@ -105,7 +105,7 @@ def test_lanes_hold_one_piece_at_a_time():
 
 
 def test_samples_of_different_keys_do_not_share_a_step():
-    for field in ({"base_model": "other"}, {"loras": ("style",)}, {"height": 64, "width": 64}):
+    for field in ({"base_model": "other"}, {"loras": (LoraUse("style"),)}, {"height": 64, "width": 64}):
         requests = [Request(0, 0, steps=1), Request(1, 0, steps=1, **field)]
         check_refused("sample 1.0 has batch key", Decision(admit=(0, 1), step=((0, G), (1, G))), requests=requests)
 

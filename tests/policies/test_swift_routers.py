@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from policies.routers import AdapterAffinity, LeastWork, RoundRobin, ShortestQueue, WorkerState, build_router, lora_file
-from synerdiff.core import InputError, Request
+from policies.routers import AdapterAffinity, LeastWork, RoundRobin, ShortestQueue, WorkerState, build_router
+from synerdiff.core import InputError, Request, loras_from
 from synerdiff.engine.caches import Cache
 from tests.swift_builders import cluster, serve
 
@@ -39,18 +39,14 @@ def test_the_shortest_queue_counts_samples_and_the_least_work_counts_steps() -> 
 
 def test_affinity_prefers_the_worker_with_most_of_the_files_unless_its_queue_is_much_longer() -> None:
     router = AdapterAffinity(slack=2)
-    wish = Request(0, 0, 4, loras=("x@0.8", "y"))
+    wish = Request(0, 0, 4, loras=loras_from(("x@0.8", "y")))
     assert router.route(wish, workers((0, 0, ""), (2, 0, "x"), (2, 0, "xy"))) == 2
     assert router.route(wish, workers((0, 0, ""), (1, 0, "x"), (3, 0, "xy"))) == 1
     assert router.route(wish, workers((0, 0, ""), (3, 0, "x"), (3, 0, "xy"))) == 0
     # Nobody has it: its home among those with short queues, here worker 1, and worker 0 once 1 is too busy (z).
-    assert router.route(Request(0, 0, 4, loras=("z",)), workers((0, 0, ""), (1, 0, ""))) == 1
-    assert router.route(Request(0, 0, 4, loras=("z",)), workers((0, 0, ""), (3, 0, ""))) == 0
+    assert router.route(Request(0, 0, 4, loras=loras_from(("z",))), workers((0, 0, ""), (1, 0, ""))) == 1
+    assert router.route(Request(0, 0, 4, loras=loras_from(("z",))), workers((0, 0, ""), (3, 0, ""))) == 0
     assert router.route(PLAIN, workers((2, 0, "xy"), (1, 0, ""), (1, 0, "x"))) == 1
-
-
-def test_a_file_is_the_same_at_every_scale() -> None:
-    assert lora_file("style@0.8") == lora_file("style@1") == lora_file("style") == "style"
 
 
 def test_unknown_routers_and_slacks_are_refused() -> None:
@@ -71,7 +67,11 @@ def test_routers_see_queues_and_work_as_they_are_at_the_arrival() -> None:
             seen.append([(w.samples, w.steps_left, sorted(w.loras)) for w in workers])
             return 0
 
-    requests = [Request(0, 0, 3, images=2, loras=("x",)), Request(1, 450, 2, loras=("x",)), Request(2, 10**6, 1)]
+    requests = [
+        Request(0, 0, 3, images=2, loras=loras_from(("x",))),
+        Request(1, 450, 2, loras=loras_from(("x",))),
+        Request(2, 10**6, 1),
+    ]
     serve(requests, cluster(2), "continuous-serial", router=Watch())
     # At 450 the first image (250 load, 20 merge, steps of 100) has taken one of its three steps.
     assert seen[:2] == [[(0, 0, []), (0, 0, [])], [(2, 5, ["x"]), (0, 0, [])]]
@@ -81,7 +81,7 @@ def test_routers_see_queues_and_work_as_they_are_at_the_arrival() -> None:
 
 def test_affinity_divides_files_among_caches() -> None:
     # x is at home on worker 0 and z on worker 1; the shortest queue sends every lone request to worker 0.
-    requests = [Request(i, 2000 * i, 1, loras=(("x", "z")[i % 2],)) for i in range(8)]
+    requests = [Request(i, 2000 * i, 1, loras=loras_from("xz"[i % 2])) for i in range(8)]
     described = cluster(2, storage={"device_cache_mib": 400})
     spread = serve(requests, described, "continuous-serial", router=ShortestQueue())
     assert (spread.worker_of, spread.lora_reads) == ([0] * 8, 8)

@@ -15,7 +15,7 @@ from real_runner.adapters.opening import open_serving
 from real_runner.adapters.serving import Folders, image_channels
 from real_runner.engine import run_real
 from synerdiff.config.cluster import LoraStorage, cluster_of
-from synerdiff.core import InputError, Request
+from synerdiff.core import InputError, Request, controlnets_from, loras_from
 from tests.adapter_world import kinds, made_alone, make_world, same_weights, weights_of
 from tests.builders import requests_at
 from tests.hardware import digits_hardware, digits_profile
@@ -56,11 +56,11 @@ def request(number, ms=0.0, steps=4, guidance=4.0, **more):
 
 def test_images_have_their_loras_and_controlnets_and_weights_come_back(hardware, folders):
     requests = [
-        request(0, loras=("ink@0.8",)),
-        request(1, loras=("chalk", "ink@0.5"), controlnets=("edges",)),
-        request(2, controlnets=("depth@0.7", "edges=first.png")),
-        request(3, controlnets=("edges@1.5=second.png",), images=2),
-        request(4, guidance=1.0, controlnets=("depth",)),
+        request(0, loras=loras_from(("ink@0.8",))),
+        request(1, loras=loras_from(("chalk", "ink@0.5")), controlnets=controlnets_from(("edges",))),
+        request(2, controlnets=controlnets_from(("depth@0.7", "edges=first.png"))),
+        request(3, controlnets=controlnets_from(("edges@1.5=second.png",)), images=2),
+        request(4, guidance=1.0, controlnets=controlnets_from(("depth",))),
         request(5),
     ]
     before = weights_of(hardware.model)
@@ -79,7 +79,11 @@ def test_images_have_their_loras_and_controlnets_and_weights_come_back(hardware,
 
 
 def test_records_show_what_stands_before_a_step(hardware, folders):
-    requests = [request(0, loras=("ink",)), request(1, loras=("chalk", "ink@0.5")), request(2, controlnets=("edges",))]
+    requests = [
+        request(0, loras=loras_from(("ink",))),
+        request(1, loras=loras_from(("chalk", "ink@0.5"))),
+        request(2, controlnets=controlnets_from(("edges",))),
+    ]
     found, _ = run(hardware, folders, requests, "continuous-serial", batch=1)
     work = found.result.work
     order = [(w.kind, w.samples) for w in work if w.lane == "denoise" or w.lane == "loader"]
@@ -96,7 +100,9 @@ def test_records_show_what_stands_before_a_step(hardware, folders):
 
 
 def test_samples_with_other_loras_never_share_a_step(hardware, folders):
-    requests = [request(i, loras=loras) for i, loras in enumerate([("ink",), ("ink@0.5",), (), ("ink",), ()])]
+    requests = [
+        request(i, loras=loras_from(loras)) for i, loras in enumerate([("ink",), ("ink@0.5",), (), ("ink",), ()])
+    ]
     found, _ = run(hardware, folders, requests, "continuous-parallel")
     for record in found.result.work:
         if record.kind == "step":
@@ -106,17 +112,23 @@ def test_samples_with_other_loras_never_share_a_step(hardware, folders):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"loras": ("missing",)}, ("missing.safetensors", "there is no such LoRA")),
-        ({"loras": ("ink", "torn")}, ("torn.safetensors", "not a whole safetensors file")),
-        ({"loras": ("wide",)}, ("LoRA wide", "changes a weight of")),
-        ({"loras": ("../outside",)}, ("../outside.safetensors", "lies outside the folder of LoRAs")),
-        ({"controlnets": ("edges=missing.png",)}, ("missing.png", "there is no such conditioning picture")),
-        ({"controlnets": ("edges=../loras/torn.safetensors",)}, ("lies outside the folder of conditioning pictures",)),
+        ({"loras": loras_from(("missing",))}, ("missing.safetensors", "there is no such LoRA")),
+        ({"loras": loras_from(("ink", "torn"))}, ("torn.safetensors", "not a whole safetensors file")),
+        ({"loras": loras_from(("wide",))}, ("LoRA wide", "changes a weight of")),
+        ({"loras": loras_from(("../outside",))}, ("../outside.safetensors", "lies outside the folder of LoRAs")),
+        (
+            {"controlnets": controlnets_from(("edges=missing.png",))},
+            ("missing.png", "there is no such conditioning picture"),
+        ),
+        (
+            {"controlnets": controlnets_from(("edges=../loras/torn.safetensors",))},
+            ("lies outside the folder of conditioning pictures",),
+        ),
     ],
 )
 def test_an_adapter_that_cannot_be_had_fails_its_request_alone(hardware, folders, more, words):
     before = weights_of(hardware.model)
-    found, made = run(hardware, folders, [request(0), request(1, **more), request(2, 1, loras=("chalk",))])
+    found, made = run(hardware, folders, [request(0), request(1, **more), request(2, 1, loras=loras_from(("chalk",)))])
     assert [record.status for record in found.result.requests] == ["done", "failed", "done"]
     assert [(fault.kind, fault.samples) for fault in found.faults] == [("failed", ("1.0",))]
     for word in words:
@@ -131,7 +143,7 @@ def test_an_adapter_that_cannot_be_had_fails_its_request_alone(hardware, folders
 )
 def test_cached_files_are_not_read_again(hardware, folders, storage, reads, copies):
     described = cluster_of({**ONE, "loras": storage})
-    requests = [request(0, steps=1, loras=("ink",))]
+    requests = [request(0, steps=1, loras=loras_from(("ink",)))]
     with open_serving(hardware, described, requests, folders) as serving:
         for _ in range(3):
             run_real(requests, build_policy("dynamic"), digits_profile(), hardware, serving=serving)
@@ -143,12 +155,14 @@ def test_what_cannot_be_served_is_refused_before_the_start(hardware, folders):
         with pytest.raises(InputError, match=match):
             run(hardware, where, [asked], described=described)
 
-    refused("request 0 asks for LoRAs; give their folder with --loras", request(0, loras=("ink",)), Folders())
-    refused("there is no ControlNet 'blur'", request(0, controlnets=("blur",)))
+    refused(
+        "request 0 asks for LoRAs; give their folder with --loras", request(0, loras=loras_from(("ink",))), Folders()
+    )
+    refused("there is no ControlNet 'blur'", request(0, controlnets=controlnets_from(("blur",))))
     only_nets = Folders(controlnets=folders.controlnets)
-    refused("give the folder of their conditioning images", request(0, controlnets=("edges",)), only_nets)
-    refused("asks for a LoRA twice", request(0, loras=("ink", "ink@0.5")))
-    refused("after the @ a number is needed", request(0, loras=("ink@x",)))
+    refused(
+        "give the folder of their conditioning images", request(0, controlnets=controlnets_from(("edges",))), only_nets
+    )
     refused("has 2 workers", request(0), described={"workers": [{"denoise_gpu": 0}, {"denoise_gpu": 1}]})
     refused("every decode lane is on", request(0), described={"workers": [{"denoise_gpu": 0, "decode_gpus": [1]}]})
     refused("the links that it has", request(0), described={**ONE, "link": {"latency_us": 1}})
@@ -157,7 +171,7 @@ def test_what_cannot_be_served_is_refused_before_the_start(hardware, folders):
     slots = {"workers": [{"denoise_gpu": 0, "controlnet_slots": 1}]}
     refused("a worker holds all ControlNets of its trace", request(0), described=slots)
     with pytest.raises(InputError, match="request 0 asks for LoRAs or ControlNets; say where they are"):
-        run_real(requests_at(0, loras=("a",)), build_policy("static"), digits_profile(), hardware)
+        run_real(requests_at(0, loras=loras_from(("a",))), build_policy("static"), digits_profile(), hardware)
 
 
 class SlowSource:
@@ -174,7 +188,7 @@ class SlowSource:
 
 def test_a_lora_that_does_not_come_fails_its_request_at_the_bound(hardware, folders):
     source = SlowSource()
-    requests = [request(0, steps=4, loras=("ink",)), request(1, steps=2)]
+    requests = [request(0, steps=4, loras=loras_from(("ink",))), request(1, steps=2)]
     with open_serving(hardware, cluster_of(ONE), requests, folders, timeout_s=0.3) as serving:
         parts = serving.parts
         parts.loras = LoraStore(

@@ -11,7 +11,7 @@ from policies.registry import build_policy
 from real_runner.adapters.opening import open_serving
 from real_runner.engine import run_real
 from synerdiff.config.cluster import cluster_of
-from synerdiff.core import InputError, Request
+from synerdiff.core import InputError, Request, controlnets_from, loras_from
 from tests.adapter_world import kinds, made_alone, make_world, same_weights, weights_of
 from tests.hardware import digits_hardware, digits_profile
 
@@ -35,10 +35,10 @@ def request(number, ms=0.0, steps=3, guidance=4.0, **more):
 
 
 MIXED = [
-    request(0, controlnets=("edges",)),
-    request(1, controlnets=("depth@0.7", "edges=first.png"), loras=("ink@0.8",)),
-    request(2, loras=("chalk", "ink@0.5")),
-    request(3, guidance=1.0, controlnets=("depth=second.png",), loras=("chalk",)),
+    request(0, controlnets=controlnets_from(("edges",))),
+    request(1, controlnets=controlnets_from(("depth@0.7", "edges=first.png")), loras=loras_from(("ink@0.8",))),
+    request(2, loras=loras_from(("chalk", "ink@0.5"))),
+    request(3, guidance=1.0, controlnets=controlnets_from(("depth=second.png",)), loras=loras_from(("chalk",))),
     request(4),
 ]
 
@@ -113,7 +113,7 @@ def test_a_service_makes_the_same_image_as_the_workers_own_controlnet(hardware, 
 
 
 def test_batches_at_a_service_are_the_same_within_rounding(hardware, services, folders):
-    requests = [request(i, controlnets=(BOTH[i % 2],), steps=2 + i % 3) for i in range(6)]
+    requests = [request(i, controlnets=controlnets_from([BOTH[i % 2]]), steps=2 + i % 3) for i in range(6)]
     _, made = run(hardware, services, requests, batch=4)
     for asked in requests:
         assert float((made[asked.request_id] - made_alone(hardware.model, folders, asked)).abs().max()) < 2e-4
@@ -145,19 +145,25 @@ def test_loading_beside_the_first_steps_with_bound_0_is_loading_before_them(hard
         assert {lane for lane, _ in kinds(found.result) if "loader" in lane} == {"loader0", "loader1"}
         # With a bound, the first steps may have gone without it: one of these images was made.
         serving.bound_steps = 2
-        asked = request(7, steps=5, loras=("ink",))
+        asked = request(7, steps=5, loras=loras_from(("ink",)))
         found, made = run(hardware, serving, [asked])
         possible = [made_alone(hardware.model, folders, asked, loras_from_step=step) for step in range(3)]
         assert min(float((made[7] - latent).abs().max()) for latent in possible) < 2e-4
         assert float((possible[0] - possible[2]).abs().max()) > 0.01
         for file, words in (("missing", "there is no such LoRA"), ("torn", "not a whole safetensors file")):
-            found, _ = run(hardware, serving, [request(0, loras=(file,)), request(1, loras=("ink",))])
+            found, _ = run(
+                hardware, serving, [request(0, loras=loras_from([file])), request(1, loras=loras_from(("ink",)))]
+            )
             assert statuses(found) == ["failed", "done"]
             assert f"{file}.safetensors" in found.faults[0].detail
             assert words in found.faults[0].detail
         for process in serving.parts.crew.processes.values():
             process.kill()
-        found, _ = run(hardware, serving, [request(0, loras=("ink",)), request(1), request(2, 1, loras=("chalk",))])
+        found, _ = run(
+            hardware,
+            serving,
+            [request(0, loras=loras_from(("ink",))), request(1), request(2, 1, loras=loras_from(("chalk",)))],
+        )
         assert statuses(found) == ["failed", "done", "failed"]
         failed = {fault.samples: fault.detail for fault in found.faults if fault.kind == "failed"}
         assert failed[("2.0",)] == "its LoRA chalk.safetensors cannot be loaded: no LoRA loader is left"
@@ -168,7 +174,9 @@ def test_loading_beside_the_first_steps_with_bound_0_is_loading_before_them(hard
 def test_a_lost_service_is_replaced_by_another_and_then_fails_its_requests_alone(hardware, services, inline):
     """Last of those that use the services: it ends them."""
     processes = services.parts.crew.processes
-    requests = [request(i, controlnets=("edges",)) if i != 4 else request(4, steps=8) for i in range(6)]
+    requests = [
+        request(i, controlnets=controlnets_from(("edges",))) if i != 4 else request(4, steps=8) for i in range(6)
+    ]
     services.parts.controlnets._timeout_s = 5.0
 
     def on_done(number):

@@ -11,7 +11,7 @@ from policies.registry import POLICIES, build_policy
 from real_runner.engine import run_real
 from real_runner.faults import LaneHung, is_out_of_memory
 from real_runner.hardware import chunking_of, open_hardware
-from synerdiff.core import REUSE, InputError, SkipBudget
+from synerdiff.core import REUSE, InputError, SkipBudget, loras_from
 from synerdiff.diffusion.model import SampleState
 from tests.builders import requests_at
 from tests.faulty import Faults, faulty, watched_chunks
@@ -188,7 +188,7 @@ def test_what_cannot_be_run_is_refused_before_the_start(hardware):
         with pytest.raises(InputError, match=match):
             run_real(requests, build_policy("static"), more.get("profile", digits_profile()), hardware)
 
-    refused("request 0 asks for LoRAs or ControlNets; say where they are", requests_at(0, loras=("a",)))
+    refused("request 0 asks for LoRAs or ControlNets; say where they are", requests_at(0, loras=loras_from(("a",))))
     refused("asks for 2 base models", [*requests_at(0), *requests_at(0, base_model="b")])
 
 

@@ -12,7 +12,7 @@ from policies.registry import build_policy
 from policies.routers import ROUTERS, build_router
 from simulator import simulate, simulate_cluster
 from synerdiff.config.cluster import cluster_of
-from synerdiff.core import NS_PER_S, ContractError, Decision, InputError, Request
+from synerdiff.core import NS_PER_S, ContractError, Decision, InputError, Request, controlnets_from, loras_from
 from synerdiff.profile.capacity import serial_capacity_samples_per_s
 from tests.simulator.test_reference import Whim, budgets, profiles, traces
 from tests.swift_builders import cluster, serve, toy_adapters, toy_profile
@@ -82,8 +82,8 @@ def adapter_traces(draw):
                 draw(st.integers(1, 6)),
                 draw(st.sampled_from((1, 1, 2))),
                 draw(st.sampled_from((7.5, 7.5, 1.0))),
-                loras=draw(st.sampled_from(((), (), ("x@1",), ("x@0.5",), ("x", "y"), ("z",)))),
-                controlnets=draw(st.sampled_from(((), (), ("a",), ("b", "a"), ("c",)))),
+                loras=loras_from(draw(st.sampled_from(((), (), ("x@2",), ("x@0.5",), ("x", "y"), ("z",))))),
+                controlnets=controlnets_from(draw(st.sampled_from(((), (), ("a",), ("b", "a"), ("c",))))),
             )
         )
     return requests
@@ -203,7 +203,7 @@ def test_plain_workers_sustain_their_number_times_the_capacity_of_one(workers: i
 def test_a_shared_service_is_the_bottleneck_when_its_workers_ask_for_more() -> None:
     # Ten workers, one replica: a call of two rows takes 30, so 10 steps a sample cost the service 300.
     described = cluster(10, [{"controlnets": ["a"]}], controlnets="service")
-    requests = [Request(i, 0, 10, controlnets=("a",)) for i in range(400)]
+    requests = [Request(i, 0, 10, controlnets=controlnets_from(("a",))) for i in range(400)]
     result = serve(requests, described, "continuous-serial")
     assert len(requests) / result.run.end_ns == pytest.approx(1 / 300, rel=0.02)
 
@@ -240,18 +240,20 @@ def test_a_worker_that_never_starts_is_refused() -> None:
         serve([Request(0, 0, 1)], cluster(2), Idle)
 
 
+X, Q = loras_from("x"), controlnets_from("q")
+
+
 @pytest.mark.parametrize(
     ("request_", "fields", "changed", "message"),
     [
-        (Request(4, 0, 1, loras=("x",)), {}, {"adapters": None}, "request 4 asks for LoRAs, and profile 'test' has no"),
-        (Request(4, 0, 1, controlnets=("x",)), {}, {"adapters": None}, "request 4 asks for ControlNets, and profile"),
+        (Request(4, 0, 1, loras=X), {}, {"adapters": None}, "request 4 asks for LoRAs, and profile 'test' has no"),
+        (Request(4, 0, 1, controlnets=Q), {}, {"adapters": None}, "request 4 asks for ControlNets, and profile"),
         (Request(4, 0, 1), {"guidance": "two-gpus"}, {"adapters": None}, "guidance runs on two GPUs, and profile"),
-        (Request(4, 0, 1, loras=("x", "x")), {}, {}, "request 4 asks for a LoRA twice (x;x)"),
         (
-            Request(4, 0, 1, controlnets=("q",)), {"services": [{"controlnets": ["a"]}], "controlnets": "service"}, {},
+            Request(4, 0, 1, controlnets=Q), {"services": [{"controlnets": ["a"]}], "controlnets": "service"}, {},
             "no ControlNet service serves 'q', which a request asks for; they serve a",
         ),
-        (Request(4, 0, 1, loras=("x",)), {"storage": {"mib": 5}}, {}, "knows lora_merge from 419430400 to 419430400"),
+        (Request(4, 0, 1, loras=X), {"storage": {"mib": 5}}, {}, "knows lora_merge from 419430400 to 419430400"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_served_is_one_plain_sentence(request_, fields, changed, message) -> None:

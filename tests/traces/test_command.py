@@ -17,7 +17,7 @@ import pytest
 import typer.main
 
 from synerdiff.cli.trace import trace_app
-from synerdiff.core import InputError
+from synerdiff.core import ControlNetUse, InputError, LoraUse
 from tests.traces.test_gentd26 import folder_of
 from traces.native import read_trace
 
@@ -45,7 +45,7 @@ def test_convert_gentd26_prints_what_it_dropped(tmp_path: Path, capsys: pytest.C
     for line in ("7 rows", "1 dropped: image-to-image", "1 dropped: steps or images missing", "4 requests"):
         assert line in out
     assert "1 exact duplicates kept" in out
-    assert read_trace(target)[2].loras == ("L0001@0.8", "L0000")
+    assert read_trace(target)[2].loras == (LoraUse("L0001", 0.8), LoraUse("L0000"))
 
 
 def test_convert_katz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +54,12 @@ def test_convert_katz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     source.write_text(json.dumps([entry, entry | {"timestamp": 12.5, "scene_id": "B"}]))
     trace("convert", source, target, "--format", "katz", "--steps", "8", "--checkpoints", "keep")
     (first, second) = read_trace(target)
-    assert (first.steps, first.base_model, first.controlnets, second.arrival_ns) == (8, "m", ("c",), 2_500_000_000)
+    assert (first.steps, first.base_model, first.controlnets, second.arrival_ns) == (
+        8,
+        "m",
+        (ControlNetUse("c"),),
+        2_500_000_000,
+    )
     assert "2 nulls among loras left out" in capsys.readouterr().out
 
 

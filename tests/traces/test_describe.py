@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from synerdiff.core import Request
+from synerdiff.core import Request, controlnets_from, loras_from
 from synerdiff.figures.trace import draw_trace
 from traces.describe import describe, window_counts
 from traces.gentd26 import read_gentd26
@@ -18,9 +18,9 @@ S = 10**9
 
 def test_a_small_trace_by_hand() -> None:
     requests = [
-        Request(0, 0, 30, images=2, loras=("a@0.5", "b")),
-        Request(1, 1 * S, 30, guidance_scale=1.0, loras=("a",)),
-        Request(2, 1 * S, 10, controlnets=("canny",)),
+        Request(0, 0, 30, images=2, loras=loras_from(("a@0.5", "b"))),
+        Request(1, 1 * S, 30, guidance_scale=1.0, loras=loras_from(("a",))),
+        Request(2, 1 * S, 10, controlnets=controlnets_from(("canny",))),
         Request(3, 10 * S, 30, base_model="sdxl"),
     ]
     summary = describe(requests)

@@ -172,7 +172,7 @@ def test_gentd26_like_asks_for_what_the_trace_asked_for(like_gentd26: list[list[
     ):
         assert counts[value] / n == pytest.approx(share, abs=5 * (share * (1 - share) / (n / 8)) ** 0.5), value
     assert {request.guidance_scale for request in requests} == {7.5}
-    used = Counter(name.partition("@")[0] for request in requests for name in request.loras)
+    used = Counter(use.file for request in requests for use in request.loras)
     assert used.total() > 10_000
     top = [count / used.total() for _, count in used.most_common()]
     assert top[0] == pytest.approx(0.05, abs=0.02)
@@ -212,7 +212,7 @@ def test_mixes_and_loras_of_other_kinds() -> None:
     assert sum(request.steps for request in guided) / 4000 == pytest.approx(35, abs=0.6)
     with_loras = generate("poisson", requests=4000, loras="gentd26")
     assert sum(bool(request.loras) for request in with_loras) / 4000 == pytest.approx(0.168, abs=0.03)
-    names = [[name.partition("@")[0] for name in request.loras] for request in with_loras]
+    names = [[use.file for use in request.loras] for request in with_loras]
     assert all(len(set(request)) == len(request) for request in names)
     assert all(request.loras == () for request in generate("gentd26-like", requests=200, loras="none"))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from synerdiff.core import InputError, Request
+from synerdiff.core import InputError, Request, loras_from
 from tools.fit_gentd26 import fit
 from traces.gentd26 import read_gentd26
 from traces.gentd26_parameters import PARAMETER_FILE
@@ -64,8 +64,8 @@ def test_original_files_become_requests_with_loras(tmp_path: Path) -> None:
     assert conversion.requests == [
         Request(0, 0, 30, 1),
         Request(1, 0, 30, 1),
-        Request(2, 10_000_000_000, 40, 8, loras=("L0001@0.8", "L0000")),
-        Request(3, 12_000_000_000, 20, 1, loras=("L0001@0",)),
+        Request(2, 10_000_000_000, 40, 8, loras=loras_from(("L0001@0.8", "L0000"))),
+        Request(3, 12_000_000_000, 20, 1, loras=loras_from(("L0001@0",))),
     ]
     assert conversion.rows == 7
     assert conversion.dropped == {"image-to-image": 1, "steps or images missing": 1, "inpainting": 1}

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import traces.katz
-from synerdiff.core import InputError, Request
+from synerdiff.core import InputError, Request, controlnets_from, loras_from
 from traces.katz import read_katz
 
 
@@ -43,9 +43,9 @@ def test_entries_become_sorted_requests(tmp_path: Path) -> None:
     )
     conversion = read_katz(path, checkpoints="keep")
     assert conversion.requests == [
-        Request(0, 0, 50, controlnets=("c1",)),
+        Request(0, 0, 50, controlnets=controlnets_from(("c1",))),
         Request(1, 0, 50, base_model="7"),
-        Request(2, 10_500_000_000, 50, base_model="m1", loras=("l1", "l2")),
+        Request(2, 10_500_000_000, 50, base_model="m1", loras=loras_from(("l1", "l2"))),
     ]
     assert (conversion.rows, conversion.dropped) == (3, {})
     assert conversion.noted == {
@@ -79,7 +79,10 @@ def test_timestamps_may_be_seconds_milliseconds_or_iso(tmp_path: Path, first: An
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(st.lists(st.text(max_size=20).filter(lambda t: t.strip() and ";" not in t), max_size=3), min_size=1),
+    st.lists(
+        st.lists(st.text(max_size=20).filter(lambda t: t.strip() and not set(";@") & set(t)), max_size=3, unique=True),
+        min_size=1,
+    ),
     st.integers(1, 200),
     st.sampled_from([None, 2]),
 )
@@ -90,7 +93,7 @@ def test_it_does_not_matter_where_reads_cut_the_text(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(traces.katz, "_CHARACTERS_PER_READ", characters)
         requests = read_katz(path).requests
-    assert [request.loras for request in requests] == [tuple(names) for names in loras]
+    assert [request.loras for request in requests] == [loras_from(names) for names in loras]
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,7 @@ def test_it_does_not_matter_where_reads_cut_the_text(
         ([entry(1, scene_id="C")], "entry 1: scene_id is 'C'; allowed are A and B"),
         ([entry(1, loras="l1")], "entry 1: loras is a str; a list or null is needed"),
         ([entry(1, controlnets=["a;b"])], "entry 1: controlnets holds 'a;b'; an id without semicolons"),
+        ([entry(1, loras=["l@x"])], "entry 1: a request asks for the LoRA 'l@x'; after the @ a number is needed"),
         ([entry(1, base_model_id=[])], "entry 1: base_model_id holds []"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from synerdiff.core import InputError, Request
+from synerdiff.core import ControlNetUse, InputError, LoraUse, Request, controlnets_from, loras_from
 from traces.columns import COLUMNS, MAX_ARRIVAL_S
 from traces.native import read_trace, write_trace
 from traces.scaling import rate_per_s, scale_to_rate, scaled, time_scale_for_rate
@@ -20,6 +20,10 @@ names = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_character
     lambda text: text.strip() != ""
 )
 sides = st.integers(8, 16384)
+plain_names = names.filter(lambda text: not set("@=") & set(text))
+scales = st.just(1.0) | st.floats(-3, 3)
+lora_uses = st.builds(LoraUse, plain_names, scales)
+controlnet_uses = st.builds(ControlNetUse, plain_names, scales, st.just("") | names)
 
 
 @st.composite
@@ -33,8 +37,8 @@ def traces(draw: st.DrawFn) -> list[Request]:
             images=draw(st.integers(1, 64)),
             guidance_scale=draw(st.floats(0, 100)),
             base_model=draw(st.just("") | names),
-            loras=tuple(draw(st.lists(names, max_size=3))),
-            controlnets=tuple(draw(st.lists(names, max_size=2))),
+            loras=tuple(draw(st.lists(lora_uses, max_size=3, unique_by=lambda use: use.file))),
+            controlnets=tuple(draw(st.lists(controlnet_uses, max_size=2, unique_by=lambda use: use.name))),
             slo_ns=draw(st.none() | st.integers(1, 10**15)),
             seed=draw(st.none() | st.integers(0, 2**63 - 1)),
             **dict(zip(("height", "width"), draw(st.just((None, None)) | st.tuples(sides, sides)), strict=True)),
@@ -82,8 +86,8 @@ def test_every_column_is_read(tmp_path: Path) -> None:
             height=512,
             width=768,
             base_model="sdxl",
-            loras=("style7@0.8", "ink"),
-            controlnets=("canny",),
+            loras=loras_from(("style7@0.8", "ink")),
+            controlnets=controlnets_from(("canny",)),
             slo_ns=2_500_000_000,
             seed=42,
         )
@@ -119,7 +123,15 @@ def test_gzip_and_parquet_hold_the_same_columns(tmp_path: Path) -> None:
     table = tmp_path / "trace.parquet"
     pd.read_csv(plain).to_parquet(table)
     assert read_trace(packed) == read_trace(plain) == read_trace(table)
-    assert read_trace(plain)[0].loras == ("a", "b@0.5")
+    assert read_trace(plain)[0].loras == (LoraUse("a"), LoraUse("b", 0.5))
+
+
+def test_a_scale_of_one_is_no_scale(tmp_path: Path) -> None:
+    path = written(tmp_path, "arrival_s,steps,loras,controlnets\n0,1,x@1;y@0.50,c@1.0=a.png\n1,1,x;y@.5,c=a.png\n")
+    first, second = read_trace(path)
+    assert (first.batch_key, first.controlnets) == (second.batch_key, second.controlnets)
+    write_trace(path, [first])
+    assert path.read_text().splitlines()[1] == "0,1,1,7.5,x;y@0.5,c=a.png"
 
 
 def test_columns_that_nobody_uses_are_not_written(tmp_path: Path) -> None:
@@ -235,7 +247,8 @@ def test_what_cannot_be_written_is_refused_and_leaves_the_old_file(tmp_path: Pat
     for requests, message in (
         ([], "without requests"),
         ([Request(0, 5, 1), Request(1, 4, 1)], "request 1 arrives before"),
-        ([Request(0, 0, 1, loras=("a;b",))], "must not be empty or contain a semicolon"),
+        ([Request(0, 0, 1, loras=loras_from(("a;b",)))], "must not be empty or contain a semicolon"),
+        ([Request(0, 0, 1, loras=(LoraUse("a@2"),))], "a name that reads as a scale or an image"),
         ([Request(0, 0, 1, base_model="a\nb")], "control characters"),
         ([Request(0, 0, 0)], "steps is 0"),
         ([Request(0, -1, 1)], "request 0 arrives before"),
