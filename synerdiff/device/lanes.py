@@ -12,6 +12,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
@@ -105,6 +106,17 @@ def find_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"Device {name} was asked for, but this machine has {torch.cuda.device_count()} CUDA GPUs.")
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated there; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
 
 
 def open_device(name: str | torch.device) -> Device:

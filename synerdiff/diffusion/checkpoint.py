@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from synerdiff.core import InputError
-from synerdiff.device.lanes import find_device
+from synerdiff.device.lanes import find_device, free_bytes
 from synerdiff.diffusion import SCHEDULERS, SHIPPED
 from synerdiff.diffusion.architectures import empty_modules, fill_randomly, known_architectures, read_architecture
-from synerdiff.diffusion.conditioning import ClassTokens, ClipText, PromptEncoder, RandomText, pooled_width
-from synerdiff.diffusion.model import DiffusionModel
+from synerdiff.diffusion.conditioning import ClassTokens, ClipText, Condition, PromptEncoder, RandomText, pooled_width
+from synerdiff.diffusion.denoisers.unet import require_fed
+from synerdiff.diffusion.model import DiffusionModel, vae_factor
 from synerdiff.diffusion.schedulers import make_scheduler, make_solver
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -21,13 +24,15 @@ TOKENS_WITHOUT_ENCODER = 77
 
 
 class Parts(NamedTuple):
-    """What a `DiffusionModel` is made of; `resolution` is the model's own, in pixels a side."""
+    """What a `DiffusionModel` is made of; `resolution` is the model's own (height, width) in pixels."""
 
     unet: Any
     vae: Any
     scheduler: Any
     prompts: PromptEncoder
-    resolution: int
+    resolution: tuple[int, int]
+    weights: str
+    """`trained` (ships with the package), `checkpoint` (a folder or the hub) or `random` (a built-in architecture)."""
 
 
 def load_model(
@@ -45,70 +50,127 @@ def load_model(
     width); by default the model's own. `scheduler`: `ddim`, `euler`, `dpm++2m` or the name of a diffusers class,
     made from the model's own schedule configuration; by default the model's own scheduler.
 
-    Raises InputError, one plain sentence, for unknown names, unusable folders, an unreachable hub, a missing device
-    or sides that the model cannot make.
+    Weights are read from safetensors files only, which hold no code. Raises InputError, one plain sentence, for
+    unknown names, unusable folders, networks with inputs that are not fed, an unreachable hub, a missing device, too
+    little memory for the weights, or sides that the model cannot make.
     """
     name, place = str(name_or_path), find_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     if (Path(name) / "unet").is_dir():
-        parts = read_checkpoint(name, place, dtype)
+        parts = _read_checkpoint(name, place, dtype)
     elif name in SHIPPED:
-        parts = read_digits(SHIPPED[name], place, dtype)
+        parts = _read_digits(SHIPPED[name], "trained", place, dtype)
     elif name in known_architectures():
         parts = _from_architecture(name, place, dtype)
     elif _HUB_NAME.fullmatch(name) and not Path(name).exists():
-        parts = read_checkpoint(name, place, dtype)
+        parts = _read_checkpoint(name, place, dtype)
     else:
+        raise InputError(_no_model(Path(name)))
+    schedule = parts.scheduler
+    if scheduler is not None:
+        schedule = make_scheduler(SCHEDULERS.get(scheduler, scheduler), schedule.config)
+    sides = parts.resolution if resolution is None else resolution
+    return DiffusionModel(
+        name,
+        parts.unet,
+        parts.vae,
+        make_solver(schedule),
+        parts.prompts,
+        _pair(sides),
+        parts.weights,
+    )
+
+
+def has_random_weights(name: str) -> bool:
+    """Whether `load_model(name)` fills an architecture with random numbers, so that its images mean nothing."""
+    return name in known_architectures() and name not in SHIPPED and not (Path(name) / "unet").is_dir()
+
+
+def _no_model(path: Path) -> str:
+    """Why nothing can be loaded by that name."""
+    if path.is_file():
+        return f"{path} is a file; a model is a folder that diffusers saved (with unet, vae and scheduler in it)."
+    index = path / "model_index.json"
+    if index.is_file():
+        try:
+            listed = json.loads(index.read_text(encoding="utf-8"))
+            kind = str(listed["_class_name"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"{index}: this is no index of a diffusers pipeline."
+        denoiser = " (its denoiser is a transformer)" if (path / "transformer").is_dir() else ""
+        return f"{path} is a {kind}{denoiser}; only pipelines with a UNet2DConditionModel in unet are served."
+    if path.is_dir():
+        return f"{path} is a folder without unet, vae and scheduler, which a checkpoint that diffusers saved has."
+    return (
+        f"There is no model {path}; known ones: {', '.join(known_architectures())}, "
+        "or a diffusers checkpoint folder (with unet, vae and scheduler in it), or a hub name like owner/model."
+    )
+
+
+def _require_memory(name: str, modules: Sequence[Any], device: torch.device, dtype: torch.dtype) -> None:
+    """InputError when the weights of modules on the meta device do not fit; their activations come on top."""
+    size_bytes = sum(weight.numel() for module in modules for weight in module.parameters()) * dtype.itemsize
+    free = free_bytes(device)
+    if free is not None and size_bytes > free:
         raise InputError(
-            f"There is no model {name}; known ones: {', '.join(known_architectures())}, "
-            "or a diffusers checkpoint folder (with unet, vae and scheduler in it), or a hub name like owner/model."
+            f"The weights of {name} take {size_bytes / 1e9:.1f} GB; {device} has {free / 1e9:.1f} GB of memory free."
         )
-    unet, vae, schedule, prompts, own_resolution = parts
-    if resolution is None:
-        resolution = own_resolution
-    sides = (resolution, resolution) if isinstance(resolution, int) else resolution
-    return DiffusionModel(name, unet, vae, make_solver(_replaced(schedule, scheduler)), prompts, sides)
-
-
-def _replaced(schedule: Any, wanted: str | None) -> Any:
-    if wanted is None:
-        return schedule
-    return make_scheduler(SCHEDULERS.get(wanted, wanted), schedule.config)
 
 
 def _from_architecture(name: str, device: torch.device, dtype: torch.dtype) -> Parts:
     config = read_architecture(name)
-    unet, vae = (fill_randomly(module, device, dtype) for module in empty_modules(config))
+    modules = empty_modules(config)
+    _require_memory(name, modules, device, dtype)
+    unet, vae = (fill_randomly(module, device, dtype) for module in modules)
     scheduler = make_scheduler(config["scheduler"]["_class_name"], config["scheduler"])
     tokens, width = int(config["conditioning"]["tokens"]), int(unet.config.cross_attention_dim)
     prompts = RandomText(tokens, width, pooled_width(unet.config), device, dtype)
-    return Parts(unet, vae, scheduler, prompts, int(config["resolution"]))
+    return Parts(unet, vae, scheduler, prompts, (int(config["resolution"]),) * 2, "random")
 
 
-def read_digits(folder: Path, device: torch.device, dtype: torch.dtype) -> Parts:
-    """A folder that `training.train_digits` wrote. Raises InputError when it is incomplete."""
+def _read_digits(folder: Path, weights: str, device: torch.device, dtype: torch.dtype) -> Parts:
+    """A folder that `tools.training.train_digits` wrote."""
     from safetensors.torch import load_file
 
     unet, vae, scheduler = _guarded(_read_modules, str(folder), device, dtype)
     table = load_file(folder / "class_tokens.safetensors")["tokens"].to(device, dtype)
-    return Parts(unet, vae, scheduler, ClassTokens(table), int(vae.config.sample_size))
+    return Parts(unet, vae, scheduler, ClassTokens(table), (int(vae.config.sample_size),) * 2, weights)
 
 
-def read_checkpoint(name: str, device: torch.device, dtype: torch.dtype) -> Parts:
+def _read_checkpoint(name: str, device: torch.device, dtype: torch.dtype) -> Parts:
     """A folder or hub name with a UNet2DConditionModel, an AutoencoderKL, a scheduler and perhaps CLIP encoders.
 
-    Without text encoders, prompts become random embeddings. Raises InputError, one sentence, for anything that
-    cannot be read or reached.
+    Without text encoders, prompts become random embeddings.
     """
     if (Path(name) / "class_tokens.safetensors").is_file():
-        return read_digits(Path(name), device, dtype)
+        return _read_digits(Path(name), "checkpoint", device, dtype)
     unet, vae, scheduler = _guarded(_read_modules, name, device, dtype)
     prompts: PromptEncoder | None = _guarded(_read_clip, name, device, dtype)
     if prompts is None:
         width = int(unet.config.cross_attention_dim)
         prompts = RandomText(TOKENS_WITHOUT_ENCODER, width, pooled_width(unet.config), device, dtype)
-    return Parts(unet, vae, scheduler, prompts, int(unet.config.sample_size) * 2 ** (len(vae.decoder.up_blocks) - 1))
+    _require_fitting(name, prompts.encode(""), unet.config)
+    height, width = _pair(unet.config.sample_size)
+    return Parts(unet, vae, scheduler, prompts, (height * vae_factor(vae), width * vae_factor(vae)), "checkpoint")
+
+
+def _pair(sides: int | Sequence[int]) -> tuple[int, int]:
+    return (sides, sides) if isinstance(sides, int) else (int(sides[0]), int(sides[1]))
+
+
+def _require_fitting(name: str, condition: Condition, unet_config: Any) -> None:
+    """InputError where the text encoders do not give what the UNet reads."""
+    given, read = condition.tokens.shape[-1], unet_config.cross_attention_dim
+    if given != read:
+        raise InputError(f"{name}: its text encoders give {given} numbers a token, its UNet reads {read}; not served.")
+    pooled = None if condition.pooled is None else condition.pooled.shape[-1]
+    wanted = pooled_width(unet_config)
+    if pooled != wanted and wanted is not None:
+        raise InputError(
+            f"{name}: its UNet reads a pooled text vector of {wanted} numbers and six sizes; its text encoders give "
+            f"{pooled or 'no such vector'}; not served."
+        )
 
 
 def _guarded(read: Any, name: str, device: torch.device, dtype: torch.dtype) -> Any:
@@ -126,13 +188,22 @@ def _guarded(read: Any, name: str, device: torch.device, dtype: torch.dtype) -> 
 def _read_modules(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
-    kinds: list[str] = []
-    for part, expected in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-        kinds.append(str(expected.load_config(name, subfolder=part).get("_class_name")))
+    unet_config: Any = UNet2DConditionModel.load_config(name, subfolder="unet")
+    vae_config: Any = AutoencoderKL.load_config(name, subfolder="vae")
+    kinds = [str(config.get("_class_name")) for config in (unet_config, vae_config)]
     if kinds != ["UNet2DConditionModel", "AutoencoderKL"]:
         raise InputError(f"{name} has a {kinds[0]} and a {kinds[1]}; needed: UNet2DConditionModel, AutoencoderKL.")
-    unet: Any = UNet2DConditionModel.from_pretrained(name, subfolder="unet", torch_dtype=dtype)  # type: ignore[no-untyped-call]
-    vae: Any = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=dtype)  # type: ignore[no-untyped-call]
+    require_fed(name, unet_config, vae_config)
+    with torch.device("meta"):
+        empty = [UNet2DConditionModel.from_config(unet_config), AutoencoderKL.from_config(vae_config)]  # type: ignore[no-untyped-call]
+    _require_memory(name, empty, device, dtype)
+    # Safetensors only: the pickled files of older checkpoints can run code.
+    unet: Any = UNet2DConditionModel.from_pretrained(  # type: ignore[no-untyped-call]
+        name, subfolder="unet", torch_dtype=dtype, use_safetensors=True
+    )
+    vae: Any = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
+        name, subfolder="vae", torch_dtype=dtype, use_safetensors=True
+    )
     if dtype is torch.float16 and vae.config.force_upcast:
         # SDXL's own VAE overflows in half precision and says so in its configuration.
         vae = vae.float()
@@ -158,7 +229,7 @@ def _read_clip(name: str, device: torch.device, dtype: torch.dtype) -> ClipText 
             continue
         if kind not in classes:
             raise InputError(f"{name} has a text encoder {kind}; needed: {' or '.join(classes)}.")
-        encoder: Any = classes[kind].from_pretrained(name, subfolder=part, dtype=dtype)
+        encoder: Any = classes[kind].from_pretrained(name, subfolder=part, dtype=dtype, use_safetensors=True)
         encoders.append(encoder.to(device).eval().requires_grad_(False))
         tokenizers.append(CLIPTokenizer.from_pretrained(name, subfolder=tokenizer))
     if not encoders:

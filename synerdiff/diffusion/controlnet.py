@@ -184,8 +184,9 @@ def _read(folder: Path, dtype: torch.dtype) -> Any:
         kind = ControlNetModel.load_config(str(folder)).get("_class_name")
         if kind != "ControlNetModel":
             raise InputError(f"{folder}: this is a {kind}; a ControlNetModel is needed.")
-        options: dict[str, Any] = {"torch_dtype": dtype, "use_safetensors": True}
-        return ControlNetModel.from_pretrained(str(folder), **options)  # type: ignore[no-untyped-call]
+        return ControlNetModel.from_pretrained(  # type: ignore[no-untyped-call]
+            str(folder), torch_dtype=dtype, use_safetensors=True
+        )
     except InputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -89,14 +89,23 @@ class DiffusionModel:
 
     `row_buckets` (None = eager, any number of rows) pads each step up to a bucket; `denoise` may be replaced by a
     graph per bucket (`stages.GraphedDenoiser`); `split` is the same forward in two halves, always eager.
-    `controlnets`: by name, those that `step` runs itself. Work is enqueued on the current CUDA stream and never
-    waited for. Steps of different samples and chunks of different decodes may run in different threads at once.
+    `controlnets`: by name, those that `step` runs itself. `weights`: `trained`, `checkpoint` or `random`. Work is
+    enqueued on the current CUDA stream and never waited for. Steps of different samples and chunks of different decodes
+    may run in different threads at once.
     """
 
     def __init__(
-        self, name: str, unet: Any, vae: Any, solver: Solver, prompts: PromptEncoder, resolution: tuple[int, int]
+        self,
+        name: str,
+        unet: Any,
+        vae: Any,
+        solver: Solver,
+        prompts: PromptEncoder,
+        resolution: tuple[int, int],
+        weights: str = "checkpoint",
     ) -> None:
         self.name = name
+        self.weights = weights
         self.unet = unet
         self.vae = vae
         self.solver = solver

@@ -1,17 +1,22 @@
 """Loading: names, folders, the hub, sizes, and errors as one sentence."""
 
+import ast
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from synerdiff.core import InputError
-from synerdiff.diffusion import SHIPPED
+from synerdiff.diffusion import SHIPPED, checkpoint
 from synerdiff.diffusion.architectures import empty_modules, fill_randomly, read_architecture
-from synerdiff.diffusion.checkpoint import load_model
+from synerdiff.diffusion.checkpoint import has_random_weights, load_model
+
+ROOT = Path(__file__).resolve().parents[2]
 
 torch.set_num_threads(1)
 
@@ -108,6 +113,100 @@ def test_broken_folders_are_one_sentence(tmp_path, part, change, message):
     with pytest.raises(InputError, match=message) as error:
         load_model(folder)
     one_sentence(error)
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value", "message"),
+    [
+        ("unet", "time_cond_proj_dim", 16, "its UNet has time_cond_proj_dim 16, an input that is not fed"),
+        ("unet", "num_class_embeds", 20, "its UNet has num_class_embeds 20"),
+        ("unet", "class_embed_type", "projection", "its UNet has class_embed_type projection"),
+        ("unet", "addition_embed_type", "image", "its UNet has addition_embed_type image"),
+        ("unet", "encoder_hid_dim_type", "text_proj", "its UNet has encoder_hid_dim_type text_proj"),
+        ("unet", "attention_type", "gated", "its UNet has attention_type gated"),
+        ("unet", "cross_attention_dim", [64, 64], "one number is needed"),
+        (
+            "unet",
+            "in_channels",
+            9,
+            "its UNet reads 9 channels; a text-to-image model's reads as many as its VAE has, 4",
+        ),
+        ("unet", "out_channels", 8, "its UNet predicts 8 channels for 4 of its VAE"),
+        ("vae", "latent_channels", 8, "its UNet reads 4 channels"),
+        ("vae", "latents_mean", [0.0] * 4, "its VAE has latents_mean"),
+    ],
+)
+def test_networks_with_inputs_that_are_not_fed_are_refused(tmp_path, part, option, value, message):
+    shutil.copytree(SHIPPED["digits"], tmp_path / "copy")
+    file = tmp_path / "copy" / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
+    with pytest.raises(InputError, match=message) as error:
+        load_model(tmp_path / "copy")
+    one_sentence(error)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(SHIPPED["digits"], folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), weights.with_suffix(".bin"))
+    load_model(folder)
+    weights.unlink()
+    with pytest.raises(InputError, match=r"no file named diffusion_pytorch_model\.safetensors"):
+        load_model(folder)
+
+
+def test_every_network_is_read_from_safetensors():
+    calls = []
+    for package in ("synerdiff", "profiler", "real_runner", "simulator", "policies", "traces", "benchmarks", "tools"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".from_pretrained"):
+                    calls.append((path, ast.unparse(node)))
+    networks = [(path, call) for path, call in calls if "Tokenizer." not in call and "Scheduler." not in call]
+    assert len(networks) >= 4
+    assert [(path, call) for path, call in networks if "use_safetensors=True" not in call] == []
+
+
+def test_paths_that_hold_another_thing_say_which(tmp_path):
+    (tmp_path / "dit" / "transformer").mkdir(parents=True)
+    (tmp_path / "dit" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "one.safetensors").touch()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "model_index.json").write_text("[]")
+    for name, message in {
+        "dit": r"dit is a FluxPipeline \(its denoiser is a transformer\); only pipelines with a UNet2DConditionModel",
+        "one.safetensors": r"one\.safetensors is a file; a model is a folder",
+        "bad": "this is no index of a diffusers pipeline",
+        "": "is a folder without unet, vae and scheduler",
+    }.items():
+        with pytest.raises(InputError, match=message) as error:
+            load_model(tmp_path / name)
+        one_sentence(error)
+
+
+def test_where_the_weights_come_from(tmp_path):
+    shutil.copytree(SHIPPED["digits"], tmp_path / "copy")
+    assert [load_model(name).weights for name in ("digits", "tiny-sd", tmp_path / "copy")] == [
+        "trained",
+        "random",
+        "checkpoint",
+    ]
+    assert [has_random_weights(name) for name in ("digits", "tiny-sd", "sdxl", "owner/model")] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_made(monkeypatch):
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 10**9)
+    with pytest.raises(InputError, match=r"weights of sdxl take 10\.6 GB; cpu has 1\.0 GB of memory free"):
+        load_model("sdxl")
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 1000)
+    with pytest.raises(InputError, match=r"digits take 0\.0 GB"):
+        load_model("digits")
 
 
 def test_devices_that_are_not_there():

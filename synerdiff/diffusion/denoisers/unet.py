@@ -156,3 +156,41 @@ def sum_residuals(total_rows: int, parts: Sequence[tuple[Sequence[int], Residual
 
 def _attended(block: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
+
+
+_FED: Mapping[str, tuple[Any, ...]] = {
+    "time_cond_proj_dim": (None,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None, "text_time"),
+    "encoder_hid_dim_type": (None,),
+    "attention_type": ("default",),
+}
+"""Options that give a UNet further inputs -> the values with which it reads only what is fed to it."""
+
+
+def require_fed(name: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
+    """InputError unless a text-to-image step feeds everything that the networks of these configurations read.
+
+    Without this check an input that is left out gives other images than the pipeline's, and no error.
+    """
+    for option, allowed in _FED.items():
+        value = unet.get(option, allowed[0])
+        if value not in allowed:
+            raise InputError(f"{name}: its UNet has {option} {value}, an input that is not fed; not served.")
+    width = unet.get("cross_attention_dim", 1280)
+    if not isinstance(width, int):
+        raise InputError(f"{name}: its UNet has cross_attention_dim {width}; one number is needed.")
+    reads, writes, latent = (
+        int(config.get(option, 4))
+        for config, option in ((unet, "in_channels"), (unet, "out_channels"), (vae, "latent_channels"))
+    )
+    if reads != latent:
+        raise InputError(
+            f"{name}: its UNet reads {reads} channels; a text-to-image model's reads as many as its VAE has, {latent} "
+            "(inpainting, pix2pix and upscaling models are not served)."
+        )
+    if writes != latent:
+        raise InputError(f"{name}: its UNet predicts {writes} channels for {latent} of its VAE; not served.")
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise InputError(f"{name}: its VAE has latents_mean and latents_std, which are not applied; not served.")
