@@ -63,7 +63,6 @@ LATE: set[str] = {
     "synerdiff.experiments.fidelity_tradeoff",
     "synerdiff.experiments.grid",
     "synerdiff.experiments.one_run",
-    "synerdiff.experiments.sources",
     "synerdiff.experiments.sweep_figures",
     "synerdiff.experiments.swift_grid",
     "synerdiff.fidelity.calibration",
@@ -83,15 +82,11 @@ LATE: set[str] = {
 """Modules below the commands with an import of anything but a heavy library inside a function."""
 COMMANDS: set[str] = {
     "synerdiff.cli.adapter_fidelity",
-    "synerdiff.cli.cluster",
     "synerdiff.cli.contest",
     "synerdiff.cli.estimate",
     "synerdiff.cli.fidelity",
     "synerdiff.cli.katz",
-    "synerdiff.cli.options",
     "synerdiff.cli.profile",
-    "synerdiff.cli.run",
-    "synerdiff.cli.simulate",
     "synerdiff.cli.sweep",
     "synerdiff.cli.swift",
     "synerdiff.cli.trace",

@@ -53,3 +53,28 @@ def scaled_ns(arrival_ns: int, time_scale: float) -> int:
     if value > _MAX_NS:
         raise InputError(f"With a time scale of {time_scale:g} the trace is longer than 292 years.")
     return round(value)
+
+
+def cut_window(requests: tuple[Request, ...], window: tuple[float, float] | None, where: str) -> tuple[Request, ...]:
+    """The arrivals with a <= arrival_s < b for the window (a, b), shifted so that a becomes 0 and numbered from 0.
+
+    InputError, which starts with ``where``, for a window that is none and when no request is left.
+    """
+    if window is None:
+        return requests
+    start_s, end_s = window
+    if not 0 <= start_s < end_s < math.inf:
+        raise InputError(f"The window {start_s:g}:{end_s:g} is not allowed; give 0 <= start < end, in seconds.")
+    start_ns, end_ns = round(start_s * NS_PER_S), round(end_s * NS_PER_S)
+    inside = [request for request in requests if start_ns <= request.arrival_ns < end_ns]
+    if not inside:
+        raise InputError(
+            f"{where}: no request arrives in the window {start_s:g}:{end_s:g} s; "
+            f"the last one of the trace arrives at {requests[-1].arrival_ns / NS_PER_S:g} s."
+        )
+    return tuple(
+        [
+            replace(request, request_id=index, arrival_ns=request.arrival_ns - start_ns)
+            for index, request in enumerate(inside)
+        ]
+    )

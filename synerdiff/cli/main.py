@@ -32,7 +32,6 @@ COMMANDS = {
     "contest": "synerdiff.cli.contest:contest",
     "fidelity": "synerdiff.cli.fidelity:fidelity",
     "adapter-fidelity": "synerdiff.cli.adapter_fidelity:adapter_fidelity",
-    "cluster": "synerdiff.cli.cluster:cluster",
     "katz": "synerdiff.cli.katz:katz",
     "swift": "synerdiff.cli.swift:swift",
 }

@@ -1,21 +1,60 @@
-"""What commands read from their options' texts, and the lines that they print about a run."""
+"""Options that commands share, and what their texts mean."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from policies.base import Parameter
+from policies.registry import policy_parameters
+from synerdiff.config.cluster import load_cluster
 from synerdiff.core import PPM, InputError, Mode, SkipBudget
+from synerdiff.profile.folder import find_profile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
+    from synerdiff.experiments.run import RunSpec
 
-    from policies.base import Parameter
-    from synerdiff.core import Request
-    from synerdiff.fidelity.floor import FloorChoice
-    from synerdiff.profile.tables import Profile
+ProfileName = Annotated[str, typer.Option("--profile", help="Folder of a profile, or the name of a shipped one.")]
+TraceFile = Annotated[Path, typer.Option("--trace", help="Trace file (CSV or parquet).")]
+PolicyName = Annotated[str, typer.Option("--policy", help="Name of a policy, or module:Class.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the records.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value, a parameter of the policy; may be repeated.")
+]
+LoadOption = Annotated[float | None, typer.Option("--load", help="Stretch the arrivals to this load.")]
+RateOption = Annotated[float | None, typer.Option("--rate", help="Stretch the arrivals to so many requests a second.")]
+TimeScale = Annotated[float | None, typer.Option("--time-scale", help="Multiply every arrival by this.")]
+Window = Annotated[str | None, typer.Option("--window", help="A:B, seconds of the trace as written; B excluded.")]
+Slo = Annotated[
+    float | None, typer.Option("--slo", help="Latency limit in seconds of a request that has none of its own.")
+]
+DecodeGpus = Annotated[str, typer.Option("--decode-gpus", help="GPU of each decode lane, separated by commas.")]
+SkipFraction = Annotated[
+    float, typer.Option("--skip-fraction", help="Share of a sample's steps that may skip guidance.")
+]
+SkipWarmup = Annotated[int, typer.Option("--skip-warmup", help="First steps that are always guided.")]
+SkipLongestRun = Annotated[int, typer.Option("--skip-longest-run", help="Most skips in a row.")]
+SkipMode = Annotated[str, typer.Option("--skip-mode", help="What a skip does: reuse or conditional.")]
+MinSsim = Annotated[
+    float | None,
+    typer.Option(
+        "--min-ssim",
+        help="Floor on image fidelity instead: the cheapest skipping whose mean SSIM stays above it, by the "
+        "fidelity table.",
+    ),
+]
+FidelityFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--fidelity", help="Folder of the fidelity table (default: beside the profile, else the one of its model)."
+    ),
+]
+ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="Cluster file (YAML): workers, adapters, links.")]
+Timeline = Annotated[bool, typer.Option("--timeline", help="Also write timeline.json for Perfetto.")]
 
 SKIP_MODES = (Mode.REUSE, Mode.CONDITIONAL)
 
@@ -80,53 +119,31 @@ def skip_budget(fraction: float, warmup_steps: int, longest_run: int, mode: str)
     return SkipBudget(round(fraction * PPM), warmup_steps, longest_run, Mode(mode))
 
 
-def floor_choice(
-    min_ssim: float | None,
-    table: Path | None,
-    given: SkipBudget,
-    requests: Iterable[Request],
-    profile: Profile,
-    profile_folder: Path,
-    scheduler: str | None = None,
-) -> FloorChoice | None:
-    """What ``--min-ssim`` chooses from a fidelity table; None without it. It excludes a budget given by its parts."""
-    if min_ssim is None:
-        if table is not None:
-            raise InputError("--fidelity names the table that --min-ssim looks up; give both or neither.")
-        return None
-    from synerdiff.fidelity.floor import floor_for_requests
+def run_spec(
+    profile: str,
+    trace: Path,
+    policy: str,
+    settings: Sequence[str] | None,
+    *,
+    budget: SkipBudget,
+    window: str | None,
+    decode_gpus: str,
+    cluster: Path | None,
+    **fields: Any,
+) -> RunSpec:
+    """The run that ``simulate`` and ``run`` describe with their shared options; other fields are taken as they are."""
+    from synerdiff.experiments import run, sources
 
-    if given != SkipBudget():
-        raise InputError("--min-ssim chooses which steps may be skipped, so it excludes the options --skip-...")
-    from synerdiff.diffusion import SCHEDULERS
-
-    solver = None if scheduler is None else SCHEDULERS.get(scheduler, scheduler)
-    return floor_for_requests(min_ssim, requests, profile, profile_folder, table, solver)
-
-
-def summary_lines(summary: dict[str, Any], load: float | None) -> list[str]:
-    """The metrics that matter most, one a line."""
-    latency = "  ".join(
-        f"{name} {_number(summary[f'request_latency_{name}_s'])}" for name in ("mean", "p50", "p90", "p99")
+    if cluster is not None and decode_gpus != "0":
+        raise InputError("--decode-gpus excludes --cluster, whose workers list their decode_gpus.")
+    return run.RunSpec(
+        profile=find_profile(profile),
+        source=sources.trace_source(trace, window_of(window)),
+        policy=policy,
+        parameters=parameter_values(policy, policy_parameters(policy, Path()), settings or []),
+        base_folder=Path(),
+        decode_gpus=decode_lanes(decode_gpus),
+        cluster=None if cluster is None else load_cluster(cluster),
+        budget=budget,
+        **fields,
     )
-    stages = "  ".join(
-        f"{name.replace('_', ' ')} {_number(summary[f'{name}_mean_s'])}"
-        for name in ("queue", "denoise", "decode_wait", "decode")
-    )
-    lost = summary["error_request_count"]
-    return [
-        f"  requests    {summary['trace_request_count']}, of which {summary['measured_request_count']} measured"
-        f" and {lost} unfinished, rejected or failed",
-        f"  load        {_number(load)}",
-        f"  latency, s  {latency}",
-        f"  stages, s   {stages}",
-        f"  throughput  {_number(summary['request_throughput'])} requests/s, "
-        f"{_number(summary['image_throughput'])} images/s",
-        f"  goodput     {_number(summary['goodput'])} requests/s within their SLO "
-        f"({_number(100 * summary['good_fraction'])}% of them)",
-        f"  skipped     {_number(100 * summary['skip_fraction'])}% of guided steps",
-    ]
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

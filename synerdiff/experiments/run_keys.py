@@ -17,16 +17,20 @@ from synerdiff.files import sha256_of_files
 ROOT = Path(__file__).resolve().parent.parent.parent
 ENGINE_FILES = (
     *(f"synerdiff/{path.name}" for path in sorted((ROOT / "synerdiff").glob("*.py"))),
+    "synerdiff/diffusion/__init__.py",
     "synerdiff/experiments/one_run.py",
-    "traces/scaling.py",
+    "synerdiff/experiments/run.py",
+    "synerdiff/experiments/sources.py",
 )
 ENGINE_FOLDERS = (
+    "synerdiff/config",
     "synerdiff/engine",
     "synerdiff/profile",
     "synerdiff/results",
     "synerdiff/fidelity",
     "simulator",
     "policies",
+    "traces",
 )
 
 

@@ -8,12 +8,17 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from synerdiff.config.experiment import BatchSearch, Experiment, Workload
-from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.core import InputError, Request
 from synerdiff.files import sha256_of_files
+from traces.generate import generate_trace
+from traces.gentd26 import read_gentd26
+from traces.native import read_trace
+from traces.scaling import cut_window
+from traces.spec import trace_spec
 
 GENERATED_RATE_PER_S = 1.0
 """Arrivals are drawn at this rate and then stretched to the load, so that all loads see the same pattern."""
@@ -34,8 +39,13 @@ class Source:
     trace_hash: str = ""
     window: tuple[float, float] | None = None
 
+    @property
+    def name(self) -> str:
+        """The trace's file, or the workload."""
+        return self.workload if self.trace is None else Path(self.trace).name
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Arrivals:
     """The requests of a replicate before they are stretched to a load."""
 
@@ -44,7 +54,10 @@ class Arrivals:
     """The stated window; None: from 0 to the last arrival."""
     dropped: Mapping[str, int]
     """What the trace file held and is not replayed, by reason."""
-    content_hash: str
+
+    @cached_property
+    def content_hash(self) -> str:
+        return hashlib.sha256(repr((self.requests, self.window)).encode()).hexdigest()
 
 
 def sources(workload: Workload, experiment: Experiment, base: Path) -> list[Source]:
@@ -68,6 +81,12 @@ def sources(workload: Workload, experiment: Experiment, base: Path) -> list[Sour
         )
         for number, window in enumerate(windows or [None])
     ]
+
+
+def trace_source(path: Path, window: tuple[float, float] | None = None) -> Source:
+    """A trace of synerdiff's own format, or the arrivals of a window of it."""
+    trace_hash = _file_hash(path) if path.is_file() else ""  # the reader says what is wrong with it
+    return Source(path.name, 0, None, "{}", trace=str(path), trace_hash=trace_hash, window=window)
 
 
 def search_source(workload: Workload, experiment: Experiment, base: Path) -> Source:
@@ -112,21 +131,18 @@ def arrivals(source: Source) -> Arrivals:
     if source.generator is not None:
         requests = _generate(source)
     else:
-        assert source.trace is not None
+        assert source.trace is not None  # a source has one of the two
         requests, dropped = _read(source.trace, source.trace_format, source.parameters, source.trace_hash)
-        requests = _cut(requests, source)
+        requests = cut_window(requests, source.window, source.trace)
     window = source.window
     if source.requests is not None and len(requests) > source.requests:
         requests, window = requests[: source.requests], None
     if source.generator is not None and source.requests is None:
         window = (0.0, float(json.loads(source.parameters)["duration_s"]))
-    return Arrivals(requests, window, dropped, hashlib.sha256(repr((requests, window)).encode()).hexdigest())
+    return Arrivals(requests, window, dropped)
 
 
 def _generate(source: Source) -> tuple[Request, ...]:
-    from traces.generate import generate_trace
-    from traces.spec import trace_spec
-
     where = f"workload '{source.workload}'"
     parameters = json.loads(source.parameters)
     for name, field in (("seed", "seeds"), ("requests", "requests"), ("kind", "generator")):
@@ -144,33 +160,12 @@ def _generate(source: Source) -> tuple[Request, ...]:
 def _read(path: str, trace_format: str, parameters: str, trace_hash: str) -> tuple[tuple[Request, ...], dict[str, int]]:
     options = json.loads(parameters)
     if trace_format == "native":
-        from traces.native import read_trace
-
         if options:
             raise InputError(f"{path}: a native trace takes no parameters; found {', '.join(options)}.")
         return tuple(read_trace(Path(path))), {}
-    from traces.gentd26 import read_gentd26
-
     known = ("checkpoints", "adapters", "all_types")
     for name in options:
         if name not in known:
             raise InputError(f"{path}: there is no parameter '{name}' of GenTD26; known are {', '.join(known)}.")
     conversion = read_gentd26(Path(path), **options)
     return tuple(conversion.requests), dict(conversion.dropped)
-
-
-def _cut(requests: tuple[Request, ...], source: Source) -> tuple[Request, ...]:
-    """The arrivals of the window, shifted to its start and numbered from 0, as ``read_trace`` does it."""
-    if source.window is None:
-        return requests
-    start_ns, end_ns = (round(edge * NS_PER_S) for edge in source.window)
-    inside = [request for request in requests if start_ns <= request.arrival_ns < end_ns]
-    if not inside:
-        raise InputError(
-            f"workload '{source.workload}': no request arrives in the window {source.window[0]:g} to "
-            f"{source.window[1]:g} s; the last one arrives at {requests[-1].arrival_ns / NS_PER_S:g} s."
-        )
-    return tuple(
-        replace(request, request_id=index, arrival_ns=request.arrival_ns - start_ns)
-        for index, request in enumerate(inside)
-    )

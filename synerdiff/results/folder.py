@@ -56,6 +56,43 @@ def write_run(
         (out / "timeline.json").unlink(missing_ok=True)
 
 
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """What ``summary.json`` holds that matters most, for people, one a line."""
+    run = summary["run"]
+    latency = "  ".join(
+        f"{name} {_number(summary[f'request_latency_{name}_s'])}" for name in ("mean", "p50", "p90", "p99")
+    )
+    stages = "  ".join(
+        f"{name.replace('_', ' ')} {_number(summary[f'{name}_mean_s'])}"
+        for name in ("queue", "denoise", "decode_wait", "decode")
+    )
+    lost = summary["error_request_count"]
+    lines = [
+        f"  requests    {summary['trace_request_count']}, of which {summary['measured_request_count']} measured"
+        f" and {lost} unfinished, rejected or failed",
+        f"  load        {_number(run['load'])}",
+        f"  latency, s  {latency}",
+        f"  stages, s   {stages}",
+        f"  throughput  {_number(summary['request_throughput'])} requests/s, "
+        f"{_number(summary['image_throughput'])} images/s",
+        f"  goodput     {_number(summary['goodput'])} requests/s within their SLO "
+        f"({_number(100 * summary['good_fraction'])}% of them)",
+        f"  skipped     {_number(100 * summary['skip_fraction'])}% of guided steps",
+    ]
+    if "gpus" in run:
+        lines += [
+            f"  GPU-seconds {_number(run['gpu_seconds_per_image'])} an image held, "
+            f"{_number(run['busy_gpu_seconds_per_image'])} busy",
+            f"  adapters    {run['lora_requested']} LoRAs asked for, {run['lora_reads']} read, {run['lora_copies']} "
+            f"copied; {run['controlnet_loads']} ControlNets loaded",
+        ]
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
 @contextmanager
 def progress_bar(label: str, samples: int) -> Iterator[Callable[[int], None] | None]:
     """A bar on standard error while somebody watches it; it is told how many samples have ended."""

@@ -39,6 +39,7 @@ REQUEST_COLUMNS = {
     "slo_s": "double",
     "seed": "int64",
     "modes": "string",
+    "worker": "int64",
 }
 """Column -> type. Times are seconds since the start of the trace, null where a request never got there."""
 
@@ -62,8 +63,8 @@ RUN_KEY = b"synerdiff"
 """Where a table's metadata holds what else is known about its run, as JSON."""
 
 
-def requests_table(records: Sequence[RequestRecord]) -> pyarrow.Table:
-    """One row per request, in trace order."""
+def requests_table(records: Sequence[RequestRecord], worker_of: Sequence[int] | None = None) -> pyarrow.Table:
+    """One row per request, in trace order; ``worker_of``: the worker of each, by default the first."""
     requests = [record.request for record in records]
     arrivals = [request.arrival_ns for request in requests]
     finished = [record.finished_ns for record in records]
@@ -88,6 +89,7 @@ def requests_table(records: Sequence[RequestRecord]) -> pyarrow.Table:
         [None if request.slo_ns is None else request.slo_ns / NS_PER_S for request in requests],
         [request.seed for request in requests],
         [";".join(record.modes) for record in records],
+        [0] * len(records) if worker_of is None else list(worker_of),
     ]
     return _table(REQUEST_COLUMNS, columns)
 

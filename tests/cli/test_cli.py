@@ -401,3 +401,42 @@ def test_times_of_the_trace_come_back_in_seconds(world: Path) -> None:
     assert (row["slo_s"], row["seed"]) == (1.5, 7)
     # Two steps of 2 rows (14 ms each), one decode of 30 ms.
     assert row["request_latency_s"] == 0.058
+
+
+def test_a_cluster_is_simulated_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["katz", "--profiles", str(tmp_path)]) == 0
+    capsys.readouterr()
+    trace = tmp_path / "t.csv"
+    trace.write_text(
+        "arrival_s,steps,loras,controlnets\n0,4,,canny\n0.5,4,style@0.8,canny;depth\n1,4,style@0.8,rare\n9,4,,\n"
+    )
+    arguments = ["simulate", "--profile", str(tmp_path / "h800-sdxl-katz-estimated"), "--trace", str(trace)]
+    arguments += ["--cluster", str(ROOT / "experiments" / "swift-cluster.yaml"), "--policy", "continuous-serial"]
+    arguments += ["--set", "batch=1", "--out", str(tmp_path / "out"), "--timeline"]
+    assert cli.main([*arguments, "--router", "adapter-affinity"]) == 0
+    assert "2 LoRAs asked for" in capsys.readouterr().out
+    run = json.loads((tmp_path / "out" / "summary.json").read_text())["run"]
+    assert (run["gpus"], run["lora_requested"], sum(run["requests_by_worker"])) == (8, 2, 4)
+    # "rare" is held nowhere: the service with slots loads it.
+    assert run["controlnet_loads"] == 1
+    assert {"denoise", "guidance", "controlnet", "loader0", "decode0"} <= set(read_work(tmp_path / "out")["lane"])
+    requests = read_requests(tmp_path / "out")
+    assert set(requests["status"]) == {"done"}
+    assert requests["worker"].value_counts().to_dict() == {
+        index: count for index, count in enumerate(run["requests_by_worker"]) if count
+    }
+    assert cli.main([*arguments, "--router", "nearest"]) == 2
+    assert "there is no router 'nearest'" in sentence(capsys)
+    assert cli.main([*arguments, "--decode-gpus", "0,0"]) == 2
+    assert "--decode-gpus excludes --cluster" in sentence(capsys)
+    # A profile without adapters.csv serves only what asks for none.
+    arguments[2] = "h200-sdxl-estimated"
+    assert cli.main(arguments) == 2
+    assert "has no adapters.csv" in sentence(capsys)
+
+
+def test_a_router_needs_a_cluster(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("--router", "least-work") == 2
+    assert sentence(capsys) == "--router chooses among the workers of --cluster; give both or neither."

@@ -264,37 +264,3 @@ def test_the_swift_command_writes_tables_and_figures(tmp_path: Path) -> None:
     assert {"runs.csv", "speedups.csv", "ablation.csv", "caches.csv", "swift-where-it-pays.png"} <= names
     assert (tmp_path / "out" / "runs.csv").read_text().count("\n") == 1 + 2 * len(SETS)
     assert asdict(cache_curves(None, 10)[0])["published"] is None
-
-
-def test_the_cluster_command_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import json
-
-    import pandas as pd
-
-    from synerdiff.cli.cluster import cluster
-    from synerdiff.cli.katz import katz
-
-    run_command(katz, "--profiles", str(tmp_path))
-    trace = tmp_path / "t.csv"
-    trace.write_text(
-        "arrival_s,steps,loras,controlnets\n0,4,,canny\n0.5,4,style@0.8,canny;depth\n1,4,style@0.8,rare\n9,4,,\n"
-    )
-    file = Path(__file__).resolve().parents[2] / "experiments" / "swift-cluster.yaml"
-    arguments = ["--profile", str(tmp_path / "h800-sdxl-katz-estimated"), "--trace", str(trace)]
-    arguments += ["--policy", "continuous-serial", "--set", "batch=1", "--out", str(tmp_path / "out"), "--timeline"]
-    result = run_command(cluster, str(file), *arguments, "--router", "adapter-affinity")
-    assert result.exit_code == 0, result.output
-    assert "2 LoRAs asked for" in result.output
-    run = json.loads((tmp_path / "out" / "summary.json").read_text())["run"]
-    assert (run["gpus"], run["lora_requested"], sum(run["requests_by_worker"])) == (8, 2, 4)
-    # "rare" is held nowhere: the service with slots loads it.
-    assert run["controlnet_loads"] == 1
-    work = pd.read_parquet(tmp_path / "out" / "work.parquet")
-    assert {"denoise", "guidance", "controlnet", "loader0", "decode0"} <= set(work["lane"])
-    assert set(pd.read_parquet(tmp_path / "out" / "requests.parquet")["status"]) == {"done"}
-    refused = run_command(cluster, str(file), *arguments, "--router", "nearest")
-    assert "there is no router 'nearest'" in str(refused.exception)
-    # A profile without adapters.csv serves only what asks for none.
-    arguments[1] = "h200-sdxl-estimated"
-    refused = run_command(cluster, str(file), *arguments)
-    assert "has no adapters.csv" in str(refused.exception)

@@ -200,7 +200,7 @@ def test_the_engine_source_is_all_that_a_run_executes() -> None:
     from synerdiff.experiments.run_keys import ENGINE_FILES, ENGINE_FOLDERS
 
     probe = (
-        "import sys; from synerdiff.experiments import one_run; from synerdiff.results import records, metrics;"
+        "import sys; from synerdiff.experiments import run; from synerdiff.results import records, metrics;"
         "import simulator;"
         "from policies.registry import build_policy; import traces.scaling;"
         "print('\\n'.join(sorted(getattr(m, '__file__', None) or '' for m in sys.modules.values())))"

@@ -34,7 +34,7 @@ def test_requests_hold_the_contract_columns_in_seconds(tmp_path: Path) -> None:
     assert list(frame.columns) == [
         *("request_id", "arrival_s", "admitted_s", "denoised_s", "decode_started_s", "finished_s"),
         *("request_latency_s", "status", "images", "steps", "skipped_steps", "guidance_scale", "height", "width"),
-        *("base_model", "loras", "controlnets", "slo_s", "seed", "modes"),
+        *("base_model", "loras", "controlnets", "slo_s", "seed", "modes", "worker"),
     ]
     done, lost = frame.to_dict("records")
     assert done == {
@@ -58,6 +58,7 @@ def test_requests_hold_the_contract_columns_in_seconds(tmp_path: Path) -> None:
         "slo_s": 2.0,
         "seed": 9,
         "modes": "ggr;gcg",
+        "worker": 0,
     }
     assert lost["status"] == "rejected"
     for column in ("admitted_s", "denoised_s", "decode_started_s", "finished_s", "request_latency_s", "slo_s", "seed"):

@@ -1,0 +1,396 @@
+"""The one way from request to result: ``RunSpec`` -> ``prepare`` -> ``execute`` -> ``Outcome``, and its folder.
+
+Commands, sweeps and studies go it; only the engine differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from policies.base import Policy
+from policies.registry import build_policy
+from policies.routers import Router, build_router
+from simulator import simulate, simulate_cluster
+from synerdiff.config.cluster import Cluster
+from synerdiff.core import NO_SKIPS, NS_PER_S, PPM, InputError, Request, RunResult, SkipBudget
+from synerdiff.diffusion import SCHEDULERS
+from synerdiff.experiments.sources import Source, arrivals
+from synerdiff.fidelity.floor import FloorChoice, floor_for_requests
+from synerdiff.profile.adapters import Adapters, load_adapters
+from synerdiff.profile.capacity import offered_load, solo_latency_ns
+from synerdiff.profile.folder import load_profile
+from synerdiff.profile.scaling import scaled_profile
+from synerdiff.profile.tables import Profile
+from synerdiff.results import folder, records
+from synerdiff.results.metrics import summarize
+from traces.scaling import scaled, time_scale_for_rate
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+DEFAULT_ROUTER = "shortest-queue"
+OnProgress = Callable[[int], None]
+"""Hears how many samples have ended."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSpec:
+    """What one run is made of: all that another process needs to compute it."""
+
+    profile: Path | Profile
+    """The profile's folder, or the profile itself."""
+    profile_hash: str | None = None
+    """The content that the folder must still hold; None: whatever it holds."""
+    contention: float = 1.0
+    decode_share: float = 1.0
+    """What the profile is scaled by (``scaling.scaled_profile``)."""
+    source: Source | tuple[Request, ...]
+    """Where the requests come from, or the requests themselves, as they arrive before any stretching."""
+    policy: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    base_folder: Path | None = None
+    """Where a ``module:Class`` of the user's own is looked up besides the import path."""
+    decode_gpus: tuple[int, ...] = (0,)
+    """The GPU of each decode lane of the one worker; a cluster lists its own."""
+    cluster: Cluster | None = None
+    router: str = DEFAULT_ROUTER
+    budget: SkipBudget = NO_SKIPS
+    min_ssim: float | None = None
+    """Floor on image fidelity, which chooses the budget from a fidelity table instead."""
+    fidelity: Path | None = None
+    """Folder of that table; None: beside the profile, else the one of its model."""
+    scheduler: str | None = None
+    """Of the images, for the fidelity table; None: the table's own."""
+    load: float | None = None
+    rate_per_s: float | None = None
+    time_scale: float | None = None
+    """How the arrivals are stretched: at most one of the three."""
+    steps_scale: float = 1.0
+    """Below 1: requests take that share of their steps; their deadlines stay."""
+    slo_seconds: float | None = None
+    slo_multiple: float | None = None
+    """Limit of a request without one of its own: seconds, or times its latency alone. Neither: policies see none."""
+    dispersion_seed: int | None = None
+    """Seed of the drawn times; None: every piece takes its median."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that is ready for an engine."""
+
+    spec: RunSpec
+    profile: Profile
+    adapters: Adapters | None
+    requests: list[Request]
+    """At the run's load, each with its resolution and SLO, and with the steps that were asked for."""
+    served: list[Request]
+    """The same, with the steps that are taken."""
+    budget: SkipBudget
+    floor: FloorChoice | None
+    window: tuple[float, float] | None
+    time_scale: float
+    load: float | None
+    """None when all requests arrive at once."""
+
+    @property
+    def workers(self) -> int:
+        return 1 if self.spec.cluster is None else len(self.spec.cluster.workers)
+
+    @property
+    def images(self) -> int:
+        return sum(request.images for request in self.served)
+
+    def policy(self) -> Policy:
+        """A fresh one: every worker has its own."""
+        return build_policy(self.spec.policy, dict(self.spec.parameters), self.spec.base_folder)
+
+    def router(self) -> Router:
+        return build_router(self.spec.router)
+
+    def with_parameters(self, **parameters: Any) -> Prepared:
+        """The same run with other parameters of its policy."""
+        return replace(self, spec=replace(self.spec, parameters={**self.spec.parameters, **parameters}))
+
+    def at_once(self, images: int) -> Prepared:
+        """So many images of the run's requests, over and over if need be, all there from the start."""
+        taken: list[Request] = []
+        while images > 0:
+            request = self.requests[len(taken) % len(self.requests)]
+            taken.append(replace(request, request_id=len(taken), arrival_ns=0))
+            images -= request.images
+        return replace(self, requests=taken, served=_fewer(taken, self.spec.steps_scale), time_scale=0.0, load=None)
+
+    def described(self) -> dict[str, Any]:
+        """What was run, for ``summary.json``."""
+        spec = self.spec
+        source = spec.source if isinstance(spec.source, Source) else None
+        known = {
+            "profile": self.profile.name,
+            "provenance": self.profile.provenance,
+            "trace": source.name if source is not None else None,
+            "window_s": self.window,
+            "time_scale": self.time_scale,
+            "load": self.load,
+            "policy": spec.policy,
+            "parameters": dict(spec.parameters),
+            "skip_fraction_allowed": self.budget.fraction_ppm / PPM,
+            "min_ssim": spec.min_ssim,
+            "dispersion_seed": spec.dispersion_seed,
+        }
+        if spec.cluster is None:
+            return known | {"decode_gpus": list(spec.decode_gpus)}
+        return known | {"router": spec.router, "cluster": spec.cluster.model_dump(mode="json")}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What an engine gives back."""
+
+    result: RunResult
+    worker_of: Sequence[int] | None = None
+    """The worker of each request, in trace order; None: all had the one."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What only this engine knows, ready for JSON."""
+
+
+class Engine(Protocol):
+    """Serves a prepared run: the simulator, or hardware."""
+
+    def __call__(self, prepared: Prepared, on_progress: OnProgress | None = None, /) -> Served: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that has ended; tables and metrics are made when they are asked for."""
+
+    prepared: Prepared
+    served: Served
+
+    @property
+    def result(self) -> RunResult:
+        return self.served.result
+
+    @cached_property
+    def tables(self) -> tuple[pyarrow.Table, pyarrow.Table]:
+        """(requests, work)"""
+        result = self.result
+        requests = records.requests_table(result.requests, self.served.worker_of)
+        return requests, records.work_table(result.work, result.sample_names)
+
+    @cached_property
+    def frames(self) -> tuple[pandas.DataFrame, pandas.DataFrame]:
+        """The tables as data frames."""
+        requests, work = self.tables
+        return requests.to_pandas(), work.to_pandas()
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The metrics (``metrics.summarize``), ready for JSON."""
+        prepared = self.prepared
+        return summarize(*self.frames, _solo_latencies_s(prepared.requests, prepared.profile))
+
+    def described(self) -> dict[str, Any]:
+        """What was run and what came of it: the content of ``summary.json``."""
+        run = {**self.prepared.described(), "decisions": self.result.decisions, **self.served.facts}
+        return {"run": run, **self.summary}
+
+    def write(self, out: Path, timeline: bool = False) -> None:
+        """The run's folder."""
+        folder.write_run(out, self.tables, self.frames, self.described(), timeline)
+
+    def lines(self) -> list[str]:
+        """The floor that was chosen and the metrics that matter most, for people."""
+        floor = self.prepared.floor
+        return [*(floor.lines() if floor is not None else ()), *folder.summary_lines(self.described())]
+
+
+def prepare(spec: RunSpec) -> Prepared:
+    """The profile, the requests as it serves them, the skip budget and the load. InputError for what does not fit."""
+    build_policy(spec.policy, dict(spec.parameters), spec.base_folder)
+    build_router(spec.router)
+    profile = _profile_of(spec)
+    adapters = None
+    if spec.cluster is not None and isinstance(spec.profile, Path):
+        adapters = load_adapters(spec.profile, profile.name)
+    asked, window = (
+        (spec.source, None)
+        if isinstance(spec.source, tuple)
+        else (arrivals(spec.source).requests, arrivals(spec.source).window)
+    )
+    requests = fitted(asked, profile, spec.slo_seconds, spec.slo_multiple)
+    floor = _floor(spec, requests, profile)
+    prepared = Prepared(
+        spec=spec,
+        profile=profile,
+        adapters=adapters,
+        requests=requests,
+        served=requests,
+        budget=spec.budget if floor is None else floor.budget,
+        floor=floor,
+        window=window,
+        time_scale=1.0,
+        load=None,
+    )
+    scale, load = _stretch(prepared)
+    requests = scaled(requests, scale)
+    return replace(prepared, requests=requests, served=_fewer(requests, spec.steps_scale), time_scale=scale, load=load)
+
+
+def execute(prepared: Prepared, engine: Engine | None = None, on_progress: OnProgress | None = None) -> Outcome:
+    """Serve a prepared run, by default in simulation, with fresh policies."""
+    return Outcome(prepared, (engine or simulator)(prepared, on_progress))
+
+
+def simulator(prepared: Prepared, on_progress: OnProgress | None = None, /) -> Served:
+    """The discrete-event engine: one worker, or the workers of a cluster."""
+    spec, cluster = prepared.spec, prepared.spec.cluster
+    if cluster is None:
+        return Served(
+            simulate(
+                prepared.served,
+                prepared.policy(),
+                prepared.profile,
+                decode_gpus=spec.decode_gpus,
+                budget=prepared.budget,
+                dispersion_seed=spec.dispersion_seed,
+                on_progress=on_progress,
+            )
+        )
+    fleet = simulate_cluster(
+        prepared.served,
+        prepared.policy,
+        prepared.profile,
+        cluster,
+        adapters=prepared.adapters,
+        router=prepared.router(),
+        budget=prepared.budget,
+        dispersion_seed=spec.dispersion_seed,
+        on_progress=on_progress,
+    )
+    facts = {
+        "gpus": fleet.gpus,
+        "gpu_seconds_per_image": fleet.gpu_seconds_per_image,
+        "busy_gpu_seconds_per_image": fleet.busy_gpu_seconds_per_image,
+        "lora_requested": fleet.lora_requested,
+        "lora_reads": fleet.lora_reads,
+        "lora_copies": fleet.lora_copies,
+        "controlnet_loads": fleet.controlnet_loads,
+        "requests_by_worker": [fleet.worker_of.count(index) for index in range(len(cluster.workers))],
+    }
+    return Served(fleet.run, fleet.worker_of, facts)
+
+
+def fitted(
+    requests: Sequence[Request], profile: Profile, slo_seconds: float | None = None, slo_multiple: float | None = None
+) -> list[Request]:
+    """The requests as this profile serves them: an empty height and width become its resolution, any other is refused.
+
+    A request without an SLO of its own gets ``slo_seconds``, or ``slo_multiple`` times its solo latency; when both are
+    None it has none, and policies see no deadline.
+    """
+    side = profile.info.get("resolution")
+    solo: dict[tuple[int, int, bool], int] = {}
+    ready = []
+    for request in requests:
+        if (request.height, request.width) not in ((None, None), (side, side)):
+            raise InputError(
+                f"request {request.request_id} asks for {request.height}x{request.width} pixels; profile "
+                f"'{profile.name}' was made for {f'{side}x{side}' if side else 'a resolution that it does not name'}."
+            )
+        slo_ns = request.slo_ns
+        if slo_ns is None and slo_seconds is not None:
+            slo_ns = round(slo_seconds * NS_PER_S)
+        elif slo_ns is None and slo_multiple is not None:
+            slo_ns = round(slo_multiple * _solo_ns(request, profile, solo))
+        ready.append(replace(request, height=side, width=side, slo_ns=slo_ns))
+    return ready
+
+
+def fewer_steps(steps: int, scale: float) -> int:
+    """That share of the steps, rounded, at least 1."""
+    return max(1, round(steps * scale))
+
+
+def window_s(requests: Sequence[Request], window: tuple[float, float] | None) -> float:
+    """Length of the stated window, else the time from 0 to the last arrival; InputError when that is nothing."""
+    if window is not None:
+        return window[1] - window[0]
+    last_s = requests[-1].arrival_ns / NS_PER_S
+    if last_s <= 0:
+        raise InputError("all requests arrive at 0 s, so the load is undefined; give a window or a time scale.")
+    return last_s
+
+
+def _stretch(prepared: Prepared) -> tuple[float, float | None]:
+    """(time scale, load) at the load, rate or time scale that is given, or as the requests are."""
+    spec, requests, window = prepared.spec, prepared.requests, prepared.window
+    given = {"--load": spec.load, "--rate": spec.rate_per_s, "--time-scale": spec.time_scale}
+    flags = [flag for flag, value in given.items() if value is not None]
+    if len(flags) > 1:
+        raise InputError(f"{flags[0]} and {flags[1]} exclude each other; give one of them.")
+    if spec.load is not None:
+        if not 0 < spec.load <= 100:
+            raise InputError(f"--load is {spec.load:g}; a number above 0 and up to 100 is needed.")
+        offered = offered_load(requests, prepared.profile, window_s(requests, window), prepared.workers)
+        return offered / spec.load, spec.load
+    scale = 1.0 if spec.time_scale is None else spec.time_scale
+    if spec.rate_per_s is not None:
+        scale = time_scale_for_rate(requests, spec.rate_per_s)
+    if scale <= 0 or (window is None and requests[-1].arrival_ns <= 0):
+        return scale, None
+    return scale, offered_load(requests, prepared.profile, window_s(requests, window), prepared.workers) / scale
+
+
+def _floor(spec: RunSpec, requests: Sequence[Request], profile: Profile) -> FloorChoice | None:
+    """What ``min_ssim`` chooses from a fidelity table; None without it."""
+    if spec.min_ssim is None:
+        if spec.fidelity is not None:
+            raise InputError("--fidelity names the table that --min-ssim looks up; give both or neither.")
+        return None
+    if spec.budget != NO_SKIPS:
+        raise InputError("--min-ssim chooses which steps may be skipped, so it excludes the options --skip-...")
+    if not isinstance(spec.profile, Path):
+        raise InputError("a floor on fidelity needs a profile with a folder, beside which its table is looked for.")
+    solver = None if spec.scheduler is None else SCHEDULERS.get(spec.scheduler, spec.scheduler)
+    return floor_for_requests(spec.min_ssim, requests, profile, spec.profile, spec.fidelity, solver)
+
+
+def _profile_of(spec: RunSpec) -> Profile:
+    if isinstance(spec.profile, Profile):
+        return scaled_profile(spec.profile, spec.contention, spec.decode_share)
+    content_hash = spec.profile_hash
+    if content_hash is None:
+        return scaled_profile(load_profile(spec.profile), spec.contention, spec.decode_share)
+    return profile_as_it_was(spec.profile, content_hash, spec.contention, spec.decode_share)
+
+
+@lru_cache(maxsize=32)
+def profile_as_it_was(folder: Path, content_hash: str, contention: float = 1.0, decode_share: float = 1.0) -> Profile:
+    """A profile as it was when many runs of it began, kept for the next run of this process."""
+    profile = load_profile(folder)
+    if profile.content_hash != content_hash:
+        raise InputError(f"{folder}: the profile changed while the sweep ran; start the sweep again.")
+    return scaled_profile(profile, contention, decode_share)
+
+
+def _fewer(requests: list[Request], scale: float) -> list[Request]:
+    if scale == 1:
+        return requests
+    return [replace(request, steps=fewer_steps(request.steps, scale)) for request in requests]
+
+
+def _solo_latencies_s(requests: Sequence[Request], profile: Profile) -> list[float]:
+    solo: dict[tuple[int, int, bool], int] = {}
+    return [_solo_ns(request, profile, solo) / NS_PER_S for request in requests]
+
+
+def _solo_ns(request: Request, profile: Profile, known: dict[tuple[int, int, bool], int]) -> int:
+    kind = (request.steps, request.images, request.guidance_scale > 1)
+    if kind not in known:
+        known[kind] = solo_latency_ns(request, profile)
+    return known[kind]
