@@ -44,8 +44,7 @@ from synerdiff.diffusion.lora import random_lora, save_lora
 from synerdiff.figures.style import finish, new_figure, save, styled
 from synerdiff.profile.adapters import QUANTITIES, Adapters
 from synerdiff.profile.tables import Profile, Spread
-from synerdiff.validation.calibration import refreshed
-from synerdiff.validation.cell_tour import Seen, cells_seen, joined
+from synerdiff.validation.calibration import CellTimes, cell_times, joined, refreshed
 
 BOUND = 5
 RANK = 16
@@ -144,13 +143,13 @@ def plain_cases(steps: int) -> list[Case]:
     return [case((1.0,)), case((GUIDANCE,)), case((GUIDANCE, GUIDANCE))]
 
 
-def plain_cells(cases: list[Case], hardware: Hardware, profile: Profile) -> Seen:
+def plain_cells(cases: list[Case], hardware: Hardware, profile: Profile) -> CellTimes:
     """Steps, decodes and overheads as the runner has them when step follows step."""
     parts = []
     for case in cases:
         run = run_real(case.requests, case.policy(), profile, hardware)
         assert run.error is None, run.error
-        parts.append(cells_seen(case.policy().chunking, run))
+        parts.append(cell_times(case.policy().chunking, run))
     return joined(parts)
 
 

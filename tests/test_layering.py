@@ -73,11 +73,8 @@ LATE: set[str] = {
     "synerdiff.fidelity.scores",
     "synerdiff.figures.trace",
     "synerdiff.results.folder",
-    "synerdiff.validation.calibration",
-    "synerdiff.validation.errors",
     "synerdiff.validation.katz",
     "synerdiff.validation.report",
-    "synerdiff.validation.session",
 }
 """Modules below the commands with an import of anything but a heavy library inside a function."""
 COMMANDS: set[str] = {
@@ -95,7 +92,6 @@ COMMANDS: set[str] = {
 """Commands with more than one import of ours inside a function."""
 TWICE: set[str] = {
     "Atom",
-    "Beside",
     "Case",
     "Cell",
     "ChunkPiece",
@@ -107,7 +103,6 @@ TWICE: set[str] = {
     "Replica",
     "Results",
     "Rule",
-    "Session",
     "Settings",
     "Source",
     "StepPiece",

@@ -52,7 +52,7 @@ def validate(
     if chosen not in TOLERANCES:
         raise InputError(f"--tolerance is '{chosen}'; allowed are {' and '.join(TOLERANCES)}.")
     limits = TOLERANCES[chosen]
-    plan = study.Plan(
+    plan = study.ValidationPlan(
         tuple(dict.fromkeys(policy or DEFAULT_POLICIES)),
         (*dict.fromkeys(load or DEFAULT_LOADS), *([study.SATURATION] if saturation else [])),
         repeats,

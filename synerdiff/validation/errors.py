@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from synerdiff.core import NS_PER_S, RunResult, WorkRecord
 from synerdiff.profile.tables import Profile
+from synerdiff.results import records
 from synerdiff.results.intervals import Interval, percentile_interval
-from synerdiff.validation.cell_tour import handed_over
-from synerdiff.validation.session import Case, Observation, Session
+from synerdiff.results.metrics import summarize
+from synerdiff.validation.calibration import handed_over
+from synerdiff.validation.session import Case, Observation, Validation
 
 if TYPE_CHECKING:
     import pandas
@@ -95,12 +97,12 @@ class CaseErrors:
     """Per request: id, predicted and measured latency in seconds, medians over repeats."""
 
 
-def case_errors(session: Session, case: Case) -> CaseErrors:
+def case_errors(session: Validation, case: Case) -> CaseErrors:
     """Compare the complete repeats of one case."""
-    seen = session.observations[case][: session.repeats]
+    observed = session.observations[case][: session.repeats]
     found = CaseErrors(case)
     pairs = []
-    for one in seen:
+    for one in observed:
         profile = session.profile_of(one)
         assert one.predicted is not None
         measured_run = replace(one.run.result, work=handed_over(one.run))
@@ -125,12 +127,12 @@ def case_errors(session: Session, case: Case) -> CaseErrors:
             tuple(known),
         )
     if not case.saturated:
-        found.range_s = _range(seen)
+        found.range_s = _range(observed)
     found.blame = _blame(found)
     for name, values_ns in (("step", "step_ns"), ("chunk", "chunk_ns"), ("decide", "decide_ns")):
-        every = [value for one in seen for value in getattr(one.run.dispatch, values_ns)]
+        every = [value for one in observed for value in getattr(one.run.dispatch, values_ns)]
         found.dispatch_s[name] = median(every) / NS_PER_S if every else 0.0
-    found.latencies = _latencies(seen)
+    found.latencies = _latencies(observed)
     return found
 
 
@@ -168,10 +170,10 @@ def _in_range(case: Case, errors: CaseErrors, tolerance: Tolerance) -> Check:
     return Check(case, "mean latency", found, allowed, below >= 1 >= above)
 
 
-def _range(seen: Sequence[Observation]) -> tuple[float, float]:
+def _range(observed: Sequence[Observation]) -> tuple[float, float]:
     """Measured mean latency over that simulated with all times shorter, and with all times longer."""
     ratios: tuple[list[float], list[float]] = ([], [])
-    for one in seen:
+    for one in observed:
         assert one.low is not None
         assert one.high is not None
         measured = _mean_latency_s(one.run.result)
@@ -235,34 +237,30 @@ def _decode_time_s(measured: Sequence[WorkRecord], work: Sequence[WorkRecord]) -
 
 
 def _summary(result: RunResult) -> dict[str, Any]:
-    from synerdiff.results.metrics import summarize
-
     requests, work = frames(result)
     return summarize(requests, work, [0.0] * len(requests))
 
 
 def frames(result: RunResult) -> tuple[pandas.DataFrame, pandas.DataFrame]:
     """A run's requests and work as data frames."""
-    from synerdiff.results import records
-
     return (
         records.requests_table(result.requests).to_pandas(),
         records.work_table(result.work, result.sample_names).to_pandas(),
     )
 
 
-def _latencies(seen: Sequence[Observation]) -> list[tuple[int, float, float]]:
+def _latencies(observed: Sequence[Observation]) -> list[tuple[int, float, float]]:
     """Medians over repeats, for requests that were done in all of them."""
     predicted: dict[int, list[float]] = {}
     measured: dict[int, list[float]] = {}
-    for one in seen:
+    for one in observed:
         assert one.predicted is not None
         for found, result in ((predicted, one.predicted), (measured, one.run.result)):
             for record in result.requests:
                 if record.status == "done":
                     latency_s = (record.finished_ns - record.request.arrival_ns) / NS_PER_S
                     found.setdefault(record.request.request_id, []).append(latency_s)
-    complete = [i for i in sorted(predicted) if len(predicted[i]) == len(measured.get(i, ())) == len(seen)]
+    complete = [i for i in sorted(predicted) if len(predicted[i]) == len(measured.get(i, ())) == len(observed)]
     return [(i, median(predicted[i]), median(measured[i])) for i in complete]
 
 

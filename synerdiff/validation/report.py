@@ -14,7 +14,7 @@ from synerdiff.files import atomic
 from synerdiff.profile.folder import write_profile, write_table
 from synerdiff.profile.tables import Profile
 from synerdiff.validation.errors import METRICS, POINTS, CaseErrors, Check, Tolerance, frames
-from synerdiff.validation.session import Session
+from synerdiff.validation.session import Validation
 
 FILES = ("validation.json", "report.md", "requests.csv", "profile")
 FIGURES = ("prediction-errors", "requests", "timelines")
@@ -37,7 +37,7 @@ def require_validation_folder(out: Path) -> None:
 
 def write_report(
     out: Path,
-    session: Session,
+    session: Validation,
     cases: Sequence[CaseErrors],
     verdicts: Sequence[Check],
     tolerance: Tolerance,
@@ -62,7 +62,7 @@ def write_report(
 
 
 def as_json(
-    session: Session,
+    session: Validation,
     cases: Sequence[CaseErrors],
     verdicts: Sequence[Check],
     tolerance: Tolerance,
@@ -104,7 +104,7 @@ def as_json(
     }
 
 
-def drift(before: Profile, now: Profile, session: Session) -> dict[str, float]:
+def drift(before: Profile, now: Profile, session: Validation) -> dict[str, float]:
     """Median over the measured cells of now / as shipped, per table."""
     cells = session.passes[0]
     corun = [(now.corun[key[:2]][key[2]], before.corun.get(key[:2], {}).get(key[2])) for key in cells.beside]
@@ -224,7 +224,7 @@ def _cell(metric: Mapping[str, Any] | None, key: str, kind: str) -> str:
 
 
 def _draw(
-    out: Path, session: Session, cases: Sequence[CaseErrors], tolerance: Tolerance, facts: Mapping[str, Any]
+    out: Path, session: Validation, cases: Sequence[CaseErrors], tolerance: Tolerance, facts: Mapping[str, Any]
 ) -> None:
     import pandas as pd
 
@@ -260,9 +260,9 @@ def _draw(
         table = pd.DataFrame(points, columns=["load", "policy", "predicted_s", "measured_s"])
         save(request_scatter(table, caption=made_on), out, "requests")
     case = max((one.case for one in cases), key=lambda case: (not case.saturated, case.load, case.policy))
-    seen = session.observations[case][session.repeats // 2]
-    assert seen.predicted is not None
-    predicted, measured = frames(seen.predicted)[1], frames(seen.run.result)[1]
+    observed = session.observations[case][session.repeats // 2]
+    assert observed.predicted is not None
+    predicted, measured = frames(observed.predicted)[1], frames(observed.run.result)[1]
     begin_s, end_s = _shown_window(measured)
     figure = two_timelines(
         predicted,
@@ -270,7 +270,7 @@ def _draw(
         begin_s,
         end_s,
         title=f"The same {end_s - begin_s:.2g} s, predicted and measured: {case.label}",
-        caption=f"Repeat {seen.repeat + 1}. {made_on}",
+        caption=f"Repeat {observed.repeat + 1}. {made_on}",
     )
     save(figure, out, "timelines")
 

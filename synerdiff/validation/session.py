@@ -7,23 +7,67 @@ repeats.
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from policies.base import Policy
 from policies.registry import build_policy
+from real_runner.engine import run_real
+from real_runner.hardware import chunking_of
+from simulator import simulate
 from synerdiff.core import NO_SKIPS, Decision, InputError, Request, RunResult, SkipBudget, View, WorkerInfo
 from synerdiff.experiments.one_run import time_scale_for_load
 from synerdiff.profile.tables import Profile
-from synerdiff.validation.calibration import Cells, all_times_scaled, cells_for, refreshed, take_pass
-from synerdiff.validation.cell_tour import Seen
-from synerdiff.validation.machine_load import UNKNOWN, Load, MachineLoad
+from synerdiff.validation.calibration import Cells, CellTimes, all_times_scaled, cells_for, refreshed, take_pass
+from traces.scaling import scaled
 
 if TYPE_CHECKING:
     from real_runner.engine import RealRun
     from real_runner.hardware import Hardware
+
+
+class BusyCores(NamedTuple):
+    """Averages in cores; None where the system does not tell."""
+
+    others: float | None
+    """Kept busy by other processes."""
+    stolen: float | None
+    """Ready to run but not run by the host."""
+
+
+UNKNOWN = BusyCores(None, None)
+
+
+class MachineLoad:
+    """From Linux's /proc/stat and this process's own time."""
+
+    def __init__(self) -> None:
+        self._since = self._now()
+
+    def load(self) -> BusyCores:
+        """Since the start."""
+        now = self._now()
+        if now is None or self._since is None:
+            return UNKNOWN
+        wall_s, busy_s, own_s, stolen_s = (after - before for after, before in zip(now, self._since, strict=True))
+        return BusyCores(max(0.0, (busy_s - own_s) / wall_s), stolen_s / wall_s)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float, float] | None:
+        """(wall, busy on all cores, own, stolen) seconds."""
+        try:
+            fields = Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, softirq, stolen = (int(field) for field in fields[:8])
+        ticks = os.sysconf("SC_CLK_TCK")
+        return time.monotonic(), (user + nice + system + irq + softirq) / ticks, time.process_time(), stolen / ticks
+
 
 SATURATION = float("inf")
 """The load of a burst: all requests at once, for throughput."""
@@ -50,7 +94,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ValidationPlan:
     """What is validated. ``range_factors``: by what all times are multiplied for the simulated range."""
 
     policies: tuple[str, ...]
@@ -89,33 +133,33 @@ class Observation:
 
 
 @dataclass(slots=True)
-class Session:
+class Validation:
     """Everything that was measured, before anything is concluded."""
 
-    plan: Plan
+    plan: ValidationPlan
     profile: Profile
     """As it was shipped."""
     cells: Cells
     time_scales: dict[float, float]
-    passes: list[Seen]
+    passes: list[CellTimes]
     """Some before the first run, one after each run."""
     observations: dict[Case, list[Observation]] = field(default_factory=dict)
-    load: Load = UNKNOWN
+    load: BusyCores = UNKNOWN
     """What else kept the machine busy meanwhile."""
 
     @property
     def repeats(self) -> int:
         """Repeats of which every case was run."""
-        return min((len(found) for found in self.observations.values()), default=0)
+        return min((len(runs) for runs in self.observations.values()), default=0)
 
     @property
     def pooled(self) -> Profile:
         """From all passes."""
         return refreshed(self.profile, self.passes, self.passes)
 
-    def profile_of(self, seen: Observation) -> Profile:
+    def profile_of(self, observed: Observation) -> Profile:
         """Times from the passes around that run, slowdowns from all."""
-        around = self.passes[max(0, seen.place - PASSES_AROUND) : seen.place + PASSES_AROUND]
+        around = self.passes[max(0, observed.place - PASSES_AROUND) : observed.place + PASSES_AROUND]
         return refreshed(self.profile, around, self.passes)
 
 
@@ -139,20 +183,17 @@ OnProgress = Callable[[int, int, str], None]
 
 
 def measure_session(
-    plan: Plan,
+    plan: ValidationPlan,
     profile: Profile,
     requests: Sequence[Request],
     hardware: Hardware,
     stop: threading.Event,
     on_progress: OnProgress,
-) -> Session:
+) -> Validation:
     """Passes over the cells, then for each repeat every case, with a pass after each; ``stop`` ends it.
 
     Cases take turns in going first. A run that ends early (a hung lane, a broken contract) raises its error.
     """
-    from real_runner.engine import run_real
-    from real_runner.hardware import chunking_of
-
     guided = any(request.guidance_scale > 1 for request in requests)
     info = WorkerInfo(profile.max_rows, 0, (0,) * len(hardware.decode), 2 if guided else 1)
     even_only = plan.budget.fraction_ppm == 0 and all(request.guidance_scale > 1 for request in requests)
@@ -168,13 +209,13 @@ def measure_session(
     for name in cells.chunkings:
         hardware.warm_up(cells.rows, chunking_of(profile, name))
     watch = MachineLoad()
-    passes: list[Seen] = []
+    passes: list[CellTimes] = []
     for _ in range(PASSES_AROUND):
         passes.append(take_pass(hardware, profile, cells))
         report("profile cells")
     first = refreshed(profile, passes, passes)
     scales = {load: 0.0 if load == SATURATION else time_scale_for_load(requests, first, load) for load in plan.loads}
-    session = Session(plan, profile, cells, scales, passes, {case: [] for case in plan.cases})
+    session = Validation(plan, profile, cells, scales, passes, {case: [] for case in plan.cases})
     for repeat in range(plan.repeats):
         turn = repeat % len(plan.cases)
         for case in plan.cases[turn:] + plan.cases[:turn]:
@@ -195,42 +236,36 @@ def measure_session(
     return session
 
 
-def predict(session: Session, lanes: int, on_progress: OnProgress) -> None:
+def predict(session: Validation, lanes: int, on_progress: OnProgress) -> None:
     """Fill in what the simulator says about every observed run of the complete repeats."""
     plan = session.plan
     total = session.repeats * len(plan.cases)
     done = 0
     for repeat in range(session.repeats):
         for case in plan.cases:
-            seen = session.observations[case][repeat]
-            times = session.profile_of(seen)
-            seen.predicted = _simulated(session, case, seen, times, lanes)
+            observed = session.observations[case][repeat]
+            times = session.profile_of(observed)
+            observed.predicted = _simulated(session, case, observed, times, lanes)
             if not case.saturated:
                 low, high = (all_times_scaled(times, factor) for factor in plan.range_factors)
-                seen.low = _simulated(session, case, seen, low, lanes)
-                seen.high = _simulated(session, case, seen, high, lanes)
+                observed.low = _simulated(session, case, observed, low, lanes)
+                observed.high = _simulated(session, case, observed, high, lanes)
             done += 1
             on_progress(done, total, f"predicting {case.label}")
 
 
-def _simulated(session: Session, case: Case, seen: Observation, times: Profile, lanes: int) -> RunResult:
-    from simulator import simulate
-
-    policy = Planned(build_policy(case.policy), seen.planning)
-    return simulate(seen.requests, policy, times, decode_gpus=(0,) * lanes, budget=session.plan.budget)
+def _simulated(session: Validation, case: Case, observed: Observation, times: Profile, lanes: int) -> RunResult:
+    policy = Planned(build_policy(case.policy), observed.planning)
+    return simulate(observed.requests, policy, times, decode_gpus=(0,) * lanes, budget=session.plan.budget)
 
 
 def _at_scale(requests: Sequence[Request], scale: float) -> list[Request]:
-    from dataclasses import replace
-
-    from traces.scaling import scaled
-
     if scale == 0:
         return [replace(request, arrival_ns=0) for request in requests]
     return scaled(requests, scale)
 
 
-def _chunkings(plan: Plan, profile: Profile, info: WorkerInfo) -> list[str]:
+def _chunkings(plan: ValidationPlan, profile: Profile, info: WorkerInfo) -> list[str]:
     names = []
     for name in plan.policies:
         policy = build_policy(name)
@@ -239,7 +274,7 @@ def _chunkings(plan: Plan, profile: Profile, info: WorkerInfo) -> list[str]:
     return names
 
 
-def _most_rows(plan: Plan, profile: Profile, info: WorkerInfo) -> int:
+def _most_rows(plan: ValidationPlan, profile: Profile, info: WorkerInfo) -> int:
     """Rows of the largest step that any of the policies can make: its batch, when it has one."""
     most = 0
     for name in plan.policies:

@@ -23,11 +23,10 @@ from synerdiff.experiments.swift_grid import SwiftStudy, run_grid
 from synerdiff.profile.folder import find_profile, load_profile
 from synerdiff.profile.tables import Profile
 from synerdiff.results.records import requests_table, work_table
-from synerdiff.validation.calibration import all_times_scaled, cells_for
-from synerdiff.validation.cell_tour import Beside, Seen
+from synerdiff.validation.calibration import CellTimes, Overlap, all_times_scaled, cells_for
 from synerdiff.validation.errors import METRICS, TOLERANCES, case_errors, checks
 from synerdiff.validation.katz import compare, predict
-from synerdiff.validation.session import SATURATION, Observation, Plan, Session
+from synerdiff.validation.session import SATURATION, Observation, Validation, ValidationPlan
 from tests.builders import affine_profile, requests_at
 from tests.golden.pins import Table
 
@@ -241,15 +240,15 @@ def _case_errors() -> list[Any]:
     return [case_errors(session, case) for case in session.plan.cases]
 
 
-def _recorded_session() -> Session:
+def _recorded_session() -> Validation:
     """Three repeats of two policies at two loads and in a burst; the machine is up to 9% slower than the profile."""
     profile = load_profile(find_profile("digits-cpu"))
     truth = all_times_scaled(profile, 1.06)
     truth.chunks = all_times_scaled(profile, 1.09).chunks
     loads = (0.5, 0.8, SATURATION)
-    plan = Plan(("continuous-serial", "synerdiff-feedback"), loads, 3, range_factors=(0.85, 1.15))
+    plan = ValidationPlan(("continuous-serial", "synerdiff-feedback"), loads, 3, range_factors=(0.85, 1.15))
     passes = [_seen(profile, 1.01)]
-    session = Session(plan, profile, cells_for(profile, 16, ["whole", "c4"]), dict.fromkeys(loads, 1.0), passes)
+    session = Validation(plan, profile, cells_for(profile, 16, ["whole", "c4"]), dict.fromkeys(loads, 1.0), passes)
     for case in plan.cases:
         gap_ms = 0 if case.saturated else 8 / case.load
         requests = requests_at(*(gap_ms * i for i in range(40)), steps=6)
@@ -268,18 +267,18 @@ def _recorded_session() -> Session:
     return session
 
 
-def _seen(profile: Profile, factor: float) -> Seen:
+def _seen(profile: Profile, factor: float) -> CellTimes:
     """A pass over the cells that finds the profile's times, multiplied by a factor, and its slowdowns."""
 
     def samples(ns: int) -> list[int]:
         return [round(ns * factor) + offset for offset in (-1_000, 0, 3_000)]
 
-    return Seen(
+    return CellTimes(
         {rows: samples(cell.median) for rows, cell in profile.steps.items()},
         {name: [samples(cell.median) for cell in cells] for name, cells in profile.chunks.items()},
         {name: [cell.median] for name, cell in profile.overheads.items()},
         {
-            (name, chunk, rows): (Beside(cell.step.median, 1e6, 1), Beside(cell.chunk.median, 1e6, 1))
+            (name, chunk, rows): (Overlap(cell.step.median, 1e6, 1), Overlap(cell.chunk.median, 1e6, 1))
             for (name, chunk), cells in profile.corun.items()
             for rows, cell in cells.items()
         },

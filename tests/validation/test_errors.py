@@ -13,12 +13,10 @@ from real_runner.dispatch import Dispatch
 from simulator import simulate
 from synerdiff.core import InputError
 from synerdiff.profile.folder import load_profile
-from synerdiff.validation.calibration import all_times_scaled, cells_for, refreshed
-from synerdiff.validation.cell_tour import Beside, Seen, handed_over
+from synerdiff.validation.calibration import CellTimes, Overlap, all_times_scaled, cells_for, handed_over, refreshed
 from synerdiff.validation.errors import TOLERANCES, case_errors, checks
-from synerdiff.validation.machine_load import MachineLoad
 from synerdiff.validation.report import as_json, require_validation_folder, write_report
-from synerdiff.validation.session import SATURATION, Case, Observation, Plan, Session
+from synerdiff.validation.session import SATURATION, Case, MachineLoad, Observation, Validation, ValidationPlan
 from tests.builders import affine_profile, requests_at
 
 FACTS = {
@@ -35,16 +33,16 @@ FACTS = {
 DISPATCH_NS = 200_000
 
 
-def seen_of(profile, factor: float = 1.0, spread: int = 0) -> Seen:
+def times_of(profile, factor: float = 1.0, spread: int = 0) -> CellTimes:
     """Cells that say exactly what the profile does, times a factor, or ``spread`` ns around it, and the hand-over."""
 
     def samples(ns: int) -> list[int]:
         return [round(ns * factor) + offset + DISPATCH_NS for offset in (-spread, 0, spread)]
 
-    def beside(slowdown_ppm: int) -> Beside:
-        return Beside(slowdown_ppm, 1e6, 1)
+    def beside(slowdown_ppm: int) -> Overlap:
+        return Overlap(slowdown_ppm, 1e6, 1)
 
-    return Seen(
+    return CellTimes(
         {rows: samples(cell.median) for rows, cell in profile.steps.items()},
         {name: [samples(cell.median) for cell in cells] for name, cells in profile.chunks.items()},
         {name: [cell.median] for name, cell in profile.overheads.items()},
@@ -77,9 +75,9 @@ def make_session(
 ):
     """A session whose hardware is the simulator with the profile ``truth``."""
     profile = contended()
-    plan = Plan(policies, loads, repeats, range_factors=(1 - factor, 1 + factor))
-    passes = [seen_of(profile)]
-    session = Session(plan, profile, cells_for(profile, 16, ["whole"]), dict.fromkeys(loads, 1.0), passes)
+    plan = ValidationPlan(policies, loads, repeats, range_factors=(1 - factor, 1 + factor))
+    passes = [times_of(profile)]
+    session = Validation(plan, profile, cells_for(profile, 16, ["whole"]), dict.fromkeys(loads, 1.0), passes)
     for case in plan.cases:
         gap_ms = 0 if case.saturated else 30 / case.load
         requests = requests_at(*(gap_ms * i for i in range(60)), steps=5)
@@ -89,18 +87,18 @@ def make_session(
             def run(times, requests=requests, case=case):
                 return simulate(requests, build_policy(case.policy), times)
 
-            passes.append(seen_of(profile))
-            seen = Observation(repeat, len(passes) - 1, session.pooled, requests, on_hardware(run(truth)))
-            now = session.profile_of(seen)
-            seen.predicted = run(now)
-            seen.low, seen.high = (run(all_times_scaled(now, f)) for f in plan.range_factors)
-            session.observations[case].append(seen)
+            passes.append(times_of(profile))
+            one = Observation(repeat, len(passes) - 1, session.pooled, requests, on_hardware(run(truth)))
+            now = session.profile_of(one)
+            one.predicted = run(now)
+            one.low, one.high = (run(all_times_scaled(now, f)) for f in plan.range_factors)
+            session.observations[case].append(one)
     return session
 
 
 def test_refreshed_cells_are_the_means_of_their_passes():
     profile = contended()
-    passes = [seen_of(profile, 1.1, spread=1000), seen_of(profile, 1.3)]
+    passes = [times_of(profile, 1.1, spread=1000), times_of(profile, 1.3)]
     new = refreshed(profile, passes, passes)
     assert new.steps[4].median == pytest.approx(1.2 * profile.step_ns(4), abs=1)
     assert new.steps[4].n == 6
@@ -114,21 +112,21 @@ def test_refreshed_cells_are_the_means_of_their_passes():
 
 def test_a_long_tail_is_paid_for():
     profile = contended()
-    seen = seen_of(profile)
-    steps = dict(seen.steps) | {4: [10_200_000] * 9 + [110_200_000]}
-    new = refreshed(profile, [replace(seen, steps=steps)], [seen])
+    one = times_of(profile)
+    steps = dict(one.steps) | {4: [10_200_000] * 9 + [110_200_000]}
+    new = refreshed(profile, [replace(one, steps=steps)], [one])
     assert new.step_ns(4) == 20_000_000, "the median would leave out what one step in ten costs"
 
 
 def test_slowdowns_are_summed_before_they_are_divided_and_bounded():
     profile = contended()
-    seen = seen_of(profile)
+    one = times_of(profile)
 
-    def with_cell(step: Beside, chunk: Beside) -> Seen:
-        return replace(seen, beside=dict(seen.beside) | {("whole", 0, 32): (step, chunk)})
+    def with_cell(step: Overlap, chunk: Overlap) -> CellTimes:
+        return replace(one, beside=dict(one.beside) | {("whole", 0, 32): (step, chunk)})
 
-    first = with_cell(Beside(1_000, 900.0, 1), Beside(500, 500.0, 1))
-    second = with_cell(Beside(2_000, 1_100.0, 2), Beside(1_000, -400.0, 2))
+    first = with_cell(Overlap(1_000, 900.0, 1), Overlap(500, 500.0, 1))
+    second = with_cell(Overlap(2_000, 1_100.0, 2), Overlap(1_000, -400.0, 2))
     new = refreshed(profile, [first, second], [first, second])
     assert new.slowdown_ppm(32, "whole", 0) == (1_500_000, 10_000_000)
     assert new.corun["whole", 0][32].step.n == 3
@@ -246,11 +244,11 @@ def test_the_report_says_what_failed_and_where(tmp_path):
 def test_a_run_is_predicted_from_the_passes_around_it():
     session = make_session(contended(), repeats=2)
     case = session.plan.cases[1]
-    seen = session.observations[case][0]
-    assert seen.place == 3
+    one = session.observations[case][0]
+    assert one.place == 3
     for place in (1, 2, 3, 4):
-        session.passes[place] = seen_of(session.profile, 1.2)
-    assert session.profile_of(seen).step_ns(4) == round(1.2 * session.profile.step_ns(4))
+        session.passes[place] = times_of(session.profile, 1.2)
+    assert session.profile_of(one).step_ns(4) == round(1.2 * session.profile.step_ns(4))
     other = session.observations[session.plan.cases[3]][1]
     assert session.profile_of(other).step_ns(4) == session.profile.step_ns(4)
 
@@ -269,6 +267,6 @@ def test_others_on_the_machine_are_noticed():
 
 def test_plans_are_checked():
     with pytest.raises(InputError, match="--repeats is 0"):
-        Plan(("static",), (0.5,), 0)
+        ValidationPlan(("static",), (0.5,), 0)
     with pytest.raises(InputError, match="--load is 3; a number above 0 and up to 2"):
-        Plan(("static",), (0.5, 3.0))
+        ValidationPlan(("static",), (0.5, 3.0))

@@ -1,4 +1,4 @@
-"""The tour over a profile's cells: what it visits, and that its records give back the times that a lane really has."""
+"""The policy that visits a profile's cells: which ones, and that its records tell the times that lanes really have."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from synerdiff.core import WorkRecord
-from synerdiff.validation.calibration import refreshed
-from synerdiff.validation.cell_tour import STEPS_BESIDE, CellTour, cells_seen, joined
+from synerdiff.validation.calibration import STEPS_BESIDE, CellVisitor, cell_times, joined, refreshed
 from tests.builders import make_profile
 from tests.real_runner.test_rounds import rehearse
 
@@ -21,10 +20,10 @@ def small(chunks, overheads=None):
     return profile
 
 
-def toured(profile, chunking, rows, rounds=1):
-    """A whole tour on lanes that keep exactly to the profile's times."""
-    tour = CellTour(chunking, rows, rounds)
-    run = rehearse(tour.requests, tour, profile, stop=tour.over)
+def visited(profile, chunking, rows, rounds=1):
+    """All visits on lanes that keep exactly to the profile's times."""
+    visitor = CellVisitor(chunking, rows, rounds)
+    run = rehearse(visitor.requests, visitor, profile, stop=visitor.over)
     assert run.error is None
     return run
 
@@ -34,31 +33,31 @@ def toured(profile, chunking, rows, rounds=1):
 def test_every_cell_is_visited_and_gives_back_its_time(chunking, lead_ns):
     profile = small({"whole": [170_000], "c3": [50_000, 70_000, 50_000]}, {"decision_lead": lead_ns})
     rows = (1, 2, 3, 4, 8)
-    run = toured(profile, chunking, rows, rounds=2)
-    seen = cells_seen(chunking, run)
-    assert tuple(seen.steps) == rows
-    for count, times in seen.steps.items():
-        assert set(times) == {STEPS[count]}
-        assert len(times) >= 2 * 3
+    run = visited(profile, chunking, rows, rounds=2)
+    times = cell_times(chunking, run)
+    assert tuple(times.steps) == rows
+    for count, samples in times.steps.items():
+        assert set(samples) == {STEPS[count]}
+        assert len(samples) >= 2 * 3
     solo = [cell.median for cell in profile.chunks[chunking]]
-    assert [set(column) for column in seen.chunks[chunking]] == [{ns} for ns in solo]
-    assert {len(column) for column in seen.chunks[chunking]} == {2 * len(rows)}
-    assert set(seen.beside) == {(chunking, chunk, count) for chunk in range(len(solo)) for count in rows}
-    for step, chunk in seen.beside.values():
+    assert [set(column) for column in times.chunks[chunking]] == [{ns} for ns in solo]
+    assert {len(column) for column in times.chunks[chunking]} == {2 * len(rows)}
+    assert set(times.beside) == {(chunking, chunk, count) for chunk in range(len(solo)) for count in rows}
+    for step, chunk in times.beside.values():
         assert step.pieces
         assert chunk.pieces
         assert step.progress_ns == pytest.approx(step.overlap_ns), "these lanes do not slow each other down"
         assert chunk.progress_ns == pytest.approx(chunk.overlap_ns)
-    new = refreshed(profile, [seen], [seen])
+    new = refreshed(profile, [times], [times])
     assert new.slowdown_ppm(8, chunking, 0) == (1_000_000, 1_000_000)
     assert new.step_ns(3) == STEPS[3]
 
 
 def test_a_decode_longer_than_many_steps_ends_alone():
     profile = small({"whole": [STEPS_BESIDE * 100_000 + 5_000_000]})
-    run = toured(profile, "whole", (1, 2))
-    seen = cells_seen("whole", run)
-    step, chunk = seen.beside["whole", 0, 1]
+    run = visited(profile, "whole", (1, 2))
+    times = cell_times("whole", run)
+    step, chunk = times.beside["whole", 0, 1]
     assert (step.pieces, chunk.pieces) == (STEPS_BESIDE, 1)
     assert chunk.overlap_ns == STEPS_BESIDE * 100_000
     assert chunk.progress_ns == pytest.approx(chunk.overlap_ns), "what it did alone is not counted"
@@ -80,11 +79,11 @@ def test_what_each_side_loses_is_found_from_pieces_that_overlap_in_part():
         piece("step", 370, 479),
     ]
     dispatch = SimpleNamespace(step_ns=[0] * 4, chunk_ns=[0] * 2, prepare_ns=[], copy_ns=[5])
-    seen = cells_seen("whole", SimpleNamespace(result=SimpleNamespace(work=work), dispatch=dispatch))
-    assert seen.steps == {2: [100, 100]}
-    assert seen.chunks == {"whole": [[60]]}
-    assert seen.overheads["result_copy"] == [5]
-    step, chunk = seen.beside["whole", 0, 2]
+    times = cell_times("whole", SimpleNamespace(result=SimpleNamespace(work=work), dispatch=dispatch))
+    assert times.steps == {2: [100, 100]}
+    assert times.chunks == {"whole": [[60]]}
+    assert times.overheads["result_copy"] == [5]
+    step, chunk = times.beside["whole", 0, 2]
     assert (step.overlap_ns, step.pieces) == (60 + 18, 2)
     assert step.progress_ns == pytest.approx((100 - 40) + (100 - 91)), (
         "what the steps did outside of the overlap is known"
@@ -93,11 +92,11 @@ def test_what_each_side_loses_is_found_from_pieces_that_overlap_in_part():
     assert chunk.progress_ns == pytest.approx(60 - 10), "in the gap between the steps the chunk ran at full speed"
 
 
-def test_tours_of_several_chunkings_are_joined():
+def test_passes_with_several_chunkings_are_joined():
     profile = small({"whole": [170_000], "c3": [50_000, 70_000, 50_000]})
-    parts = [cells_seen(name, toured(profile, name, (2, 4))) for name in ("whole", "c3")]
-    seen = joined(parts)
-    assert set(seen.chunks) == {"whole", "c3"}
-    assert len(seen.steps[4]) == sum(len(part.steps[4]) for part in parts)
-    assert len(seen.overheads["chunk_dispatch"]) == 2 * 2 * (1 + 3)
-    assert len(seen.beside) == 2 * (1 + 3)
+    parts = [cell_times(name, visited(profile, name, (2, 4))) for name in ("whole", "c3")]
+    times = joined(parts)
+    assert set(times.chunks) == {"whole", "c3"}
+    assert len(times.steps[4]) == sum(len(part.steps[4]) for part in parts)
+    assert len(times.overheads["chunk_dispatch"]) == 2 * 2 * (1 + 3)
+    assert len(times.beside) == 2 * (1 + 3)
