@@ -24,7 +24,8 @@ from profiler.settings import Settings
 from synerdiff.core import NS_PER_S, InputError
 from synerdiff.device.lanes import Lane
 from synerdiff.device.link import LinkLost
-from synerdiff.diffusion.controlnet import ControlNet, load_controlnet, random_controlnet
+from synerdiff.diffusion.controlnet import example_call, load_controlnet, random_controlnet
+from synerdiff.diffusion.denoisers.controlnet import ControlNet
 from synerdiff.diffusion.denoisers.unet import Residuals, add_residuals, sum_residuals
 from synerdiff.diffusion.lora import random_lora, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
@@ -164,7 +165,7 @@ class Session:
 
     def _rows(self, rows: int) -> Take:
         bench, model = self._bench, self._bench.model
-        call = self._net.example_call(model, rows)
+        call = example_call(self._net, model, rows)
         inputs: RowInputs = call.inputs
 
         def take() -> dict[Point, int]:
@@ -193,7 +194,7 @@ class Session:
 
     def _sizes_of_messages(self) -> None:
         model = self._bench.model
-        call = self._net.example_call(model, 1)
+        call = example_call(self._net, model, 1)
         residuals: Residuals = self._net.residuals(call)
         row_bytes = sum(tensor.numel() * tensor.element_size() for tensor in call.inputs.tensors())
         noise = call.inputs.latents
@@ -209,7 +210,7 @@ class Session:
     def _served(self, rows: int, second: SecondProcess) -> Take:
         """A forward with the ControlNet in the second process, as the runner makes it."""
         bench, model = self._bench, self._bench.model
-        inputs = self._net.example_call(model, rows).inputs
+        inputs = example_call(self._net, model, rows).inputs
         spent: dict[Point, int] = {}
 
         def step() -> None:
@@ -232,7 +233,7 @@ class Session:
     def _halved(self, rows: int, second: SecondProcess) -> Take:
         """A forward here and another one there at the same time, as the halves of the guidance run."""
         bench, model = self._bench, self._bench.model
-        inputs = self._net.example_call(model, rows).inputs
+        inputs = example_call(self._net, model, rows).inputs
 
         def both() -> int:
             second.step(inputs)
@@ -251,7 +252,7 @@ class Session:
         """
         bench, model = self._bench, self._bench.model
         buckets = model.row_buckets or (1,)
-        inputs, fewest = (self._net.example_call(model, rows).inputs for rows in (max(buckets), min(buckets)))
+        inputs, fewest = (example_call(self._net, model, rows).inputs for rows in (max(buckets), min(buckets)))
         largest = max(buckets) * self._constants["residual_bytes", 1]
         both_ways = largest + max(buckets) * self._constants["latent_bytes", 1]
 

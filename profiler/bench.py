@@ -10,7 +10,8 @@ import torch
 
 from profiler.sampling import FULL_CPU, FULL_GPU, QUICK, Rule
 from profiler.settings import Settings
-from synerdiff.device.lanes import Device, Lane, available_cores, open_device
+from synerdiff.device import open_device
+from synerdiff.device.lanes import Device, Lane, available_cores
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.stages import prepare_steps

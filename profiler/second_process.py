@@ -25,7 +25,8 @@ from synerdiff.core import InputError
 from synerdiff.device.lanes import available_cores
 from synerdiff.device.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion.checkpoint import load_model
-from synerdiff.diffusion.controlnet import ControlCall, ControlNet, load_controlnet
+from synerdiff.diffusion.controlnet import example_call, load_controlnet
+from synerdiff.diffusion.denoisers.controlnet import ControlCall, ControlNet
 from synerdiff.diffusion.denoisers.unet import Residuals
 from synerdiff.diffusion.rows import RowInputs
 
@@ -127,7 +128,7 @@ class _Service:
             return {"ns": self._spent_ns(since_ns)}, {"noise": noise}
         rows = int(message.fields["rows"])
         if rows not in self._calls:
-            self._calls[rows] = self._net.example_call(self._model, rows)
+            self._calls[rows] = example_call(self._net, self._model, rows)
         call = replace(self._calls[rows], inputs=inputs)
         since_ns = time.monotonic_ns()
         residuals = self._net.residuals(call)

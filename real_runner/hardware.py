@@ -11,7 +11,8 @@ import torch
 from real_runner.faults import is_out_of_memory
 from real_runner.pieces import picture_of
 from synerdiff.core import InputError
-from synerdiff.device.lanes import Device, Lane, available_cores, open_device
+from synerdiff.device import open_device
+from synerdiff.device.lanes import Device, Lane, available_cores
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.decoder import WHOLE, Chunking
 from synerdiff.diffusion.model import DiffusionModel

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from real_runner.faults import one_line
 from synerdiff.core import NS_PER_S, Request
 from synerdiff.device.lanes import Lane, Work
-from synerdiff.diffusion.controlnet import ControlUse
+from synerdiff.diffusion.denoisers.controlnet import ControlUse
 from synerdiff.diffusion.model import DiffusionModel, SampleState
 
 LOOKAHEAD = 512

@@ -10,7 +10,8 @@ import torch
 
 from real_runner.adapters.serving import Folders
 from real_runner.intake import seed_of
-from synerdiff.diffusion.controlnet import ControlUse, load_controlnet, random_controlnet, read_control_image
+from synerdiff.diffusion.controlnet import load_controlnet, random_controlnet, read_control_image
+from synerdiff.diffusion.denoisers.controlnet import ControlUse
 from synerdiff.diffusion.lora import random_lora, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.diffusion.model import image_seed

@@ -57,7 +57,6 @@ LATE: set[str] = {
     "real_runner.adapters.process",
     "real_runner.adapters.spans",
     "real_runner.hardware",
-    "synerdiff.device.lanes",
     "synerdiff.experiments.contest",
     "synerdiff.experiments.contest_report",
     "synerdiff.experiments.fidelity_tradeoff",
@@ -91,13 +90,11 @@ COMMANDS: set[str] = {
 }
 """Commands with more than one import of ours inside a function."""
 TWICE: set[str] = {
-    "Atom",
     "Case",
     "Cell",
     "ChunkPiece",
     "Comparison",
     "Link",
-    "Parts",
     "Piece",
     "Plan",
     "Replica",
@@ -109,8 +106,6 @@ TWICE: set[str] = {
 }
 """Class names that stand for several things."""
 CIRCLES: set[str] = {
-    "synerdiff.device.cuda, synerdiff.device.lanes",
-    "synerdiff.diffusion.controlnet, synerdiff.diffusion.model",
     "synerdiff.fidelity, synerdiff.figures",
 }
 """Modules that import each other, and folders that do."""

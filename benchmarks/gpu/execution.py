@@ -19,7 +19,8 @@ from profiler.facts import device_name
 from profiler.hardware_facts import MODELS
 from profiler.replay import Side, alone
 from profiler.sampling import QUICK, spread_of, warm_up
-from synerdiff.device.lanes import find_device, open_device
+from synerdiff.device import open_device
+from synerdiff.device.lanes import find_device
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.denoisers.unet import EagerDenoiser
 from synerdiff.diffusion.stages import prepare_steps

@@ -24,7 +24,8 @@ from profiler.pieces import StepPiece
 from profiler.replay import Side, alone
 from profiler.sampling import QUICK, Rule
 from synerdiff.core import PPM
-from synerdiff.device.lanes import find_device, open_device
+from synerdiff.device import open_device
+from synerdiff.device.lanes import find_device
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.decoder import WHOLE, Chunking, choose_cuts
 from synerdiff.diffusion.stages import prepare_chunks, prepare_steps

@@ -15,7 +15,7 @@ from real_runner.faults import SERVICE_LOST
 from synerdiff.core import InputError, SampleId
 from synerdiff.device.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion import SHIPPED_CONTROLNETS
-from synerdiff.diffusion.controlnet import ControlCall, ControlNet, ControlUse, control_calls
+from synerdiff.diffusion.denoisers.controlnet import ControlCall, ControlNet, ControlUse, control_calls
 from synerdiff.diffusion.denoisers.unet import Residuals
 from synerdiff.diffusion.rows import RowInputs
 

@@ -24,7 +24,8 @@ from real_runner.adapters.peer import lora_fields, lora_in, lora_tensors
 from real_runner.adapters.spans import Clock, Ledger, at
 from synerdiff.config.cluster import Service
 from synerdiff.device.link import Message, Op
-from synerdiff.diffusion.controlnet import ControlCall, ControlNet, load_controlnet
+from synerdiff.diffusion.controlnet import load_controlnet
+from synerdiff.diffusion.denoisers.controlnet import ControlCall, ControlNet
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.rows import RowInputs, select_rows

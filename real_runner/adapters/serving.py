@@ -29,7 +29,8 @@ from real_runner.pieces import Image, StepPiece
 from synerdiff.config.cluster import Cluster
 from synerdiff.core import InputError, Mode, Phase, Request, Sample
 from synerdiff.device.lanes import Work
-from synerdiff.diffusion.controlnet import ControlUse, read_control_image
+from synerdiff.diffusion.controlnet import read_control_image
+from synerdiff.diffusion.denoisers.controlnet import ControlUse
 from synerdiff.diffusion.model import PreparedStep
 from synerdiff.diffusion.rows import RowInputs, bucket_of, select_rows
 from synerdiff.engine.worker import Worker

@@ -119,16 +119,6 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def open_device(name: str | torch.device) -> Device:
-    """Open the lanes of `cpu`, `cuda` or `cuda:N`. Raises InputError as `find_device` does."""
-    device = find_device(name)
-    if device.type == "cpu":
-        return CpuDevice()
-    from synerdiff.device.cuda import CudaDevice
-
-    return CudaDevice(device)
-
-
 class CpuWork(Work[T]):
     """Work of a thread."""
 

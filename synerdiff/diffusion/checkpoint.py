@@ -23,7 +23,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENS_WITHOUT_ENCODER = 77
 
 
-class Parts(NamedTuple):
+class LoadedParts(NamedTuple):
     """What a `DiffusionModel` is made of; `resolution` is the model's own (height, width) in pixels."""
 
     unet: Any
@@ -118,7 +118,7 @@ def _require_memory(name: str, modules: Sequence[Any], device: torch.device, dty
         )
 
 
-def _from_architecture(name: str, device: torch.device, dtype: torch.dtype) -> Parts:
+def _from_architecture(name: str, device: torch.device, dtype: torch.dtype) -> LoadedParts:
     config = read_architecture(name)
     modules = empty_modules(config)
     _require_memory(name, modules, device, dtype)
@@ -126,19 +126,19 @@ def _from_architecture(name: str, device: torch.device, dtype: torch.dtype) -> P
     scheduler = make_scheduler(config["scheduler"]["_class_name"], config["scheduler"])
     tokens, width = int(config["conditioning"]["tokens"]), int(unet.config.cross_attention_dim)
     prompts = RandomText(tokens, width, pooled_width(unet.config), device, dtype)
-    return Parts(unet, vae, scheduler, prompts, (int(config["resolution"]),) * 2, "random")
+    return LoadedParts(unet, vae, scheduler, prompts, (int(config["resolution"]),) * 2, "random")
 
 
-def _read_digits(folder: Path, weights: str, device: torch.device, dtype: torch.dtype) -> Parts:
+def _read_digits(folder: Path, weights: str, device: torch.device, dtype: torch.dtype) -> LoadedParts:
     """A folder that `tools.training.train_digits` wrote."""
     from safetensors.torch import load_file
 
     unet, vae, scheduler = _guarded(_read_modules, str(folder), device, dtype)
     table = load_file(folder / "class_tokens.safetensors")["tokens"].to(device, dtype)
-    return Parts(unet, vae, scheduler, ClassTokens(table), (int(vae.config.sample_size),) * 2, weights)
+    return LoadedParts(unet, vae, scheduler, ClassTokens(table), (int(vae.config.sample_size),) * 2, weights)
 
 
-def _read_checkpoint(name: str, device: torch.device, dtype: torch.dtype) -> Parts:
+def _read_checkpoint(name: str, device: torch.device, dtype: torch.dtype) -> LoadedParts:
     """A folder or hub name with a UNet2DConditionModel, an AutoencoderKL, a scheduler and perhaps CLIP encoders.
 
     Without text encoders, prompts become random embeddings.
@@ -152,7 +152,7 @@ def _read_checkpoint(name: str, device: torch.device, dtype: torch.dtype) -> Par
         prompts = RandomText(TOKENS_WITHOUT_ENCODER, width, pooled_width(unet.config), device, dtype)
     _require_fitting(name, prompts.encode(""), unet.config)
     height, width = _pair(unet.config.sample_size)
-    return Parts(unet, vae, scheduler, prompts, (height * vae_factor(vae), width * vae_factor(vae)), "checkpoint")
+    return LoadedParts(unet, vae, scheduler, prompts, (height * vae_factor(vae), width * vae_factor(vae)), "checkpoint")
 
 
 def _pair(sides: int | Sequence[int]) -> tuple[int, int]:

@@ -81,7 +81,7 @@ def choose_cuts(atom_times_ns: Sequence[int], chunks: int) -> Chunking:
 TensorFunction = Callable[["torch.Tensor"], "torch.Tensor"]
 
 
-class Atom(NamedTuple):
+class DecodeAtom(NamedTuple):
     """One indivisible part of a decode."""
 
     name: str
@@ -96,7 +96,7 @@ class Chunk:
 
     __slots__ = ("atoms", "name")
 
-    def __init__(self, name: str, atoms: tuple[Atom, ...]) -> None:
+    def __init__(self, name: str, atoms: tuple[DecodeAtom, ...]) -> None:
         self.name = name
         self.atoms = atoms
 
@@ -130,7 +130,7 @@ class ChunkedDecoder:
         )
 
 
-def _atoms(vae: Any) -> tuple[Atom, ...]:
+def _atoms(vae: Any) -> tuple[DecodeAtom, ...]:
     decoder = vae.decoder
     blocks = [type(block).__name__ for block in decoder.up_blocks]
     if set(blocks) != {"UpDecoderBlock2D"} or vae.use_tiling or vae.use_slicing:
@@ -154,17 +154,17 @@ def _atoms(vae: Any) -> tuple[Atom, ...]:
         image: torch.Tensor = decoder.conv_out(decoder.conv_act(decoder.conv_norm_out(hidden)))
         return image
 
-    atoms = [Atom("conv_in", conv_in)]
+    atoms = [DecodeAtom("conv_in", conv_in)]
     middle = decoder.mid_block
-    atoms.append(Atom("mid.res0", _resnet(middle.resnets[0])))
+    atoms.append(DecodeAtom("mid.res0", _resnet(middle.resnets[0])))
     for index, (attention, resnet) in enumerate(zip(middle.attentions, middle.resnets[1:], strict=True)):
         if attention is not None:
-            atoms.append(Atom(f"mid.attn{index}", _resnet(attention)))
-        atoms.append(Atom(f"mid.res{index + 1}", _resnet(resnet)))
+            atoms.append(DecodeAtom(f"mid.attn{index}", _resnet(attention)))
+        atoms.append(DecodeAtom(f"mid.res{index + 1}", _resnet(resnet)))
     for level, block in enumerate(decoder.up_blocks):
-        atoms += [Atom(f"up{level}.res{index}", _resnet(resnet)) for index, resnet in enumerate(block.resnets)]
-        atoms += [Atom(f"up{level}.up", upsampler) for upsampler in block.upsamplers or ()]
-    atoms.append(Atom("out", out))
+        atoms += [DecodeAtom(f"up{level}.res{index}", _resnet(resnet)) for index, resnet in enumerate(block.resnets)]
+        atoms += [DecodeAtom(f"up{level}.up", upsampler) for upsampler in block.upsamplers or ()]
+    atoms.append(DecodeAtom("out", out))
     return tuple(atoms)
 
 

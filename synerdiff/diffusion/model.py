@@ -11,8 +11,8 @@ import torch
 
 from synerdiff.core import CONDITIONAL, GUIDED, REUSE, InputError, Mode
 from synerdiff.diffusion.conditioning import Condition, PromptEncoder
-from synerdiff.diffusion.controlnet import ControlNet, ControlUse, control_calls
 from synerdiff.diffusion.decoder import WHOLE, Chunk, ChunkedDecoder, Chunking
+from synerdiff.diffusion.denoisers.controlnet import ControlNet, ControlUse, control_calls
 from synerdiff.diffusion.denoisers.unet import EagerDenoiser, SplitDenoiser, sum_residuals
 from synerdiff.diffusion.rows import Denoise, RowInputs, assemble, bucket_of, combine, order_by_mode, rows_of
 from synerdiff.diffusion.solvers import LinearProgress, Progress, Solver, to_device

@@ -12,7 +12,7 @@ from synerdiff.fidelity.scores import interval_of
 if TYPE_CHECKING:
     import torch
 
-    from synerdiff.diffusion.controlnet import ControlNet
+    from synerdiff.diffusion.denoisers.controlnet import ControlNet
     from synerdiff.diffusion.model import DiffusionModel
     from synerdiff.results.intervals import Interval
 
@@ -49,7 +49,7 @@ def outline_study(
     """Held-out digits, moved, turned and scaled far more than the model ever saw; scale 0 is the same without it."""
     import torch
 
-    from synerdiff.diffusion.controlnet import ControlUse
+    from synerdiff.diffusion.denoisers.controlnet import ControlUse
     from synerdiff.diffusion.digits import digits_split, displaced, outline
 
     held_out = digits_split().held_out

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from synerdiff.core import GUIDED, REUSE, InputError
-from synerdiff.device.lanes import available_cores, open_device
+from synerdiff.device import open_device
+from synerdiff.device.lanes import available_cores
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.decoder import Chunking
 

@@ -10,14 +10,8 @@ from PIL import Image
 from synerdiff.core import REUSE, InputError
 from synerdiff.diffusion.architectures import empty_controlnet, empty_modules, read_architecture
 from synerdiff.diffusion.checkpoint import load_model
-from synerdiff.diffusion.controlnet import (
-    ControlNet,
-    ControlUse,
-    control_calls,
-    load_controlnet,
-    random_controlnet,
-    read_control_image,
-)
+from synerdiff.diffusion.controlnet import example_call, load_controlnet, random_controlnet, read_control_image
+from synerdiff.diffusion.denoisers.controlnet import ControlNet, ControlUse, control_calls
 from synerdiff.diffusion.denoisers.unet import sum_residuals
 from synerdiff.diffusion.rows import runs_of, select_rows
 
@@ -56,7 +50,7 @@ def test_the_halves_equal_the_whole_forward_to_the_last_bit(name, dtype):
     inputs = model.prepare(states).inputs
     encoded = model.split.encode(inputs)
     assert torch.equal(model.split.decode(encoded), model.denoise(inputs))
-    call = model.controlnets["a"].example_call(model, 6)
+    call = example_call(model.controlnets["a"], model, 6)
     residuals = model.controlnets["a"].residuals(replace(call, inputs=inputs))
     whole = model.unet(
         inputs.latents,
@@ -146,7 +140,7 @@ def test_a_batch_of_samples_with_and_without_equals_each_alone(name):
 
 def test_scale_zero_is_no_controlnet_and_scales_are_linear():
     model = steered_model("digits", nets=("a",))
-    call = model.controlnets["a"].example_call(model, 3)
+    call = example_call(model.controlnets["a"], model, 3)
     one = model.controlnets["a"].residuals(replace(call, scales=(1.0, 0.5, 0.0)))
     full = model.controlnets["a"].residuals(call)
     for scaled, plain in zip(one.tensors(), full.tensors(), strict=True):
@@ -205,7 +199,7 @@ def test_a_saved_controlnet_is_read_back(tmp_path):
     again = load_controlnet(tmp_path / "canny", model)
     assert again.name == "canny"
     assert again.size_bytes == model.controlnets["a"].size_bytes > 100_000
-    call = again.example_call(model, 2)
+    call = example_call(again, model, 2)
     assert torch.equal(again.residuals(call).mid, model.controlnets["a"].residuals(call).mid)
     assert load_controlnet(tmp_path / "canny", model, "edges").name == "edges"
 

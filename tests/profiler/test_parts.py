@@ -13,7 +13,7 @@ from profiler.replay import Side, _inside, active_times, alone, in_turn, togethe
 from profiler.sampling import Rule, median_width, spread_of, warm_up
 from profiler.settings import command_line, make_settings
 from synerdiff.core import InputError
-from synerdiff.device.lanes import open_device
+from synerdiff.device import open_device
 from synerdiff.profile.tables import Corun, Profile, Spread
 
 
