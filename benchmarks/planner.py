@@ -14,14 +14,11 @@ import time
 from typing import Any
 
 from policies.planner import Planner
-from policies.registry import build_policy
 from policies.synerdiff import SynerDiff
 from profiler.estimate import estimate_profile
-from simulator import simulate
 from synerdiff.core import SkipBudget
-from synerdiff.experiments.one_run import fitted, time_scale_for_load
+from synerdiff.experiments.run import RunSpec, execute, prepare
 from traces.generate import generate
-from traces.scaling import scaled
 
 CASES = [
     (contention, chunking, mix, theta)
@@ -60,15 +57,21 @@ def main() -> None:
     print(f"{'contention, chunking, mix, theta':44} {heads}")
     for contention, chunking, mix, theta in CASES:
         profile = estimate_profile("h200", "sdxl", contention)
-        drawn = fitted(generate("poisson", seed=1, requests=requests_count, mix=mix), profile)
-        requests = scaled(drawn, time_scale_for_load(drawn, profile, 0.9))
         parameters = {"chunking": chunking} | ({} if theta is None else {"theta": theta})
         misses.clear()
         asked.clear()
-        policy = build_policy("synerdiff-feedback" if theta is None else "synerdiff", parameters)
+        spec = RunSpec(
+            profile=profile,
+            source=tuple(generate("poisson", seed=1, requests=requests_count, mix=mix)),
+            policy="synerdiff-feedback" if theta is None else "synerdiff",
+            parameters=parameters,
+            budget=SkipBudget(300_000),
+            load=0.9,
+        )
+        prepared = prepare(spec)
         gc.collect()
         gc.disable()
-        simulate(requests, policy, profile, budget=SkipBudget(300_000))
+        execute(prepared)
         gc.enable()
         label = f"{contention}, {chunking}, {mix}, {'feedback' if theta is None else theta}"
         middle = sorted(asked)[len(asked) // 2] / 1000 if asked else 0.0

@@ -44,6 +44,7 @@ from synerdiff.diffusion.lora import random_lora, save_lora
 from synerdiff.figures.style import finish, new_figure, save, styled
 from synerdiff.profile.adapters import QUANTITIES, Adapters
 from synerdiff.profile.tables import Profile, Spread
+from synerdiff.results.metrics import latencies_s
 from synerdiff.validation.calibration import CellTimes, cell_times, joined, refreshed
 
 BOUND = 5
@@ -175,7 +176,7 @@ def means_of(samples: dict[tuple[str, int], list[int]], adapters: Adapters) -> A
 
 def mean_latency_s(result: RunResult) -> float:
     assert {record.status for record in result.requests} == {"done"}, result.requests
-    return fmean(record.finished_ns - record.request.arrival_ns for record in result.requests) / NS_PER_S
+    return fmean(latencies_s(result.requests))
 
 
 def serve(

@@ -11,104 +11,104 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from math import inf
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from synerdiff.core import NS_PER_S, InputError, Request, SkipBudget
+from numpy import quantile
+
+from synerdiff.core import NS_PER_S, PPM, InputError, SkipBudget
+from synerdiff.experiments.run import Outcome, Prepared, RunSpec, Served, execute, prepare
 from synerdiff.files import atomic
-from synerdiff.profile.tables import Profile
+from synerdiff.profile.folder import find_profile, load_profile
 from synerdiff.results.intervals import (
     p99_upper_bound,
     paired_log_ratio,
-    percentile_interval,
     requests_for_p99_claim,
     t_interval,
 )
+from synerdiff.results.metrics import latencies_s, measured, saturation_throughput
+from traces.native import read_trace
 
 BATCHES = (4, 8, 16)
 SATURATION, LATENCY = "saturation", "latency"
 OURS = ("synerdiff-feedback", "auto")
 
 
-def best_batch(policy: str, kind: str, requests: Sequence[Request], profile: Profile, skips: SkipBudget) -> int:
+def best_batch(prepared: Prepared, kind: str) -> int:
     """Of 4, 8 and 16 as far as the row buckets allow: highest simulated rate, or least simulated mean latency."""
-    from synerdiff.experiments import one_run
+    rows = 2 if any(request.guidance_scale > 1 for request in prepared.requests) else 1
+    most = prepared.profile.max_rows
+    sizes = [size for size in BATCHES if size * rows <= most] or [max(1, most // rows)]
 
-    rows = 2 if any(request.guidance_scale > 1 for request in requests) else 1
-    sizes = [size for size in BATCHES if size * rows <= profile.max_rows] or [max(1, profile.max_rows // rows)]
+    def cost_s(batch: int) -> float:
+        latencies = latencies_s(execute(prepared.with_parameters(batch=batch)).result.requests)
+        if not latencies:
+            return inf
+        return max(latencies) if kind == SATURATION else fmean(latencies)
 
-    def cost_ns(batch: int) -> float:
-        found = one_run.run_simulated(requests, profile, one_run.Setup(policy, {"batch": batch}, budget=skips))
-        ends = [record.finished_ns - record.request.arrival_ns for record in found.requests]
-        return max(ends) if kind == SATURATION else sum(ends) / len(ends)
-
-    return min(sizes, key=lambda size: (cost_ns(size), size))
-
-
-def backlog(requests: Sequence[Request], count: int) -> list[Request]:
-    """So many requests, over and over if need be, all there from the start."""
-    return [replace(requests[i % len(requests)], request_id=i, arrival_ns=0) for i in range(count)]
+    return min(sizes, key=lambda size: (cost_s(size), size))
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    from policies.registry import build_policy
     from real_runner.engine import run_real
     from real_runner.hardware import open_hardware
-    from synerdiff.experiments import one_run
-    from synerdiff.profile.folder import find_profile, load_profile
-    from traces.native import read_trace
-    from traces.scaling import scaled
 
     profile = load_profile(find_profile(arguments.profile))
-    skips = SkipBudget(round(arguments.skip_fraction * 1_000_000))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    offered: list[tuple[str, list[Request]]] = []
+    offered: list[tuple[str, dict[str, Prepared]]] = []
     for trace in arguments.trace:
         # One image a request: what a run needs is many requests, and percentiles are over requests.
-        known = [replace(request, images=1) for request in one_run.fitted(read_trace(trace), profile)]
-        scale = one_run.time_scale_for_load(known, profile, arguments.load)
+        requests = tuple(replace(request, images=1) for request in read_trace(trace))
+        runs = {
+            policy: prepare(
+                RunSpec(
+                    profile=profile,
+                    source=requests,
+                    policy=policy,
+                    budget=SkipBudget(round(arguments.skip_fraction * PPM)),
+                    load=arguments.load,
+                )
+            )
+            for policy in arguments.policy
+        }
         if arguments.backlog:
-            offered.append((SATURATION, backlog(known, arguments.backlog)))
-        offered.append((LATENCY, scaled(known, scale)))
+            offered.append((SATURATION, {policy: run.at_once(arguments.backlog) for policy, run in runs.items()}))
+        offered.append((LATENCY, runs))
     batches = {
-        (policy, kind): best_batch(policy, kind, requests, profile, skips)
-        for kind, requests in offered[: 2 if arguments.backlog else 1]
-        for policy in arguments.policy
+        (policy, kind): best_batch(prepared, kind)
+        for kind, runs in offered[: 2 if arguments.backlog else 1]
+        for policy, prepared in runs.items()
     }
     with open_hardware(str(profile.info["model"]), arguments.device, profile) as hardware:
-        for turn, (kind, requests) in enumerate(offered):
+        for turn, (kind, runs) in enumerate(offered):
             number = turn // (2 if arguments.backlog else 1)
             first = turn % len(arguments.policy)
             for policy in arguments.policy[first:] + arguments.policy[:first]:
                 batch = batches[policy, kind]
+                prepared = runs[policy].with_parameters(batch=batch)
                 head = {"policy": policy, "kind": kind, "trace": number, "batch": batch, "load": arguments.load}
-                head |= {"requests": len(requests), "skip_fraction_allowed": arguments.skip_fraction}
+                head |= {"requests": len(prepared.served), "skip_fraction_allowed": arguments.skip_fraction}
                 path = arguments.out / f"{kind}-{number}-{policy}.json"
                 if path.exists() and head.items() <= json.loads(path.read_text(encoding="utf-8")).items():
                     continue
-                run = run_real(requests, build_policy(policy, {"batch": batch}), profile, hardware, budget=skips)
+                run = run_real(prepared.served, prepared.policy(), profile, hardware, budget=prepared.budget)
                 if run.error is not None:
                     raise run.error
-                found = head | outcome(run, requests, profile)
+                found = head | outcome(run, prepared)
                 with atomic(path) as temporary:
                     temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
                 rate = found["images_per_s"]
                 print(f"{path.name}: {found['images_per_s_note'] or f'{rate:.3g} images/s'}", flush=True)
 
 
-def outcome(run: Any, requests: Sequence[Request], profile: Profile) -> dict[str, Any]:
+def outcome(run: Any, prepared: Prepared) -> dict[str, Any]:
     """One run's metrics, and the latencies behind them, so that runs can be pooled."""
-    from synerdiff.experiments import one_run
-    from synerdiff.results import records
-    from synerdiff.results.metrics import measured, saturation_throughput
-
-    tables = (
-        records.requests_table(run.result.requests),
-        records.work_table(run.result.work, run.result.sample_names),
-    )
-    frame, work = tables[0].to_pandas(), tables[1].to_pandas()
+    ended = Outcome(prepared, Served(run.result))
+    frame, work = ended.frames
     try:
         rate: float | None = saturation_throughput(work)
         note = ""
@@ -127,12 +127,12 @@ def outcome(run: Any, requests: Sequence[Request], profile: Profile) -> dict[str
         "step_median_s": float((steps["end_ns"] - steps["start_ns"]).median()) / NS_PER_S if len(steps) else None,
         "dispatch": run.dispatch.summary(),
         "faults": len(run.faults),
-        "summary": one_run.summary_of(frame, work, requests, profile),
+        "summary": ended.summary,
     }
 
 
 def conclude(cases: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Per policy: rate and mean latency with t intervals over traces, P99 of the pooled latencies with what can be
+    """Per policy: rate and mean latency with t intervals over traces, P99 of the pooled latencies and what can be
     claimed; and paired ratios of ours to every other policy. Only what was measured is in it."""
     by: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for case in cases:
@@ -163,7 +163,7 @@ def conclude(cases: Iterable[dict[str, Any]]) -> dict[str, Any]:
             whole = {n: run for n, run in runs.items() if run["latencies_s"]}
             means[policy] = {n: sum(run["latencies_s"]) / len(run["latencies_s"]) for n, run in whole.items()}
             entry["mean_latency_s"] = _interval(t_interval(list(means[policy].values())))
-            entry["p99_latency_s"] = _interval(percentile_interval(latencies, 0.99))
+            entry["p99_latency_s"] = float(quantile(latencies, 0.99))
             bound = p99_upper_bound(latencies)
             enough = len(latencies) == wanted >= requests_for_p99_claim()
             entry["p99_claim_s"] = bound if enough else None

@@ -186,7 +186,7 @@ def _policy_lines(part: Mapping[str, Any]) -> list[str]:
         cells = [
             _bounds(entry.get("saturation_images_per_s")),
             _bounds(entry.get("mean_latency_s")),
-            _bounds(entry.get("p99_latency_s")),
+            _number(entry, "p99_latency_s"),
             _number(entry, "p99_claim_s") if entry.get("p99_claim_s") else "too few requests",
             str(entry.get("measured_requests", "-")),
             f"{sum(skipped) / len(skipped):.0%}" if skipped else "-",

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import product
+from math import inf
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from synerdiff.config.contest import Contest, Machines
@@ -241,6 +243,8 @@ def _saturated(task: Task, source: Source, profile: Profile, batch: int) -> tupl
 def _latency(task: Task, profile: Profile, load: float) -> Iterator[dict[str, Any]]:
     """Latencies at a load; the batch size of the least mean latency."""
 
+    from synerdiff.results.metrics import latencies_s
+
     def offered(source: Source) -> list[Request]:
         from traces.scaling import scaled
 
@@ -251,8 +255,8 @@ def _latency(task: Task, profile: Profile, load: float) -> Iterator[dict[str, An
     requests = offered(task.search)
     means = {}
     for batch in _batches(task, requests, profile):
-        ended = [(r.finished_ns - r.request.arrival_ns) for r in _run(task, requests, profile, batch).requests]
-        means[batch] = sum(ended) / len(ended)
+        latencies = latencies_s(_run(task, requests, profile, batch).requests)
+        means[batch] = fmean(latencies) if latencies else inf
     batch = min(means, key=lambda size: (means[size], size))
     for source in task.replicates:
         requests = offered(source)

@@ -106,7 +106,7 @@ def compute(run: Run) -> tuple[str, dict[str, Any]]:
         **row_head(run),
         "time_scale": scale,
         "decisions": result.decisions,
-        **one_run.summary_of(table.to_pandas(), work.to_pandas(), requests, profile),
+        **one_run.summary_of(table.to_pandas(), work.to_pandas(), requests, profile, run.load),
     }
     write_table(run.path, table, row)
     return run.key, row

@@ -136,11 +136,15 @@ def run_simulated(
 
 
 def summary_of(
-    request_frame: pandas.DataFrame, work_frame: pandas.DataFrame, requests: Sequence[Request], profile: Profile
+    request_frame: pandas.DataFrame,
+    work_frame: pandas.DataFrame,
+    requests: Sequence[Request],
+    profile: Profile,
+    load: float | None = None,
 ) -> dict[str, Any]:
     """The metrics of a run (``metrics.summarize``), ready for JSON."""
     from synerdiff.results.metrics import summarize
 
     known: dict[tuple[int, int, bool], int] = {}
     solo_s = [_solo_ns(request, profile, known) / NS_PER_S for request in requests]
-    return summarize(request_frame, work_frame, solo_s)
+    return summarize(request_frame, work_frame, solo_s, load)

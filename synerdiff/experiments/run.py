@@ -192,7 +192,7 @@ class Outcome:
     def summary(self) -> dict[str, Any]:
         """The metrics (``metrics.summarize``), ready for JSON."""
         prepared = self.prepared
-        return summarize(*self.frames, _solo_latencies_s(prepared.requests, prepared.profile))
+        return summarize(*self.frames, _solo_latencies_s(prepared.requests, prepared.profile), prepared.load)
 
     def described(self) -> dict[str, Any]:
         """What was run and what came of it: the content of ``summary.json``."""

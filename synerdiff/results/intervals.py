@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import atan, cos, exp, inf, log, log1p, pi, sin, sqrt
+from math import atan, ceil, cos, exp, inf, log, log1p, pi, sin, sqrt
 from statistics import fmean, stdev
 
 from synerdiff.core import InputError
@@ -77,6 +77,19 @@ def batch_means_interval(values: Sequence[float], batches: int = 20, confidence:
     means = [fmean(values[start + i * size : start + (i + 1) * size]) for i in range(batches)]
     half = t_quantile(confidence, batches - 1) * stdev(means) / sqrt(batches)
     return Interval(mean, mean - half, mean + half, len(values))
+
+
+BLOCKS = 10
+"""Fewest blocks of one run from which an interval is made."""
+
+
+def requests_per_block(load: float) -> int | None:
+    """Requests of one run whose mean latency is nearly independent of that of the next as many; None from load 1 on.
+
+    Queues forget within about S / (1 - load)^2 (relaxation time of a single-server queue in heavy traffic; S: service
+    time per request at capacity), and a block is 10 times that long: 10 * load / (1 - load)^2 requests, at least 2.
+    """
+    return max(2, ceil(10 * load / (1 - load) ** 2)) if load < 1 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from synerdiff.core import NS_PER_S, InputError
+from synerdiff.core import NS_PER_S, InputError, RequestRecord
 from synerdiff.results.intervals import (
-    Interval,
+    BLOCKS,
     batch_means_interval,
     p99_upper_bound,
-    percentile_interval,
     requests_for_p99_claim,
+    requests_per_block,
 )
 
 WARMUP_PERCENT = 10
+MOST_BLOCKS = 20
 TAIL_PERCENT = 5
 SLO_FACTOR = 3.0
 STAGES = ("queue", "denoise", "decode_wait", "decode")
@@ -39,6 +40,17 @@ def measured(requests: pd.DataFrame) -> pd.DataFrame:
     return ordered.iloc[count * WARMUP_PERCENT // 100 : count - count * TAIL_PERCENT // 100]
 
 
+def latencies_s(records: Iterable[RequestRecord]) -> list[float]:
+    """Arrival to finish of the requests that are done; the others have no latency."""
+    return [(r.finished_ns - r.request.arrival_ns) / NS_PER_S for r in records if r.status == "done"]
+
+
+def skip_fraction(requests: pd.DataFrame) -> float:
+    """Skipped / guided sample-steps of the requests that are done; 0 where none is guided."""
+    guided = requests[(requests["status"] == "done") & (requests["guidance_scale"] > 1)]
+    return _ratio(guided["skipped_steps"].sum(), (guided["images"] * guided["steps"]).sum()) or 0.0
+
+
 def stages(requests: pd.DataFrame) -> pd.DataFrame:
     """Seconds of each request's latency by stage: queue (arrival to admission, text encoding included), denoise,
     decode_wait, decode (to the end of the copy). The four add up to request_latency. Requests that are done only."""
@@ -53,17 +65,20 @@ def slo_s(requests: pd.DataFrame, solo_latency_s: Iterable[float]) -> pd.Series[
     return requests["slo_s"].astype(float).fillna(default)
 
 
-def summarize(requests: pd.DataFrame, work: pd.DataFrame, solo_latency_s: Iterable[float]) -> dict[str, Any]:
+def summarize(
+    requests: pd.DataFrame, work: pd.DataFrame, solo_latency_s: Iterable[float], load: float | None = None
+) -> dict[str, Any]:
     """All metrics of a run, flat and ready for JSON (None where a value does not exist).
 
     ``solo_latency_s``: per row of ``requests``, its latency alone (``capacity.solo_latencies_s``); a request without
-    an SLO of its own is good when it takes at most 3 times that.
+    an SLO of its own is good when it takes at most 3 times that. ``load``: the offered load, where it is defined.
 
     - trace_request_count, unfinished_count, rejected_count, failed_count, error_request_count (their sum): over the
       whole run, trimmed requests included.
     - measured_request_count; request_count: those of them that are done; warmup_request_count, tail_request_count.
-    - request_latency_mean_s / _p50_s / _p90_s / _p99_s over the done ones, each with _ci_low_s and _ci_high_s (95%):
-      means by 20 batch means, percentiles by order statistics (independence assumed; prefer intervals over seeds).
+    - request_latency_mean_s / _p50_s / _p90_s / _p99_s over the done ones. request_latency_mean_ci_low_s and
+      _ci_high_s (95%): by the means of 10 to 20 blocks (``intervals.requests_per_block``); None where the run has too
+      few requests for its load, or no load. Percentiles of one run have no interval: latencies are correlated.
     - p99_claimable: at least 459 measured requests, all of them done; request_latency_p99_upper_s: the bound that P99
       can be claimed at 99% confidence not to exceed. slo_p99_claimable: "99% of requests meet their SLO" can be.
     - benchmark_duration_s: from the first measured arrival to the last measured finish. request_throughput (the
@@ -81,7 +96,7 @@ def summarize(requests: pd.DataFrame, work: pd.DataFrame, solo_latency_s: Iterab
     done = kept[kept["status"] == "done"]
     summary: dict[str, Any] = _counts(requests, kept, done)
     latency = done["request_latency_s"].astype(float)
-    summary |= _latency(latency, len(kept))
+    summary |= _latency(latency.tolist(), len(kept), load)
     good = int((latency <= done["limit_s"]).sum())
     summary["good_request_count"] = good
     summary["good_fraction"] = good / len(kept)
@@ -89,8 +104,7 @@ def summarize(requests: pd.DataFrame, work: pd.DataFrame, solo_latency_s: Iterab
     start_s = float(kept["arrival_s"].min())
     end_s = float(done["finished_s"].max() if len(done) else kept["arrival_s"].max())
     summary |= _rates(table, kept, start_s, end_s)
-    guided = done[done["guidance_scale"] > 1]
-    summary["skip_fraction"] = _ratio(guided["skipped_steps"].sum(), (guided["images"] * guided["steps"]).sum()) or 0.0
+    summary["skip_fraction"] = skip_fraction(done)
     for stage, values in stages(kept).items():
         summary[f"{stage}_mean_s"] = float(values.mean()) if len(values) else None
         summary[f"{stage}_p99_s"] = float(values.quantile(0.99)) if len(values) else None
@@ -112,17 +126,15 @@ def _counts(requests: pd.DataFrame, kept: pd.DataFrame, done: pd.DataFrame) -> d
     }
 
 
-def _latency(latency: pd.Series[float], measured_count: int) -> dict[str, Any]:
-    values = latency.tolist()
-    found: dict[str, Any] = {}
-    names = ("mean", "p50", "p90", "p99")
-    intervals: list[Interval | None] = [None] * len(names)
-    if values:
-        intervals = [batch_means_interval(values), *(percentile_interval(values, q) for q in (0.5, 0.9, 0.99))]
-    for name, interval in zip(names, intervals, strict=True):
-        found[f"request_latency_{name}_s"] = None if interval is None else interval.value
-        found[f"request_latency_{name}_ci_low_s"] = None if interval is None else _finite(interval.low)
-        found[f"request_latency_{name}_ci_high_s"] = None if interval is None else _finite(interval.high)
+def _latency(values: list[float], measured_count: int, load: float | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"request_latency_mean_s": float(np.mean(values)) if values else None}
+    found |= dict.fromkeys(("request_latency_mean_ci_low_s", "request_latency_mean_ci_high_s"))
+    block = None if load is None else requests_per_block(load)
+    if block is not None and len(values) >= BLOCKS * block:
+        interval = batch_means_interval(values, min(MOST_BLOCKS, len(values) // block))
+        found["request_latency_mean_ci_low_s"], found["request_latency_mean_ci_high_s"] = interval.low, interval.high
+    for name, quantile in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
+        found[f"request_latency_{name}_s"] = float(np.quantile(values, quantile)) if values else None
     complete = len(values) == measured_count
     found["p99_claimable"] = complete and measured_count >= requests_for_p99_claim()
     found["request_latency_p99_upper_s"] = _finite(p99_upper_bound(values)) if values and complete else None

@@ -13,11 +13,14 @@ import pytest
 
 from benchmarks.gpu import parts, report
 from benchmarks.gpu.floors import beside_floor, decode_work, gpu_key, work_of
-from benchmarks.gpu.headline import backlog, conclude
-from policies.registry import POLICIES
+from benchmarks.gpu.headline import LATENCY, SATURATION, best_batch, conclude
+from policies.registry import POLICIES, build_policy
 from profiler.settings import make_settings
-from synerdiff.core import InputError, Request
+from synerdiff.core import Decision, InputError, Request, View, WorkerInfo
+from synerdiff.experiments.run import RunSpec, prepare
 from synerdiff.profile.folder import find_profile
+from synerdiff.profile.tables import Profile
+from tests.builders import affine_profile
 
 
 @pytest.fixture
@@ -219,6 +222,29 @@ def test_conclusions_pool_traces_and_pair_policies() -> None:
     assert ratios["mean_latency"]["low"] is None
 
 
-def test_a_backlog_repeats_the_requests_at_time_zero() -> None:
-    made = backlog([Request(0, 5, 20), Request(1, 9, 30)], 5)
-    assert [(r.request_id, r.arrival_ns, r.steps) for r in made] == [(i, 0, (20, 30)[i % 2]) for i in range(5)]
+class RejectsBatch4:
+    """Serves one sample at a time, and nothing at all with the batch of 4, which therefore loses."""
+
+    chunking = "whole"
+
+    def __init__(self, batch: int = 8) -> None:
+        self.batch = batch
+
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+        self.one = build_policy("continuous-serial", {"batch": 1})
+        self.one.reset(worker, profile)
+
+    def decide(self, view: View) -> Decision:
+        if self.batch == 4:
+            return Decision(reject=tuple(sample.id for sample in view.waiting))
+        return self.one.decide(view)
+
+
+@pytest.mark.parametrize("kind", [LATENCY, SATURATION])
+def test_a_batch_at_which_nothing_is_served_is_not_the_best(kind: str) -> None:
+    spec = RunSpec(
+        profile=affine_profile(),
+        source=tuple(Request(i, i * 10**9, 4) for i in range(5)),
+        policy=f"{__name__}:RejectsBatch4",
+    )
+    assert best_batch(prepare(spec), kind) == 8

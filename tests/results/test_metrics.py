@@ -7,8 +7,18 @@ import json
 import pandas as pd
 import pytest
 
-from synerdiff.core import InputError
-from synerdiff.results.metrics import backlog, lane_utilisation, measured, saturation_throughput, slo_s, stages, summarize
+from synerdiff.core import InputError, Request, RequestRecord
+from synerdiff.results.metrics import (
+    backlog,
+    lane_utilisation,
+    latencies_s,
+    measured,
+    saturation_throughput,
+    skip_fraction,
+    slo_s,
+    stages,
+    summarize,
+)
 
 S = 1_000_000_000
 
@@ -123,10 +133,34 @@ def test_p99_claims_need_459_complete_requests() -> None:
     assert found["p99_claimable"] is True
     assert found["slo_p99_claimable"] is True
     assert found["request_latency_p99_upper_s"] == pytest.approx(1 + 512 / 1000)
-    assert found["request_latency_mean_ci_low_s"] < found["request_latency_mean_s"]
+    assert found["request_latency_mean_ci_low_s"] is None  # the load is not known
     one_late = summarize(request_table(rows).assign(slo_s=[1.5115] * count), no_work(), [1.0] * count)
     assert one_late["good_request_count"] == 458
     assert one_late["slo_p99_claimable"] is False
+
+
+def test_one_run_has_an_interval_of_its_mean_where_its_load_allows_enough_blocks() -> None:
+    table = request_table([{"arrival_s": i, "finished_s": i + 1 + i % 7} for i in range(600)])
+    found = {load: summarize(table, no_work(), [1.0] * 600, load) for load in (0.5, 0.7, 1.0)}
+    low, mean, high = (found[0.5][f"request_latency_mean_{name}"] for name in ("ci_low_s", "s", "ci_high_s"))
+    assert low < mean < high
+    for load in (0.7, 1.0):
+        assert found[load]["request_latency_mean_ci_low_s"] is found[load]["request_latency_mean_ci_high_s"] is None
+    assert not [name for name in found[0.5] if "_p9" in name and "_ci_" in name]
+
+
+def test_only_requests_that_are_done_have_a_latency() -> None:
+    done = RequestRecord(Request(0, 2 * S, 4), finished_ns=5 * S, status="done")
+    lost = [RequestRecord(Request(i, 2 * S, 4), status=status) for i, status in ((1, "rejected"), (2, "unfinished"))]
+    assert latencies_s([done, *lost]) == [3.0]
+    assert latencies_s(lost) == []
+
+
+def test_steps_of_requests_that_are_not_done_are_no_skips() -> None:
+    table = twenty().assign(skipped_steps=5)
+    table.loc[10:, "status"] = "unfinished"
+    table.loc[10:, "skipped_steps"] = 9
+    assert skip_fraction(table) == 5 / table["steps"].iloc[0]
 
 
 def test_stages_add_up() -> None:
