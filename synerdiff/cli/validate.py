@@ -10,13 +10,16 @@ from typing import Annotated
 
 import typer
 
+from synerdiff.cli import options
+from synerdiff.cli.run import stop_on_interrupt
+
 DEFAULT_POLICIES = ("dynamic", "continuous-serial", "continuous-parallel", "synerdiff-feedback")
 DEFAULT_LOADS = (0.5, 0.8)
 
 
 def validate(
-    profile: Annotated[str, typer.Option(help="Folder of a profile of this model, or the name of a shipped one.")],
-    trace: Annotated[Path, typer.Option(help="Trace file (CSV or parquet); its arrivals are stretched to the loads.")],
+    profile: options.ProfileName,
+    trace: options.TraceFile,
     out: Annotated[Path, typer.Option(help="Folder for the report.")],
     policy: Annotated[
         list[str] | None,
@@ -30,80 +33,50 @@ def validate(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     tolerance: Annotated[str | None, typer.Option(help="strict or cpu (default: cpu on a CPU, else strict).")] = None,
-    skip_fraction: Annotated[float, typer.Option(help="Share of a sample's steps that may skip guidance.")] = 0.0,
-    skip_warmup: Annotated[int, typer.Option(help="First steps that are always guided.")] = 3,
-    skip_longest_run: Annotated[int, typer.Option(help="Most skips in a row.")] = 1,
-    skip_mode: Annotated[str, typer.Option(help="What a skip does: reuse or conditional.")] = "reuse",
+    window: options.Window = None,
+    skip_fraction: options.SkipFraction = 0.0,
+    skip_warmup: options.SkipWarmup = 3,
+    skip_longest_run: options.SkipLongestRun = 1,
+    skip_mode: options.SkipMode = "reuse",
 ) -> None:
     """Profile cells and run policies in turn, simulate the same, and report every error against stated tolerances.
 
     Exit code 1 when a tolerance is exceeded. Ctrl-C reports the repeats that are complete.
     """
-    from synerdiff.cli.options import skip_budget
-    from synerdiff.core import InputError
-    from synerdiff.experiments import one_run
-    from synerdiff.profile.folder import find_profile, load_profile
+    from synerdiff.validation import errors, report
     from synerdiff.validation import session as study
-    from synerdiff.validation.errors import TOLERANCES, case_errors, checks
-    from synerdiff.validation.report import require_validation_folder, write_report
-    from traces.native import read_trace
 
-    chosen = tolerance or ("cpu" if device == "cpu" else "strict")
-    if chosen not in TOLERANCES:
-        raise InputError(f"--tolerance is '{chosen}'; allowed are {' and '.join(TOLERANCES)}.")
-    limits = TOLERANCES[chosen]
-    plan = study.ValidationPlan(
-        tuple(dict.fromkeys(policy or DEFAULT_POLICIES)),
-        (*dict.fromkeys(load or DEFAULT_LOADS), *([study.SATURATION] if saturation else [])),
-        repeats,
-        skip_budget(skip_fraction, skip_warmup, skip_longest_run, skip_mode),
-        (1 - limits.range_factor, 1 + limits.range_factor),
+    limits = errors.tolerance_of(tolerance or ("cpu" if device == "cpu" else "strict"))
+    policies = tuple(dict.fromkeys(policy or DEFAULT_POLICIES))
+    spec = options.run_spec(
+        profile,
+        trace,
+        policies[0],
+        None,
+        budget=options.skip_budget(skip_fraction, skip_warmup, skip_longest_run, skip_mode),
+        window=window,
+        decode_gpus="0",
+        cluster=None,
     )
-    measured = load_profile(find_profile(profile))
-    if measured.estimated:
-        raise InputError(f"profile '{measured.name}' is estimated; only a measured one can be validated.")
-    require_validation_folder(out)
-    requests = one_run.fitted(read_trace(trace), measured)
-    name = str(model or measured.info.get("model") or "")
-    if not name:
-        raise InputError(f"profile '{measured.name}' does not say for which model it was made; give --model.")
-
-    from profiler.facts import device_name, software
-    from real_runner.hardware import open_hardware
-    from synerdiff.cli.run import stop_on_interrupt
-
-    with open_hardware(name, device, measured) as hardware, stop_on_interrupt() as stop:
+    loads = (*dict.fromkeys(load or DEFAULT_LOADS), *([study.SATURATION] if saturation else []))
+    plan = study.ValidationPlan(spec, policies, loads, repeats, limits.range_factors)
+    name = study.require(plan, model)
+    report.require_validation_folder(out)
+    with study.opened(plan, name, device) as hardware, stop_on_interrupt() as stop:
         with _progress() as on_progress:
-            session = study.measure_session(plan, measured, requests, hardware, stop, on_progress)
+            session = study.measure_session(plan, hardware, stop, on_progress)
         if session.repeats == 0:
             print("Interrupted before the first repeat was complete; there is nothing to report.", file=sys.stderr)
             raise typer.Exit(130)
         with _progress() as on_progress:
-            study.predict(session, len(hardware.decode), on_progress)
-        facts = {
-            "model": name,
-            "device": device_name(hardware.model.device),
-            "software": ", ".join(f"{key} {value}" for key, value in software().items()),
-            "date": _today(),
-            "trace": trace.name,
-            "requests": len(requests),
-            "warm_up_s": hardware.warm_up_ns / 1e9,
-        }
-        errors = [case_errors(session, case) for case in plan.cases]
-        verdicts = [check for one in errors for check in checks(one, limits)]
-        text = write_report(out, session, errors, verdicts, limits, facts)
+            study.predict(session, on_progress)
+        text, passed = report.conclude(out, session, limits, study.facts(session, hardware))
     typer.echo(text, nl=False)
     if stop.is_set():
         print(f"Interrupted: the report is over {session.repeats} complete repeats.", file=sys.stderr)
         raise typer.Exit(130)
-    if not all(check.passed for check in verdicts):
+    if not passed:
         raise typer.Exit(1)
-
-
-def _today() -> str:
-    from datetime import UTC, datetime
-
-    return datetime.now(UTC).strftime("%Y-%m-%d")
 
 
 @contextmanager

@@ -16,7 +16,18 @@ from policies.registry import build_policy
 from policies.routers import Router, build_router
 from simulator import simulate, simulate_cluster
 from synerdiff.config.cluster import Cluster
-from synerdiff.core import NO_SKIPS, NS_PER_S, PPM, InputError, Request, RunResult, SkipBudget
+from synerdiff.core import (
+    NO_SKIPS,
+    NS_PER_S,
+    PPM,
+    Decision,
+    InputError,
+    Request,
+    RunResult,
+    SkipBudget,
+    View,
+    WorkerInfo,
+)
 from synerdiff.diffusion import SCHEDULERS
 from synerdiff.experiments.sources import Source, arrivals
 from synerdiff.fidelity.floor import FloorChoice, floor_for_requests
@@ -77,6 +88,8 @@ class RunSpec:
     """Limit of a request without one of its own: seconds, or times its latency alone. Neither: policies see none."""
     dispersion_seed: int | None = None
     """Seed of the drawn times; None: every piece takes its median."""
+    planning: Profile | None = None
+    """What policies plan with; None: the profile whose times the engine takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +120,8 @@ class Prepared:
 
     def policy(self) -> Policy:
         """A fresh one: every worker has its own."""
-        return build_policy(self.spec.policy, dict(self.spec.parameters), self.spec.base_folder)
+        policy = build_policy(self.spec.policy, dict(self.spec.parameters), self.spec.base_folder)
+        return policy if self.spec.planning is None else Planned(policy, self.spec.planning)
 
     def router(self) -> Router:
         return build_router(self.spec.router)
@@ -145,6 +159,22 @@ class Prepared:
         if spec.cluster is None:
             return known | {"decode_gpus": list(spec.decode_gpus)}
         return known | {"router": spec.router, "cluster": spec.cluster.model_dump(mode="json")}
+
+
+class Planned:
+    """A policy that plans with a profile of its own, whatever the engine's times are."""
+
+    def __init__(self, inner: Policy, planning: Profile) -> None:
+        self.inner, self.planning = inner, planning
+        self.NAME = getattr(inner, "NAME", "") or type(inner).__name__
+        self.chunking = inner.chunking
+
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+        self.inner.reset(worker, self.planning)
+        self.chunking = self.inner.chunking
+
+    def decide(self, view: View) -> Decision:
+        return self.inner.decide(view)
 
 
 @dataclass(frozen=True, slots=True)

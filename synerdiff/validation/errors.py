@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from synerdiff.core import NS_PER_S, RunResult, WorkRecord
+from synerdiff.core import NS_PER_S, InputError, WorkRecord
+from synerdiff.experiments.run import Outcome
 from synerdiff.profile.tables import Profile
-from synerdiff.results import records
 from synerdiff.results.intervals import Interval, percentile_interval
-from synerdiff.results.metrics import summarize
-from synerdiff.validation.calibration import handed_over
 from synerdiff.validation.session import Case, Observation, Validation
-
-if TYPE_CHECKING:
-    import pandas
 
 RELATIVE, POINTS, OF_LATENCY = "relative", "points", "of latency"
 
@@ -52,12 +47,23 @@ class Tolerance:
     range_everywhere: bool = False
     """Judge the mean latency by the range at every load."""
 
+    @property
+    def range_factors(self) -> tuple[float, float]:
+        return 1 - self.range_factor, 1 + self.range_factor
+
 
 TOLERANCES = {
     "strict": Tolerance("strict", 0.03, 0.03, 0.05, 0.02),
     "cpu": Tolerance("cpu", 0.15, 0.15, 0.15, 0.15, range_everywhere=True),
 }
 LOW_LOAD = 0.5
+
+
+def tolerance_of(name: str) -> Tolerance:
+    """InputError lists the known ones."""
+    if name not in TOLERANCES:
+        raise InputError(f"--tolerance is '{name}'; allowed are {' and '.join(TOLERANCES)}.")
+    return TOLERANCES[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +111,7 @@ def case_errors(session: Validation, case: Case) -> CaseErrors:
     for one in observed:
         profile = session.profile_of(one)
         assert one.predicted is not None
-        measured_run = replace(one.run.result, work=handed_over(one.run))
-        pairs.append((_metrics(measured_run, one, profile), _metrics(one.predicted, one, profile)))
+        pairs.append((_metrics(one.measured, one, profile), _metrics(one.predicted, one, profile)))
         found.faults += len(one.run.faults)
     for key, (_, kind) in METRICS.items():
         known: list[tuple[float, float]] = []
@@ -176,15 +181,10 @@ def _range(observed: Sequence[Observation]) -> tuple[float, float]:
     for one in observed:
         assert one.low is not None
         assert one.high is not None
-        measured = _mean_latency_s(one.run.result)
-        ends = sorted((_mean_latency_s(one.low), _mean_latency_s(one.high)))
-        for ratio, end in zip(ratios, ends, strict=True):
+        measured, *ends = (run.summary["request_latency_mean_s"] for run in (one.measured, one.low, one.high))
+        for ratio, end in zip(ratios, sorted(ends), strict=True):
             ratio.append(measured / end)
     return median(ratios[0]), median(ratios[1])
-
-
-def _mean_latency_s(result: RunResult) -> float:
-    return float(_summary(result)["request_latency_mean_s"])
 
 
 def _error(kind: str, measured: float, predicted: float, mean_latency_s: float) -> float | None:
@@ -193,12 +193,12 @@ def _error(kind: str, measured: float, predicted: float, mean_latency_s: float) 
     return (measured - predicted) / (mean_latency_s if kind == OF_LATENCY else 1.0)
 
 
-def _metrics(result: RunResult, one: Observation, profile: Profile) -> dict[str, Any]:
+def _metrics(run: Outcome, one: Observation, profile: Profile) -> dict[str, Any]:
     """The run's summary, and step and decode times at the mix of pieces that was measured."""
-    measured = one.run.result.work
-    return _summary(result) | {
-        "step_time_s": _step_time_s(measured, result.work, profile),
-        "decode_time_s": _decode_time_s(measured, result.work),
+    measured, work = one.run.result.work, run.result.work
+    return run.summary | {
+        "step_time_s": _step_time_s(measured, work, profile),
+        "decode_time_s": _decode_time_s(measured, work),
     }
 
 
@@ -236,27 +236,14 @@ def _decode_time_s(measured: Sequence[WorkRecord], work: Sequence[WorkRecord]) -
     return sum(sum(sums[i]) / len(sums[i]) for i in common) / NS_PER_S if common else None
 
 
-def _summary(result: RunResult) -> dict[str, Any]:
-    requests, work = frames(result)
-    return summarize(requests, work, [0.0] * len(requests))
-
-
-def frames(result: RunResult) -> tuple[pandas.DataFrame, pandas.DataFrame]:
-    """A run's requests and work as data frames."""
-    return (
-        records.requests_table(result.requests).to_pandas(),
-        records.work_table(result.work, result.sample_names).to_pandas(),
-    )
-
-
 def _latencies(observed: Sequence[Observation]) -> list[tuple[int, float, float]]:
     """Medians over repeats, for requests that were done in all of them."""
     predicted: dict[int, list[float]] = {}
     measured: dict[int, list[float]] = {}
     for one in observed:
         assert one.predicted is not None
-        for found, result in ((predicted, one.predicted), (measured, one.run.result)):
-            for record in result.requests:
+        for found, run in ((predicted, one.predicted), (measured, one.measured)):
+            for record in run.result.requests:
                 if record.status == "done":
                     latency_s = (record.finished_ns - record.request.arrival_ns) / NS_PER_S
                     found.setdefault(record.request.request_id, []).append(latency_s)

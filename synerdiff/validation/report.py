@@ -13,7 +13,7 @@ from synerdiff.core import InputError
 from synerdiff.files import atomic
 from synerdiff.profile.folder import write_profile, write_table
 from synerdiff.profile.tables import Profile
-from synerdiff.validation.errors import METRICS, POINTS, CaseErrors, Check, Tolerance, frames
+from synerdiff.validation.errors import METRICS, POINTS, CaseErrors, Check, Tolerance, case_errors, checks
 from synerdiff.validation.session import Validation
 
 FILES = ("validation.json", "report.md", "requests.csv", "profile")
@@ -33,6 +33,13 @@ def require_validation_folder(out: Path) -> None:
     for path in sorted(out.iterdir()):
         if path.name not in known and not path.name.endswith(".part"):
             raise InputError(f"{out}: this folder holds {path.name}, which is no file of a validation; give another.")
+
+
+def conclude(out: Path, session: Validation, tolerance: Tolerance, facts: Mapping[str, Any]) -> tuple[str, bool]:
+    """(the report's text, whether every check passed); everything is written into the folder."""
+    errors = [case_errors(session, case) for case in session.plan.cases]
+    verdicts = [check for case in errors for check in checks(case, tolerance)]
+    return write_report(out, session, errors, verdicts, tolerance, facts), all(check.passed for check in verdicts)
 
 
 def write_report(
@@ -262,7 +269,7 @@ def _draw(
     case = max((one.case for one in cases), key=lambda case: (not case.saturated, case.load, case.policy))
     observed = session.observations[case][session.repeats // 2]
     assert observed.predicted is not None
-    predicted, measured = frames(observed.predicted)[1], frames(observed.run.result)[1]
+    predicted, measured = observed.predicted.frames[1], observed.measured.frames[1]
     begin_s, end_s = _shown_window(measured)
     figure = two_timelines(
         predicted,

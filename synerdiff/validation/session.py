@@ -10,21 +10,30 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from policies.base import Policy
 from policies.registry import build_policy
+from profiler.facts import device_name, software
 from real_runner.engine import run_real
-from real_runner.hardware import chunking_of
-from simulator import simulate
-from synerdiff.core import NO_SKIPS, Decision, InputError, Request, RunResult, SkipBudget, View, WorkerInfo
-from synerdiff.experiments.one_run import time_scale_for_load
+from real_runner.hardware import chunking_of, open_hardware
+from synerdiff.core import NS_PER_S, InputError, WorkerInfo
+from synerdiff.experiments.run import Outcome, Prepared, RunSpec, Served, execute, prepare
+from synerdiff.experiments.sources import Source
 from synerdiff.profile.tables import Profile
-from synerdiff.validation.calibration import Cells, CellTimes, all_times_scaled, cells_for, refreshed, take_pass
-from traces.scaling import scaled
+from synerdiff.validation.calibration import (
+    Cells,
+    CellTimes,
+    all_times_scaled,
+    cells_for,
+    handed_over,
+    refreshed,
+    take_pass,
+)
 
 if TYPE_CHECKING:
     from real_runner.engine import RealRun
@@ -97,10 +106,11 @@ class Case:
 class ValidationPlan:
     """What is validated. ``range_factors``: by what all times are multiplied for the simulated range."""
 
+    spec: RunSpec
+    """What all runs share: requests, skip budget, decode lanes; a case sets policy and arrivals."""
     policies: tuple[str, ...]
     loads: tuple[float, ...]
     repeats: int = FEWEST_REPEATS
-    budget: SkipBudget = NO_SKIPS
     range_factors: tuple[float, float] = (0.98, 1.02)
 
     def __post_init__(self) -> None:
@@ -115,21 +125,25 @@ class ValidationPlan:
         return [Case(policy, load) for load in self.loads for policy in self.policies]
 
 
-@dataclass(slots=True)
+@dataclass
 class Observation:
     """One run of a case, and what was predicted for it."""
 
     repeat: int
     place: int
     """How many passes over the cells came before it."""
-    planning: Profile
-    """What the policy planned with, in both engines: the cells of all passes that came before."""
-    requests: Sequence[Request]
+    prepared: Prepared
+    """Its profile is what the policy planned with, in both engines: the cells of all passes that came before."""
     run: RealRun
-    predicted: RunResult | None = None
-    low: RunResult | None = None
+    predicted: Outcome | None = None
+    low: Outcome | None = None
     """All times multiplied by the smaller factor."""
-    high: RunResult | None = None
+    high: Outcome | None = None
+
+    @cached_property
+    def measured(self) -> Outcome:
+        """The run with its work as the simulator records it, hand-over included."""
+        return Outcome(self.prepared, Served(replace(self.run.result, work=handed_over(self.run))))
 
 
 @dataclass(slots=True)
@@ -139,8 +153,8 @@ class Validation:
     plan: ValidationPlan
     profile: Profile
     """As it was shipped."""
-    cells: Cells
     time_scales: dict[float, float]
+    """Load -> by what the arrivals are stretched."""
     passes: list[CellTimes]
     """Some before the first run, one after each run."""
     observations: dict[Case, list[Observation]] = field(default_factory=dict)
@@ -162,42 +176,56 @@ class Validation:
         around = self.passes[max(0, observed.place - PASSES_AROUND) : observed.place + PASSES_AROUND]
         return refreshed(self.profile, around, self.passes)
 
-
-class Planned:
-    """A policy that plans with a profile of its own, whatever the engine's times are."""
-
-    def __init__(self, inner: Policy, planning: Profile) -> None:
-        self.inner, self.planning = inner, planning
-        self.NAME = getattr(inner, "NAME", "") or type(inner).__name__
-        self.chunking = inner.chunking
-
-    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
-        self.inner.reset(worker, self.planning)
-        self.chunking = self.inner.chunking
-
-    def decide(self, view: View) -> Decision:
-        return self.inner.decide(view)
+    def prepared(self, case: Case, times: Profile, planning: Profile) -> Prepared:
+        """The case's run on an engine with these times, under a policy that plans with others."""
+        scale = None if case.saturated else self.time_scales[case.load]
+        spec = replace(self.plan.spec, profile=times, planning=planning, policy=case.policy, time_scale=scale)
+        run = prepare(spec)
+        return run.at_once(run.images) if case.saturated else run
 
 
 OnProgress = Callable[[int, int, str], None]
 
 
+def require(plan: ValidationPlan, model: str | None) -> str:
+    """The model to open: the one given, else the profile's. InputError for an estimated profile, or one of no model."""
+    profile = prepare(plan.spec).profile
+    if profile.estimated:
+        raise InputError(f"profile '{profile.name}' is estimated; only a measured one can be validated.")
+    name = str(model or profile.info.get("model") or "")
+    if not name:
+        raise InputError(f"profile '{profile.name}' does not say for which model it was made; give --model.")
+    return name
+
+
+def opened(plan: ValidationPlan, model: str, device: str) -> Hardware:
+    """The model on its lanes, to be closed by leaving it."""
+    return open_hardware(model, device, prepare(plan.spec).profile)
+
+
+def facts(session: Validation, hardware: Hardware) -> dict[str, Any]:
+    """What the report says about machine and requests."""
+    spec, prepared = session.plan.spec, prepare(session.plan.spec)
+    return {
+        "model": hardware.model.name,
+        "device": device_name(hardware.model.device),
+        "software": ", ".join(f"{key} {value}" for key, value in software().items()),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "trace": spec.source.name if isinstance(spec.source, Source) else "",
+        "requests": len(prepared.served),
+        "warm_up_s": hardware.warm_up_ns / NS_PER_S,
+    }
+
+
 def measure_session(
-    plan: ValidationPlan,
-    profile: Profile,
-    requests: Sequence[Request],
-    hardware: Hardware,
-    stop: threading.Event,
-    on_progress: OnProgress,
+    plan: ValidationPlan, hardware: Hardware, stop: threading.Event, on_progress: OnProgress
 ) -> Validation:
     """Passes over the cells, then for each repeat every case, with a pass after each; ``stop`` ends it.
 
     Cases take turns in going first. A run that ends early (a hung lane, a broken contract) raises its error.
     """
-    guided = any(request.guidance_scale > 1 for request in requests)
-    info = WorkerInfo(profile.max_rows, 0, (0,) * len(hardware.decode), 2 if guided else 1)
-    even_only = plan.budget.fraction_ppm == 0 and all(request.guidance_scale > 1 for request in requests)
-    cells = cells_for(profile, _most_rows(plan, profile, info), _chunkings(plan, profile, info), even_only)
+    profile = prepare(plan.spec).profile
+    cells = _cells(plan, profile, len(hardware.decode))
     total = plan.repeats * len(plan.cases) + PASSES_AROUND
     done = 0
 
@@ -213,30 +241,28 @@ def measure_session(
     for _ in range(PASSES_AROUND):
         passes.append(take_pass(hardware, profile, cells))
         report("profile cells")
-    first = refreshed(profile, passes, passes)
-    scales = {load: 0.0 if load == SATURATION else time_scale_for_load(requests, first, load) for load in plan.loads}
-    session = Validation(plan, profile, cells, scales, passes, {case: [] for case in plan.cases})
+    spec = replace(plan.spec, profile=refreshed(profile, passes, passes))
+    scales = {load: prepare(replace(spec, load=load)).time_scale for load in plan.loads if load != SATURATION}
+    session = Validation(plan, profile, scales, passes, {case: [] for case in plan.cases})
     for repeat in range(plan.repeats):
         turn = repeat % len(plan.cases)
         for case in plan.cases[turn:] + plan.cases[:turn]:
             if stop.is_set():
                 break
-            offered = _at_scale(requests, session.time_scales[case.load])
             planning = session.pooled
-            run = run_real(
-                offered, Planned(build_policy(case.policy), planning), planning, hardware, budget=plan.budget, stop=stop
-            )
+            prepared = session.prepared(case, planning, planning)
+            run = run_real(prepared.served, prepared.policy(), planning, hardware, budget=prepared.budget, stop=stop)
             if run.error is not None:
                 raise run.error
             passes.append(take_pass(hardware, profile, cells))
             if not stop.is_set():
-                session.observations[case].append(Observation(repeat, len(passes) - 1, planning, offered, run))
+                session.observations[case].append(Observation(repeat, len(passes) - 1, prepared, run))
             report(case.label)
     session.load = watch.load()
     return session
 
 
-def predict(session: Validation, lanes: int, on_progress: OnProgress) -> None:
+def predict(session: Validation, on_progress: OnProgress) -> None:
     """Fill in what the simulator says about every observed run of the complete repeats."""
     plan = session.plan
     total = session.repeats * len(plan.cases)
@@ -244,42 +270,29 @@ def predict(session: Validation, lanes: int, on_progress: OnProgress) -> None:
     for repeat in range(session.repeats):
         for case in plan.cases:
             observed = session.observations[case][repeat]
+            planning = observed.prepared.profile
             times = session.profile_of(observed)
-            observed.predicted = _simulated(session, case, observed, times, lanes)
+            observed.predicted = execute(session.prepared(case, times, planning))
             if not case.saturated:
-                low, high = (all_times_scaled(times, factor) for factor in plan.range_factors)
-                observed.low = _simulated(session, case, observed, low, lanes)
-                observed.high = _simulated(session, case, observed, high, lanes)
+                observed.low, observed.high = (
+                    execute(session.prepared(case, all_times_scaled(times, factor), planning))
+                    for factor in plan.range_factors
+                )
             done += 1
             on_progress(done, total, f"predicting {case.label}")
 
 
-def _simulated(session: Validation, case: Case, observed: Observation, times: Profile, lanes: int) -> RunResult:
-    policy = Planned(build_policy(case.policy), observed.planning)
-    return simulate(observed.requests, policy, times, decode_gpus=(0,) * lanes, budget=session.plan.budget)
-
-
-def _at_scale(requests: Sequence[Request], scale: float) -> list[Request]:
-    if scale == 0:
-        return [replace(request, arrival_ns=0) for request in requests]
-    return scaled(requests, scale)
-
-
-def _chunkings(plan: ValidationPlan, profile: Profile, info: WorkerInfo) -> list[str]:
-    names = []
-    for name in plan.policies:
-        policy = build_policy(name)
-        policy.reset(info, profile)
-        names.append(policy.chunking)
-    return names
-
-
-def _most_rows(plan: ValidationPlan, profile: Profile, info: WorkerInfo) -> int:
-    """Rows of the largest step that any of the policies can make: its batch, when it has one."""
-    most = 0
+def _cells(plan: ValidationPlan, profile: Profile, decode_lanes: int) -> Cells:
+    """What the plan's runs can meet: rows up to the largest step of any policy (its batch, when it has one), and the
+    chunkings that the policies launch."""
+    served = prepare(plan.spec).served
+    guided = [request.guidance_scale > 1 for request in served]
+    info = WorkerInfo(profile.max_rows, 0, (0,) * decode_lanes, 2 if any(guided) else 1)
+    most, chunkings = 0, []
     for name in plan.policies:
         policy: Any = build_policy(name)
         policy.reset(info, profile)
         batch = getattr(policy, "batch", 0)
         most = max(most, batch * info.sample_rows if batch else profile.max_rows)
-    return most
+        chunkings.append(policy.chunking)
+    return cells_for(profile, most, chunkings, even_only=plan.spec.budget.fraction_ppm == 0 and all(guided))

@@ -7,11 +7,9 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from policies.registry import build_policy
-from real_runner.dispatch import Dispatch
 from simulator import simulate
 from synerdiff.config.contest import load_contest
 from synerdiff.config.experiment import load_experiment
@@ -21,14 +19,14 @@ from synerdiff.experiments.grid import Grid
 from synerdiff.experiments.sweep import run_sweep
 from synerdiff.experiments.swift_grid import SwiftStudy, run_grid
 from synerdiff.profile.folder import find_profile, load_profile
-from synerdiff.profile.tables import Profile
 from synerdiff.results.records import requests_table, work_table
-from synerdiff.validation.calibration import CellTimes, Overlap, all_times_scaled, cells_for
+from synerdiff.validation.calibration import all_times_scaled
 from synerdiff.validation.errors import METRICS, TOLERANCES, case_errors, checks
 from synerdiff.validation.katz import compare, predict
-from synerdiff.validation.session import SATURATION, Observation, Validation, ValidationPlan
-from tests.builders import affine_profile, requests_at
+from synerdiff.validation.session import SATURATION, Validation
+from tests.builders import requests_at
 from tests.golden.pins import Table
+from tests.validation.recorded import contended, recorded_session, times_of
 
 SWEEP = """
 name: golden
@@ -170,7 +168,7 @@ def work() -> Table:
 
 
 def _single_runs() -> Iterator[tuple[str, RunResult]]:
-    profile = _contended()
+    profile = contended()
     requests = [
         replace(request, images=1 + request.request_id % 2, steps=8 + request.request_id % 5)
         for request in requests_at(*(7.0 * i for i in range(24)), steps=10, guidance_scale=7.5)
@@ -178,14 +176,6 @@ def _single_runs() -> Iterator[tuple[str, RunResult]]:
     budget = SkipBudget(300_000, 2, 1)
     for policy in ("static", "chunked", "synerdiff", "synerdiff-feedback", "auto", "load-skip", "edf"):
         yield policy, simulate(requests, build_policy(policy), profile, decode_gpus=(0,), budget=budget)
-
-
-DISPATCH_NS = 200_000
-
-
-def _contended() -> Profile:
-    slowdowns = {1: (1_500_000, 1_400_000), 32: (1_300_000, 1_200_000)}
-    return affine_profile(slowdowns=slowdowns, overheads={"step_dispatch": DISPATCH_NS, "chunk_dispatch": DISPATCH_NS})
 
 
 def validation() -> Table:
@@ -241,59 +231,19 @@ def _case_errors() -> list[Any]:
 
 
 def _recorded_session() -> Validation:
-    """Three repeats of two policies at two loads and in a burst; the machine is up to 9% slower than the profile."""
+    """Two policies at two loads and in a burst; the machine is up to 9% slower than the profile."""
     profile = load_profile(find_profile("digits-cpu"))
     truth = all_times_scaled(profile, 1.06)
     truth.chunks = all_times_scaled(profile, 1.09).chunks
-    loads = (0.5, 0.8, SATURATION)
-    plan = ValidationPlan(("continuous-serial", "synerdiff-feedback"), loads, 3, range_factors=(0.85, 1.15))
-    passes = [_seen(profile, 1.01)]
-    session = Validation(plan, profile, cells_for(profile, 16, ["whole", "c4"]), dict.fromkeys(loads, 1.0), passes)
-    for case in plan.cases:
-        gap_ms = 0 if case.saturated else 8 / case.load
-        requests = requests_at(*(gap_ms * i for i in range(40)), steps=6)
-        session.observations[case] = []
-        for repeat in range(plan.repeats):
-
-            def run(times: Profile, case: Any = case, requests: Any = requests) -> RunResult:
-                return simulate(requests, build_policy(case.policy), times)
-
-            passes.append(_seen(profile, 1.0 + 0.01 * repeat))
-            one = Observation(repeat, len(passes) - 1, session.pooled, requests, _recorded(run(truth)))
-            now = session.profile_of(one)
-            one.predicted = run(now)
-            one.low, one.high = (run(all_times_scaled(now, factor)) for factor in plan.range_factors)
-            session.observations[case].append(one)
-    return session
-
-
-def _seen(profile: Profile, factor: float) -> CellTimes:
-    """A pass over the cells that finds the profile's times, multiplied by a factor, and its slowdowns."""
-
-    def samples(ns: int) -> list[int]:
-        return [round(ns * factor) + offset for offset in (-1_000, 0, 3_000)]
-
-    return CellTimes(
-        {rows: samples(cell.median) for rows, cell in profile.steps.items()},
-        {name: [samples(cell.median) for cell in cells] for name, cells in profile.chunks.items()},
-        {name: [cell.median] for name, cell in profile.overheads.items()},
-        {
-            (name, chunk, rows): (Overlap(cell.step.median, 1e6, 1), Overlap(cell.chunk.median, 1e6, 1))
-            for (name, chunk), cells in profile.corun.items()
-            for rows, cell in cells.items()
-        },
+    return recorded_session(
+        profile,
+        truth,
+        lambda repeat: times_of(profile, 1.01 if repeat < 0 else 1.0 + 0.01 * repeat, (-1_000, 0, 3_000)),
+        loads=(0.5, 0.8, SATURATION),
+        policies=("continuous-serial", "synerdiff-feedback"),
+        requests=(40, 8, 6),
+        range_factor=0.15,
     )
-
-
-def _recorded(result: RunResult) -> Any:
-    """A simulated run as the runner would record it: a lane's piece begins once it has been handed over."""
-    dispatch = Dispatch()
-    moved = []
-    for record in result.work:
-        wait_ns = min(DISPATCH_NS, record.end_ns - record.start_ns)
-        (dispatch.step_ns if record.kind == "step" else dispatch.chunk_ns).append(wait_ns)
-        moved.append(record._replace(start_ns=record.start_ns + wait_ns))
-    return SimpleNamespace(result=replace(result, work=moved), faults=[], dispatch=dispatch)
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ def visited(profile, chunking, rows, rounds=1):
 
 @pytest.mark.parametrize("lead_ns", [0, 40_000])
 @pytest.mark.parametrize("chunking", ["whole", "c3"])
-def test_every_cell_is_visited_and_gives_back_its_time(chunking, lead_ns):
+def test_every_cell_is_visited_and_gives_back_its_time(chunking, lead_ns) -> None:
     profile = small({"whole": [170_000], "c3": [50_000, 70_000, 50_000]}, {"decision_lead": lead_ns})
     rows = (1, 2, 3, 4, 8)
     run = visited(profile, chunking, rows, rounds=2)
@@ -53,7 +53,7 @@ def test_every_cell_is_visited_and_gives_back_its_time(chunking, lead_ns):
     assert new.step_ns(3) == STEPS[3]
 
 
-def test_a_decode_longer_than_many_steps_ends_alone():
+def test_a_decode_longer_than_many_steps_ends_alone() -> None:
     profile = small({"whole": [STEPS_BESIDE * 100_000 + 5_000_000]})
     run = visited(profile, "whole", (1, 2))
     times = cell_times("whole", run)
@@ -68,7 +68,7 @@ def piece(kind, start_ns, end_ns, chunk=-1, exclusive=False):
     return WorkRecord(0, lane, kind, start_ns, end_ns, 2 if kind == "step" else 0, 0, (), "", chunk, exclusive, False)
 
 
-def test_what_each_side_loses_is_found_from_pieces_that_overlap_in_part():
+def test_what_each_side_loses_is_found_from_pieces_that_overlap_in_part() -> None:
     """Steps of 100 and a chunk of 60 alone; the chunk runs beside two steps and the gap of 10 between them."""
     work = [
         piece("step", 0, 100),
@@ -92,7 +92,7 @@ def test_what_each_side_loses_is_found_from_pieces_that_overlap_in_part():
     assert chunk.progress_ns == pytest.approx(60 - 10), "in the gap between the steps the chunk ran at full speed"
 
 
-def test_passes_with_several_chunkings_are_joined():
+def test_passes_with_several_chunkings_are_joined() -> None:
     profile = small({"whole": [170_000], "c3": [50_000, 70_000, 50_000]})
     parts = [cell_times(name, visited(profile, name, (2, 4))) for name in ("whole", "c3")]
     times = joined(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch):
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A small profile ``p`` of the embedded model, a trace ``t.csv``, and the working folder there."""
     small = make_profile(
         {1: 7_000_000, 2: 9_000_000, 4: 13_000_000},
@@ -35,7 +36,7 @@ def validate(*more: str) -> int:
     return cli.main(["validate", "--profile", "p", "--trace", "t.csv", "--out", "o", *more])
 
 
-def test_a_validation_measures_predicts_and_judges(world, capsys):
+def test_a_validation_measures_predicts_and_judges(world, capsys: pytest.CaptureFixture[str]) -> None:
     policies = ["--policy", "continuous-serial", "--policy", "continuous-parallel"]
     code = validate(*policies, "--load", "0.5", "--repeats", "1")
     data = json.loads((world / "o" / "validation.json").read_text())
@@ -69,7 +70,7 @@ def test_a_validation_measures_predicts_and_judges(world, capsys):
         (["--out", "p"], "which is no file of a validation; give another."),
     ],
 )
-def test_bad_input_is_one_sentence(world, capsys, more, sentence):
+def test_bad_input_is_one_sentence(world, capsys: pytest.CaptureFixture[str], more, sentence) -> None:
     write_profile(world / "nameless", affine_profile())
     assert validate(*more) == 2
     printed = capsys.readouterr()

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from policies.registry import build_policy
-from real_runner.dispatch import Dispatch
 from simulator import simulate
 from synerdiff.core import InputError
+from synerdiff.experiments.run import RunSpec
 from synerdiff.profile.folder import load_profile
+from synerdiff.profile.tables import Profile
 from synerdiff.validation.calibration import CellTimes, Overlap, all_times_scaled, cells_for, handed_over, refreshed
 from synerdiff.validation.errors import TOLERANCES, case_errors, checks
 from synerdiff.validation.report import as_json, require_validation_folder, write_report
-from synerdiff.validation.session import SATURATION, Case, MachineLoad, Observation, Validation, ValidationPlan
+from synerdiff.validation.session import SATURATION, Case, MachineLoad, Validation, ValidationPlan
 from tests.builders import affine_profile, requests_at
+from tests.validation.recorded import DISPATCH_NS, contended, recorded, recorded_session, times_of
 
 FACTS = {
     "model": "digits",
@@ -30,75 +33,15 @@ FACTS = {
 }
 
 
-DISPATCH_NS = 200_000
-
-
-def times_of(profile, factor: float = 1.0, spread: int = 0) -> CellTimes:
-    """Cells that say exactly what the profile does, times a factor, or ``spread`` ns around it, and the hand-over."""
-
-    def samples(ns: int) -> list[int]:
-        return [round(ns * factor) + offset + DISPATCH_NS for offset in (-spread, 0, spread)]
-
-    def beside(slowdown_ppm: int) -> Overlap:
-        return Overlap(slowdown_ppm, 1e6, 1)
-
-    return CellTimes(
-        {rows: samples(cell.median) for rows, cell in profile.steps.items()},
-        {name: [samples(cell.median) for cell in cells] for name, cells in profile.chunks.items()},
-        {name: [cell.median] for name, cell in profile.overheads.items()},
-        {
-            (name, chunk, rows): (beside(cell.step.median), beside(cell.chunk.median))
-            for (name, chunk), cells in profile.corun.items()
-            for rows, cell in cells.items()
-        },
-    )
-
-
-def on_hardware(result, dispatch_ns: int = DISPATCH_NS):
-    """A simulated run as the runner would record it: a lane's piece begins once it has been handed over."""
-    dispatch = Dispatch()
-    work = []
-    for record in result.work:
-        waits_ns = dispatch.step_ns if record.kind == "step" else dispatch.chunk_ns
-        waits_ns.append(dispatch_ns)
-        work.append(record._replace(start_ns=record.start_ns + dispatch_ns))
-    return SimpleNamespace(result=replace(result, work=work), faults=[], dispatch=dispatch)
-
-
-def contended():
-    slowdowns = {1: (1_500_000, 1_400_000), 32: (1_300_000, 1_200_000)}
-    return affine_profile(slowdowns=slowdowns, overheads={"step_dispatch": DISPATCH_NS, "chunk_dispatch": DISPATCH_NS})
-
-
-def make_session(
-    truth, loads=(0.5, 0.8), policies=("continuous-serial", "continuous-parallel"), repeats=3, factor=0.02
-):
+def make_session(truth: Profile, **more: Any) -> Validation:
     """A session whose hardware is the simulator with the profile ``truth``."""
     profile = contended()
-    plan = ValidationPlan(policies, loads, repeats, range_factors=(1 - factor, 1 + factor))
-    passes = [times_of(profile)]
-    session = Validation(plan, profile, cells_for(profile, 16, ["whole"]), dict.fromkeys(loads, 1.0), passes)
-    for case in plan.cases:
-        gap_ms = 0 if case.saturated else 30 / case.load
-        requests = requests_at(*(gap_ms * i for i in range(60)), steps=5)
-        session.observations[case] = []
-        for repeat in range(repeats):
-
-            def run(times, requests=requests, case=case):
-                return simulate(requests, build_policy(case.policy), times)
-
-            passes.append(times_of(profile))
-            one = Observation(repeat, len(passes) - 1, session.pooled, requests, on_hardware(run(truth)))
-            now = session.profile_of(one)
-            one.predicted = run(now)
-            one.low, one.high = (run(all_times_scaled(now, f)) for f in plan.range_factors)
-            session.observations[case].append(one)
-    return session
+    return recorded_session(profile, truth, lambda repeat: times_of(profile), **more)
 
 
-def test_refreshed_cells_are_the_means_of_their_passes():
+def test_refreshed_cells_are_the_means_of_their_passes() -> None:
     profile = contended()
-    passes = [times_of(profile, 1.1, spread=1000), times_of(profile, 1.3)]
+    passes = [times_of(profile, 1.1, (DISPATCH_NS - 1000, DISPATCH_NS, DISPATCH_NS + 1000)), times_of(profile, 1.3)]
     new = refreshed(profile, passes, passes)
     assert new.steps[4].median == pytest.approx(1.2 * profile.step_ns(4), abs=1)
     assert new.steps[4].n == 6
@@ -110,7 +53,7 @@ def test_refreshed_cells_are_the_means_of_their_passes():
     assert new.step_ns(4) == new.steps[4].median, "no lookup of the old profile is remembered"
 
 
-def test_a_long_tail_is_paid_for():
+def test_a_long_tail_is_paid_for() -> None:
     profile = contended()
     one = times_of(profile)
     steps = dict(one.steps) | {4: [10_200_000] * 9 + [110_200_000]}
@@ -118,7 +61,7 @@ def test_a_long_tail_is_paid_for():
     assert new.step_ns(4) == 20_000_000, "the median would leave out what one step in ten costs"
 
 
-def test_slowdowns_are_summed_before_they_are_divided_and_bounded():
+def test_slowdowns_are_summed_before_they_are_divided_and_bounded() -> None:
     profile = contended()
     one = times_of(profile)
 
@@ -132,7 +75,7 @@ def test_slowdowns_are_summed_before_they_are_divided_and_bounded():
     assert new.corun["whole", 0][32].step.n == 3
 
 
-def test_scaled_profiles_scale_times_and_not_slowdowns():
+def test_scaled_profiles_scale_times_and_not_slowdowns() -> None:
     profile = contended()
     profile.step_ns(4), profile.slowdown_ppm(4, "whole", 0)
     double = all_times_scaled(profile, 2.0)
@@ -141,14 +84,14 @@ def test_scaled_profiles_scale_times_and_not_slowdowns():
     assert double.slowdown_ppm(4, "whole", 0) == profile.slowdown_ppm(4, "whole", 0)
 
 
-def test_cells_are_those_that_the_runs_can_meet():
+def test_cells_are_those_that_the_runs_can_meet() -> None:
     cells = cells_for(contended(), 10, ["whole", "c4", "whole"])
     assert cells.rows == (1, 2, 3, 4, 6, 8, 12)
     assert cells.chunkings == ("whole", "c4")
     assert cells_for(contended(), 10, ["whole"], even_only=True).rows == (2, 4, 6, 8, 12)
 
 
-def test_a_true_prediction_has_no_error_and_passes_strictly():
+def test_a_true_prediction_has_no_error_and_passes_strictly() -> None:
     session = make_session(contended(), loads=(0.5, 0.8, SATURATION))
     for case in session.plan.cases:
         found = case_errors(session, case)
@@ -159,7 +102,7 @@ def test_a_true_prediction_has_no_error_and_passes_strictly():
         assert len(found.latencies) == 60
 
 
-def test_slower_steps_are_found_named_and_judged():
+def test_slower_steps_are_found_named_and_judged() -> None:
     truth = contended()
     truth.steps = all_times_scaled(truth, 1.1).steps
     session = make_session(truth)
@@ -177,12 +120,12 @@ def test_slower_steps_are_found_named_and_judged():
         "faults": True,
     }
     assert found.range_s[1] > 1, "beyond what 2% slower times explain"
-    wide = make_session(truth, factor=0.15)
+    wide = make_session(truth, range_factor=0.15)
     found = case_errors(wide, Case("continuous-serial", 0.5))
     assert all(check.passed for check in checks(found, TOLERANCES["cpu"]))
 
 
-def test_slower_decodes_are_named():
+def test_slower_decodes_are_named() -> None:
     truth = contended()
     truth.chunks = all_times_scaled(truth, 1.5).chunks
     found = case_errors(make_session(truth), Case("continuous-parallel", 0.5))
@@ -190,13 +133,13 @@ def test_slower_decodes_are_named():
     assert "most of it in the stage decode" in found.blame
 
 
-def test_the_mix_of_steps_that_was_measured_weighs_both_runs():
+def test_the_mix_of_steps_that_was_measured_weighs_both_runs() -> None:
     """Twice as fast hardware makes other batches; equal steps are still compared with equal steps."""
     found = case_errors(make_session(all_times_scaled(contended(), 0.5)), Case("continuous-serial", 0.8))
     assert found.metrics["step_time_s"].error.value == pytest.approx(-0.5, abs=0.02)
 
 
-def test_faults_fail_a_case():
+def test_faults_fail_a_case() -> None:
     session = make_session(contended())
     case = Case("continuous-serial", 0.5)
     session.observations[case][1].run.faults.append("x")
@@ -204,14 +147,14 @@ def test_faults_fail_a_case():
     assert failed == ["faults"]
 
 
-def test_only_complete_repeats_count():
+def test_only_complete_repeats_count() -> None:
     session = make_session(contended())
     session.observations[Case("continuous-parallel", 0.8)].pop()
     assert session.repeats == 2
     assert len(case_errors(session, Case("continuous-serial", 0.5)).metrics["step_time_s"].repeats) == 2
 
 
-def test_the_report_says_what_failed_and_where(tmp_path):
+def test_the_report_says_what_failed_and_where(tmp_path: Path) -> None:
     truth = contended()
     truth.steps = all_times_scaled(truth, 1.1).steps
     session = make_session(truth, loads=(0.5, SATURATION))
@@ -241,32 +184,33 @@ def test_the_report_says_what_failed_and_where(tmp_path):
         require_validation_folder(tmp_path / "o")
 
 
-def test_a_run_is_predicted_from_the_passes_around_it():
-    session = make_session(contended(), repeats=2)
+def test_a_run_is_predicted_from_the_passes_around_it() -> None:
+    session = make_session(contended())
     case = session.plan.cases[1]
     one = session.observations[case][0]
-    assert one.place == 3
-    for place in (1, 2, 3, 4):
+    assert one.place == 4
+    for place in (2, 3, 4, 5):
         session.passes[place] = times_of(session.profile, 1.2)
     assert session.profile_of(one).step_ns(4) == round(1.2 * session.profile.step_ns(4))
     other = session.observations[session.plan.cases[3]][1]
     assert session.profile_of(other).step_ns(4) == session.profile.step_ns(4)
 
 
-def test_pieces_are_compared_with_their_hand_over():
+def test_pieces_are_compared_with_their_hand_over() -> None:
     """A lane's record leaves out what the simulator counts as a part of the piece."""
     result = simulate(requests_at(0, 1, 2), build_policy("continuous-parallel"), contended())
-    assert handed_over(on_hardware(result)) == result.work
+    assert handed_over(recorded(result)) == result.work
 
 
-def test_others_on_the_machine_are_noticed():
+def test_others_on_the_machine_are_noticed() -> None:
     found = MachineLoad().load()
     assert found.others is None or 0 <= found.others < 1024
     assert found.stolen is None or 0 <= found.stolen < 1024
 
 
-def test_plans_are_checked():
+def test_plans_are_checked() -> None:
+    spec = RunSpec(profile=contended(), source=(), policy="static")
     with pytest.raises(InputError, match="--repeats is 0"):
-        ValidationPlan(("static",), (0.5,), 0)
+        ValidationPlan(spec, ("static",), (0.5,), 0)
     with pytest.raises(InputError, match="--load is 3; a number above 0 and up to 2"):
-        ValidationPlan(("static",), (0.5, 3.0))
+        ValidationPlan(spec, ("static",), (0.5, 3.0))
