@@ -1,25 +1,30 @@
-"""How fast the simulator is: batch-steps per CPU-second, beside a bare SimPy loop in the same run.
+"""How fast the simulator is: batch-steps per CPU-second, beside a bare SimPy loop in the same run; what decisions take.
 
-    python benchmarks/engine.py [--requests 20000] [--policy continuous-serial ...]
+    python -m benchmarks.engine [--requests 20000] [--policy continuous-serial ...] [--skip-fraction 0.3]
 
-Prints ratios: on a shared machine absolute times drift, the ratio to the bare loop drifts less.
+Prints ratios: on a shared machine absolute times drift, the ratio to the bare loop drifts less. Decisions are timed in
+a run of their own, in CPU time without garbage collection, whose pauses grow with the records that a simulation keeps.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
+import gc
 import resource
 import sys
 import time
+from collections.abc import Generator
+from typing import Any
 
 import simpy
 
+from policies.base import Policy
 from policies.registry import build_policy
 from simulator import simulate
-from synerdiff.core import NS_PER_S, Request
-from synerdiff.profile.capacity import serial_capacity_samples_per_s
-from synerdiff.profile.folder import find_profile, load_profile
+from synerdiff.core import PPM, Decision, SkipBudget, View
+from synerdiff.experiments.run import Prepared, RunSpec, prepare
+from synerdiff.profile.folder import find_profile
+from traces.generate import generate
 
 STEPS = 30
 LOAD = 0.8
@@ -28,7 +33,7 @@ LOAD = 0.8
 def bare_simpy_events_per_s(events: int = 300_000) -> float:
     environment = simpy.Environment()
 
-    def ticking():
+    def ticking() -> Generator[simpy.Event, Any, None]:
         for _ in range(events):
             yield environment.timeout(3)
 
@@ -38,13 +43,33 @@ def bare_simpy_events_per_s(events: int = 300_000) -> float:
     return events / (time.process_time() - start)
 
 
-def poisson(count: int, rate_per_s: float) -> list[Request]:
-    source = random.Random(1)
-    arrival_ns, requests = 0, []
-    for number in range(count):
-        arrival_ns += round(source.expovariate(rate_per_s) * NS_PER_S)
-        requests.append(Request(number, arrival_ns, STEPS))
-    return requests
+class Timed:
+    """A policy that notes how many ns of CPU time each of its decisions takes."""
+
+    def __init__(self, inner: Policy) -> None:
+        self.inner, self.taken_ns = inner, list[int]()
+        self.chunking = inner.chunking
+
+    def reset(self, *arguments: Any) -> None:
+        self.inner.reset(*arguments)
+        self.chunking = self.inner.chunking
+
+    def decide(self, view: View) -> Decision:
+        start = time.thread_time_ns()
+        decision = self.inner.decide(view)
+        self.taken_ns.append(time.thread_time_ns() - start)
+        return decision
+
+
+def decisions_us(prepared: Prepared) -> tuple[float, float, float]:
+    """(median, 99.9th percentile, worst) of a decision in the run."""
+    policy = Timed(prepared.policy())
+    gc.collect()
+    gc.disable()
+    simulate(prepared.served, policy, prepared.profile, budget=prepared.budget)
+    gc.enable()
+    taken = sorted(policy.taken_ns)
+    return taken[len(taken) // 2] / 1e3, taken[len(taken) * 999 // 1000] / 1e3, taken[-1] / 1e3
 
 
 def main() -> None:
@@ -52,25 +77,31 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1_000, 20_000, 100_000])
     parser.add_argument("--policy", nargs="+", default=["continuous-serial", "continuous-parallel"])
     parser.add_argument("--profile", default="h200-sdxl-estimated")
+    parser.add_argument("--skip-fraction", type=float, default=0.0)
     arguments = parser.parse_args()
-    profile = load_profile(find_profile(arguments.profile))
-    rate_per_s = LOAD * serial_capacity_samples_per_s(profile, STEPS, 8)
-    print(f"{STEPS} guided steps, load {LOAD}, {profile.label}, Python {sys.version.split()[0]}")
+    budget = SkipBudget(round(arguments.skip_fraction * PPM))
+    print(f"{STEPS} guided steps, load {LOAD}, {arguments.profile}, Python {sys.version.split()[0]}")
     for policy in arguments.policy:
         for count in arguments.requests:
-            requests = poisson(count, rate_per_s)
+            source = tuple(generate("poisson", seed=1, requests=count, mix="fixed", steps=STEPS))
+            spec = RunSpec(
+                profile=find_profile(arguments.profile), source=source, policy=policy, budget=budget, load=LOAD
+            )
+            prepared = prepare(spec)
             bare = bare_simpy_events_per_s()
             start = time.process_time()
-            result = simulate(requests, build_policy(policy), profile)
+            result = simulate(prepared.served, build_policy(policy), prepared.profile, budget=budget)
             taken_s = time.process_time() - start
             steps = sum(1 for work in result.work if work.kind == "step")
             memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            del result
             print(
                 f"{policy:20} {count:7,} requests: {taken_s:6.2f} CPU-s, {steps / taken_s:8,.0f} batch-steps/CPU-s, "
                 f"{taken_s / count * 1e6:5.0f} us/request, a step costs {bare * taken_s / steps:4.1f} bare SimPy "
                 f"timeouts, peak {memory_mb:,.0f} MB"
             )
-            del result
+        middle, rare, worst = decisions_us(prepared)
+        print(f"{policy:20} a decision takes {middle:.1f} us (median), {rare:.0f} (99.9%), {worst:.0f} (worst)")
 
 
 if __name__ == "__main__":
