@@ -13,6 +13,7 @@ import torch
 
 from synerdiff.core import InputError
 from synerdiff.device.lanes import available_cores
+from synerdiff.files import install_hint
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED_CODE = ("profiler/*.py", "synerdiff/device", "synerdiff/diffusion", "synerdiff/profile")
@@ -82,7 +83,7 @@ class GpuWatch:
         except ModuleNotFoundError:
             raise InputError(
                 "Profiling a GPU logs its clocks with nvidia-ml-py, which is missing; install it with: "
-                "pip install 'synerdiff[hardware]'"
+                f"{install_hint('hardware')}"
             ) from None
         except pynvml.NVMLError as error:
             # Containers may hide NVML; the times are still good, and the profile says that clocks are unknown.

@@ -16,7 +16,7 @@ from profiler.assemble import assemble
 from profiler.bench import Bench, open_bench
 from profiler.corun import VISITS, chunk_pieces, measure_corun
 from profiler.facts import GpuWatch, device_name, software
-from profiler.partial import Partial, claim_folder, numbers
+from profiler.partial import Partial, numbers, require_profile_folder
 from profiler.pieces import StepPiece
 from profiler.plan import Plan
 from profiler.settings import Settings
@@ -47,7 +47,7 @@ def measure_profile(settings: Settings, out: Path, on_progress: OnProgress | Non
     be used, and for an interrupted measurement that was made under other conditions.
     """
     device = find_device(settings.device)
-    claim_folder(out)
+    require_profile_folder(out)
     partial = Partial(out, _conditions(settings, device))
     watch = GpuWatch(device) if device.type == "cuda" else None
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from synerdiff.core import InputError
-from synerdiff.files import atomic, read_text, require_writable_folder
+from synerdiff.files import atomic, claim_folder, read_text
 from synerdiff.profile.tables import Spread
 
 FILE = "partial.json"
@@ -60,14 +60,11 @@ class Partial:
         self._path.unlink(missing_ok=True)
 
 
-def claim_folder(folder: Path) -> None:
+def require_profile_folder(folder: Path) -> None:
     """Make the output folder; InputError when it cannot be written or holds something that must not be lost."""
-    if folder.is_dir() and not (folder / FILE).exists():
-        if (folder / "profile.yaml").exists():
-            raise InputError(f"{folder}: this folder already holds a profile; choose another folder, or remove it.")
-        if any(folder.iterdir()):
-            raise InputError(f"{folder}: this folder is not empty and holds no profile; choose another folder.")
-    require_writable_folder(folder)
+    if (folder / "profile.yaml").exists() and not (folder / FILE).exists():
+        raise InputError(f"{folder}: this folder already holds a profile; choose another folder, or remove it.")
+    claim_folder(folder, "profile")
 
 
 def numbers(spread: Spread) -> list[int]:

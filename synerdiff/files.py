@@ -1,58 +1,311 @@
-"""The only YAML reader and writer; atomic writes; hashes."""
+"""Files: the only YAML reader and writer, the only table reader, atomic writes, the guard of output folders, hashes.
+
+Whatever a file may hold that is wrong becomes an InputError with one sentence: file, line or field, found, allowed.
+"""
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
+import io
 import math
 import os
+import re
+import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import yaml
 
 from synerdiff.core import InputError
 
+Progress = Callable[[int, int], None]
+"""Called now and then while something long is read or fetched, with (bytes done, bytes in all; 0 when unknown)."""
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key given twice: YAML itself would silently keep the last one."""
+MARK = ".synerdiff"
+"""In a folder that a command writes: which command, so that no other's files are overwritten."""
 
+MOST = 10**18
+"""The largest whole number of a table unless its column says otherwise; in nanoseconds 31 years."""
 
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise InputError(f"line {key_node.start_mark.line + 1}: the key '{key}' is given twice.")
-        seen.add(key)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node)
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_LONGEST_SHOWN = 60
+_LONGEST_NUMBER = 60
+_LINES_PER_REPORT = 4096
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
 
-def read_text(path: Path, what: str) -> str:
-    """The file as UTF-8 text, or one sentence that names it."""
+def shown(value: object) -> str:
+    """A value as text that fits into a sentence."""
+    text = str(value)
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
+
+
+def install_hint(extra: str = "") -> str:
+    """How to install the libraries of that extra: from this checkout, since synerdiff is on no package index."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file():  # installed as a copy: only its user knows where the checkout is
+        root = Path("PATH-TO-THE-CHECKOUT")
+    return f"pip install -c '{root}/constraints.txt' -e '{root}{f'[{extra}]' if extra else ''}'"
+
+
+# Reading text and numbers
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Errors of the file system and of damaged archives become an InputError that names the file."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"{path}: this is a device or a pipe; a {what} must be a file.")
+        yield
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such {what}.") from None
     except IsADirectoryError:
         raise InputError(f"{path}: this is a folder; a {what} is needed.") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: this is not text, so it cannot be a {what}.") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError):
+        raise InputError(
+            f"{path}: the compressed file is damaged or cut short, so the {what} cannot be read."
+        ) from None
     except OSError as error:
-        raise InputError(f"{path}: the {what} cannot be read ({error.strerror}).") from None
+        raise InputError(f"{path}: the {what} cannot be read ({error.strerror or error}).") from None
+
+
+def read_text(path: Path, what: str) -> str:
+    """The file as UTF-8 text, or one sentence that names it."""
+    with reading(path, what):
+        return path.read_text(encoding="utf-8-sig")
+
+
+def whole_number(text: str, low: int = 0, high: int = MOST) -> int:
+    """An integer in ASCII digits within bounds, both included; ValueError says what was found and what is allowed."""
+    stripped = text.strip()
+    if not _INTEGER.fullmatch(stripped) or len(stripped) > _LONGEST_NUMBER:
+        raise ValueError(f"is {shown(repr(text))}; a whole number{_bounds(low, high)} is needed")
+    value = int(stripped)
+    if not low <= value <= high:
+        raise ValueError(f"is {value}; {_allowed(value, low, high)}")
+    return value
+
+
+def number(text: str, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite decimal number within bounds, both included; ValueError says what was found and what is allowed."""
+    stripped = text.strip()
+    if not _NUMBER.fullmatch(stripped) or len(stripped) > _LONGEST_NUMBER:
+        raise ValueError(f"is {shown(repr(text))}; a number{_bounds(low, high)} is needed")
+    value = float(stripped)
+    if not math.isfinite(value):
+        raise ValueError(f"is {stripped}; a finite number{_bounds(low, high)} is needed")
+    if not low <= value <= high:
+        raise ValueError(f"is {stripped}; {_allowed(value, low, high)}")
+    return value
+
+
+def _bounds(low: float, high: float) -> str:
+    if high in (MOST, math.inf):
+        return "" if low == -math.inf else f" of at least {low}"
+    return f" of at most {high}" if low == -math.inf else f" from {low} to {high}"
+
+
+def _allowed(value: float, low: float, high: float) -> str:
+    if value < low and high in (MOST, math.inf):
+        return f"at least {low} is needed"
+    return f"at most {high} is allowed" if low == -math.inf else f"allowed are {low} to {high}"
+
+
+def finite(value: Any, check: Callable[[float], bool]) -> bool:
+    """Whether ``value`` is a real number (no bool, NaN or infinity) that passes the check."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and check(value)
+
+
+# Tables
+
+
+class Row:
+    """One line of a CSV table with the place that it came from, ``FILE, line N``."""
+
+    __slots__ = ("_cells", "place")
+
+    def __init__(self, place: str, cells: Mapping[str, str]) -> None:
+        self.place, self._cells = place, cells
+
+    def text(self, column: str) -> str:
+        """The cell as it is written; empty for an optional column that the table lacks."""
+        return self._cells.get(column, "")
+
+    def name(self, column: str) -> str:
+        """A text that is not empty and has no control characters."""
+        text = self.text(column)
+        if not text.strip() or not text.isprintable():
+            raise self.error(column, f"is {shown(repr(text))}; a name is needed")
+        return text
+
+    def integer(self, column: str, low: int = 0, high: int = MOST) -> int:
+        """A whole number within bounds, both included."""
+        try:
+            return whole_number(self.text(column), low, high)
+        except ValueError as error:
+            raise self.error(column, str(error)) from None
+
+    def number(self, column: str, low: float = -math.inf, high: float = math.inf) -> float:
+        """A finite number within bounds, both included."""
+        try:
+            return number(self.text(column), low, high)
+        except ValueError as error:
+            raise self.error(column, str(error)) from None
+
+    def flag(self, column: str) -> bool:
+        """0 or 1."""
+        return self.integer(column, 0, 1) == 1
+
+    def error(self, column: str, why: str) -> InputError:
+        """What to raise for this cell: ``why`` goes on after the column's name and has no full stop."""
+        return InputError(f"{self.place}: {column} {why}.")
+
+
+def read_rows(path: Path, columns: Sequence[str], what: str, optional: Sequence[str] = ()) -> list[Row]:
+    """All rows of a CSV table with a header, plain or gzipped; other columns than these are ignored.
+
+    InputError names file and line: a column missing or given twice, a row of another length than the header, a cell
+    longer than csv reads (131,072 characters), what is no text.
+    """
+    lines = csv_rows(path, what)
+    header = next(lines, (0, list[str]()))[1]
+    for column in (*columns, *optional):
+        if header.count(column) > 1:
+            raise InputError(f"{path}: the column {column} is given twice.")
+    missing = [column for column in columns if column not in header]
+    if missing:
+        raise InputError(f"{path}: the column {missing[0]} is missing; a {what} has {', '.join(columns)}.")
+    return [Row(f"{path}, line {line}", dict(zip(header, cells, strict=True))) for line, cells in lines]
+
+
+def csv_rows(path: Path, what: str, progress: Progress | None = None) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a CSV file (or of its gzip) as (line, cells), the header first; empty lines are left out.
+
+    Raises InputError when it cannot be read, is no CSV table, or a row has another number of cells than the header.
+    """
+    with reading(path, what), path.open("rb") as raw:
+        total = path.stat().st_size
+        report = None if progress is None else lambda: progress(raw.tell(), total)
+        yield from csv_rows_of(decompressed(raw), path, what, report)
+
+
+def csv_rows_of(
+    stream: IO[bytes], path: Path, what: str, report: Callable[[], None] | None = None
+) -> Iterator[tuple[int, list[str]]]:
+    """The same for an open binary stream; ``path`` is the name that errors give."""
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+    reader = csv.reader(_lines(text, path, what, report), strict=True)
+    width = 0
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            width = width or len(cells)
+            if len(cells) != width:
+                where = f"{path}, line {reader.line_num}"
+                raise InputError(f"{where}: the row has {len(cells)} cells and the header has {width}.")
+            yield reader.line_num, cells
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: this is not a CSV row ({error}).") from None
+    finally:
+        text.detach()  # the caller closes the stream
+
+
+def decompressed(raw: IO[bytes]) -> IO[bytes]:
+    """The stream itself, or what it holds when its first bytes are gzip's."""
+    magic = raw.read(2)
+    raw.seek(0)
+    return cast(IO[bytes], gzip.GzipFile(fileobj=raw, mode="rb")) if magic == b"\x1f\x8b" else raw
+
+
+def _lines(text: io.TextIOWrapper, path: Path, what: str, report: Callable[[], None] | None) -> Iterator[str]:
+    for count, line in enumerate(text, 1):
+        if "\0" in line:
+            raise InputError(f"{path}, line {count}: this is not text, so it cannot be a {what}.")
+        if report is not None and count % _LINES_PER_REPORT == 0:
+            report()
+        yield line
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV table in one step."""
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+# YAML: the plain types of version 1.2, so that 010, 1:20, no and dates mean what they look like
+
+_YAML_CHARACTERS = 4_000_000
+_YAML_DEPTH = 50
+_YAML_NODES = 100_000
+_YAML_DIGITS = 20
+_TAG = "tag:yaml.org,2002:"
+_CONSTANTS = {"true": True, "false": False, "null": None, "~": None, "": None}
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Composes nodes whose tags follow YAML 1.2; nothing is constructed by PyYAML itself."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = self.count = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        self.count += 1
+        if self.depth > _YAML_DEPTH or self.count > _YAML_NODES:
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            raise _too_large(line, self.depth > _YAML_DEPTH)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Quotes whatever YAML 1.1 or 1.2 would take for something else than text; writes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _name, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+."),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("merge", r"<<", "<"),
+):
+    for _class in (_PlainLoader, _PlainDumper):
+        _class.add_implicit_resolver(_TAG + _name, re.compile(f"(?:{_pattern})$"), list(_first))
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """A YAML file whose top level is a mapping with text keys."""
+    """A YAML file whose top level is a mapping with text keys.
+
+    Only text, numbers, true, false, null, lists and mappings (merge keys too), as YAML 1.2 reads them; a key given
+    twice, other tags and keys, and what is nested or repeated beyond all need are InputErrors with file and line.
+    """
     text = read_text(path, what)
+    if len(text) > _YAML_CHARACTERS:
+        raise InputError(f"{path}: a {what} has at most {_YAML_CHARACTERS:,} characters; this file has {len(text):,}.")
     try:
-        data = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - a subclass of SafeLoader
+        loader = _PlainLoader(text)
+        node = loader.get_single_node()
+        data = None if node is None else _Plain().value(node, 1)
     except InputError as error:
         raise InputError(f"{path}, {error}") from None
     except yaml.YAMLError as error:
@@ -69,10 +322,87 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     return data
 
 
-def write_yaml(path: Path, data: dict[str, Any]) -> None:
-    text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=120)
+class _Plain:
+    """Turns composed nodes into plain values; an alias is written out each time, and counted."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def value(self, node: yaml.Node, depth: int) -> Any:
+        line = node.start_mark.line + 1
+        self._count += 1
+        if depth > _YAML_DEPTH or self._count > _YAML_NODES:
+            raise _too_large(line, depth > _YAML_DEPTH)
+        kind = node.tag.removeprefix(_TAG)
+        if isinstance(node, yaml.MappingNode) and kind == "map":
+            return self._mapping(node, depth)
+        if isinstance(node, yaml.SequenceNode) and kind == "seq":
+            return [self.value(part, depth + 1) for part in node.value]
+        if isinstance(node, yaml.ScalarNode) and kind in ("str", "merge"):
+            return node.value
+        if isinstance(node, yaml.ScalarNode) and kind in ("int", "float", "bool", "null"):
+            return _scalar(kind, node.value, line)
+        name = node.tag.replace(_TAG, "!!")
+        raise InputError(
+            f"line {line}: {shown(name)} is not allowed; values are text, numbers, lists and named fields."
+        )
+
+    def _mapping(self, node: yaml.MappingNode, depth: int) -> dict[Any, Any]:
+        own: dict[Any, Any] = {}
+        merged: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            value = self.value(value_node, depth + 1)
+            if key_node.tag == f"{_TAG}merge":
+                parts = value if isinstance(value, list) else [value]
+                if not all(isinstance(part, dict) for part in parts):
+                    raise InputError(f"line {line}: << merges named fields, or a list of them; found {shown(value)!r}.")
+                for part in parts:
+                    merged = {**part, **merged}
+                continue
+            key = self.value(key_node, depth + 1)
+            if not isinstance(key, str | int | float) or isinstance(key, bool):
+                raise InputError(f"line {line}: a key is text or a number; found {shown(repr(key))}.")
+            if key in own:
+                raise InputError(f"line {line}: the key '{shown(key)}' is given twice.")
+            own[key] = value
+        return {**merged, **own}
+
+
+def _scalar(kind: str, text: str, line: int) -> int | float | bool | None:
+    digits = text.lstrip("+-")
+    if kind in ("bool", "null") and (value := _CONSTANTS.get(text.lower(), text)) in (True, False, None):
+        return value
+    if kind == "int" and _INTEGER.fullmatch(text):
+        if len(digits) > _YAML_DIGITS:
+            raise InputError(f"line {line}: a whole number of {len(digits)} digits; at most {_YAML_DIGITS} are read.")
+        if len(digits) > 1 and digits.startswith("0"):
+            raise InputError(
+                f"line {line}: {text} begins with 0, which some readers take for octal; "
+                f"write {int(text)}, or '{text}' in quotes for text."
+            )
+        return int(text)
+    if kind == "float":
+        if digits.lower() in (".inf", ".nan"):
+            return float(text.replace(".", ""))
+        if _NUMBER.fullmatch(text):
+            return float(text)
+    raise InputError(f"line {line}: {shown(repr(text))} is not a value of the type !!{kind}.")
+
+
+def _too_large(line: int, deep: bool) -> InputError:
+    what = f"nested deeper than {_YAML_DEPTH}" if deep else f"more than {_YAML_NODES:,} values, aliases written out"
+    return InputError(f"line {line}: {what}, which no file of synerdiff needs.")
+
+
+def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a mapping of plain values in one step; ``read_yaml`` returns an equal one."""
+    text = yaml.dump(dict(data), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=120)
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+# Writing
 
 
 @contextmanager
@@ -105,8 +435,35 @@ def _umask() -> int:
     return mask
 
 
+def claim_folder(path: Path, mark: str) -> None:
+    """Make the output folder of the command ``mark``, before any work; its earlier output may be replaced.
+
+    InputError when it cannot be written, is a file, or holds anything that this command did not write: the folder is
+    empty, or a file in it names the command.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: the output must be a folder; this is a file.")
+    owner = path / MARK
+    try:
+        names = sorted(part.name for part in path.iterdir()) if path.is_dir() else []
+        written_by = owner.read_text(encoding="utf-8", errors="replace").strip() if MARK in names else ""
+    except OSError as error:
+        raise InputError(f"{path}: the output folder cannot be read ({error.strerror}).") from None
+    if written_by and written_by != mark:
+        raise InputError(
+            f"{path}: this folder holds what '{shown(written_by)}' wrote, not '{mark}'; give another folder."
+        )
+    others = [name for name in names if name != MARK and not name.endswith(".part")]
+    if others and not written_by:
+        raise InputError(f"{path}: this folder holds {others[0]}, which '{mark}' did not write; give another folder.")
+    require_writable_folder(path)
+    if not written_by:
+        with atomic(owner) as temporary:
+            temporary.write_text(f"{mark}\n", encoding="utf-8")
+
+
 def require_writable_folder(path: Path) -> None:
-    """Create the folder if needed and prove that it can be written, before long work starts."""
+    """Create the folder if needed and prove that it can be written: for folders that several commands share."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: the output must be a folder; this is a file.")
     try:
@@ -125,8 +482,3 @@ def sha256_of_files(paths: list[Path]) -> str:
         digest.update(f"{path.name}:{len(content)}:".encode())
         digest.update(content)
     return digest.hexdigest()
-
-
-def finite(value: Any, check: Callable[[float], bool]) -> bool:
-    """Whether ``value`` is a real number (no bool, NaN or infinity) that passes the check."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and check(value)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Strict, ValidationError, model_validator
 
 from synerdiff.core import InputError
+from synerdiff.files import shown
 
 _T = TypeVar("_T")
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -19,7 +20,6 @@ _Model = TypeVar("_Model", bound=BaseModel)
 Listed = Annotated[tuple[_T, ...], Strict(False)]
 """A field that a YAML list fills; a frozen section holds it as a tuple."""
 
-_LONGEST_SHOWN = 60
 _BRANCH = re.compile(r"constrained-|(literal|tuple|list|dict|nullable|lax-or-strict|function-\w+)\[")
 """What pydantic adds to a place for each branch of a field that may be one of several types."""
 
@@ -73,9 +73,3 @@ def field_path(place: list[int | str]) -> str:
     for part in place:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
-
-
-def shown(value: object) -> str:
-    """A value as text that fits into a sentence."""
-    text = str(value)
-    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."

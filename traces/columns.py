@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 
+from synerdiff import files
 from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request, controlnets_from, loras_from
 
 COLUMNS = (
@@ -33,8 +34,6 @@ SEED = (0, 2**63 - 1)
 MAX_ARRIVAL_S = 1_000_000_000
 MAX_SLO_S = 1_000_000_000
 
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NS = Decimal(NS_PER_S)
 _REMEMBERED_ROWS = 20_000
@@ -128,23 +127,18 @@ def nanoseconds(text: str, column: str, most_s: int) -> int:
 
 def whole_number(text: str, column: str, allowed: tuple[int, int]) -> int:
     """An integer within bounds, both included."""
-    stripped = text.strip()
-    if not _INTEGER.fullmatch(stripped) or len(stripped) > 20:
-        raise FieldError(f"{column} is {text!r}; a whole number from {allowed[0]} to {allowed[1]} is needed")
-    value = int(stripped)
-    if not allowed[0] <= value <= allowed[1]:
-        raise FieldError(f"{column} is {value}; allowed are {allowed[0]} to {allowed[1]}")
-    return value
+    try:
+        return files.whole_number(text, *allowed)
+    except ValueError as error:
+        raise FieldError(f"{column} {error}") from None
 
 
 def number(text: str, column: str, allowed: tuple[int, int]) -> float:
     """A finite number within bounds, both included."""
-    if not _NUMBER.fullmatch(text.strip()):
-        raise FieldError(f"{column} is {text!r}; a number from {allowed[0]} to {allowed[1]} is needed")
-    value = float(text)
-    if not allowed[0] <= value <= allowed[1]:
-        raise FieldError(f"{column} is {text.strip()}; allowed are {allowed[0]} to {allowed[1]}")
-    return value
+    try:
+        return files.number(text, *allowed)
+    except ValueError as error:
+        raise FieldError(f"{column} {error}") from None
 
 
 def _slo_ns(text: str) -> int:

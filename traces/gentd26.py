@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 
 from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.files import Progress
 from traces.columns import IMAGES, STEPS, FieldError, whole_number
 from traces.conversion import Conversion, check_options
-from traces.csv_rows import Progress
 from traces.gentd26_files import Gentd26Row, gentd26_rows
 
 TEXT_TO_IMAGE = "TXT_2_IMG"

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from synerdiff.core import InputError, LoraUse
+from synerdiff.files import Progress, csv_rows, csv_rows_of, reading
 from traces.columns import FieldError, number
-from traces.csv_rows import Progress, csv_rows, reading, rows_of
 
 WHAT = "GenTD26 trace"
 REQUEST_FILES = ("lora_request_trace.csv", "lora_request_trace.csv.gz")
@@ -210,7 +210,7 @@ def _wide_rows(wide: Path) -> Iterator[Iterator[tuple[int, list[str]]]]:
         stream = archive.extractfile(members[0]) if members else None
         if stream is None:
             raise InputError(f"{wide}: the archive does not hold {_WIDE_MEMBER}.")
-        yield rows_of(stream, wide, WHAT)
+        yield csv_rows_of(stream, wide, WHAT)
 
 
 def _lora_args(where: str, text: str) -> list[tuple[str, float]]:

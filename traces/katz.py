@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request, controlnets_from, loras_from
+from synerdiff.files import Progress, reading
 from traces.columns import (
     GUIDANCE_SCALE,
     IMAGES,
@@ -24,7 +25,6 @@ from traces.columns import (
     whole_number,
 )
 from traces.conversion import Conversion, check_options
-from traces.csv_rows import Progress, reading
 
 WHAT = "Katz trace"
 FIELDS = ("timestamp", "scene_id", "base_model_id", "controlnets", "loras")

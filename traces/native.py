@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from synerdiff.core import NS_PER_S, InputError, Request
-from synerdiff.files import atomic
+from synerdiff.files import Progress, csv_rows, write_rows
 from traces.columns import (
     COLUMNS,
+    REQUIRED,
     FieldError,
     Fields,
     RowParser,
@@ -18,7 +18,6 @@ from traces.columns import (
     seconds_text,
     texts_of,
 )
-from traces.csv_rows import Progress, csv_rows
 from traces.parquet_rows import parquet_rows
 from traces.scaling import check_time_scale, scaled_ns
 
@@ -92,14 +91,24 @@ def _parsed(path: Path, progress: Progress | None) -> Iterator[tuple[int, Fields
         yield arrival_ns, fields
 
 
+def require_trace_target(path: Path) -> None:
+    """InputError unless a trace can be written there: a new name that ends in .csv, or an earlier trace's."""
+    if path.suffix != ".csv":
+        raise InputError(f"{path}: a trace is written as CSV; give a name that ends in .csv.")
+    if not path.exists():
+        return
+    header = next(csv_rows(path, WHAT), (0, list[str]()))[1]
+    if header and not (set(REQUIRED) <= set(header) <= set(COLUMNS)):
+        raise InputError(f"{path}: this file is no trace of synerdiff, so it is not replaced; give another name.")
+
+
 def write_trace(path: Path, requests: Sequence[Request]) -> None:
     """Write a trace as CSV, in one step; ``read_trace`` returns equal requests (numbered from 0).
 
     Columns in which every request has the default are left out. Raises InputError when the path does not end in
     .csv, nothing is given, arrivals are unsorted, or a value does not fit the format.
     """
-    if path.suffix != ".csv":
-        raise InputError(f"{path}: a trace is written as CSV; give a name that ends in .csv.")
+    require_trace_target(path)
     if not requests:
         raise InputError(f"{path}: a trace without requests is not written.")
     rows = []
@@ -113,7 +122,4 @@ def write_trace(path: Path, requests: Sequence[Request]) -> None:
         except FieldError as error:
             raise InputError(f"{path}: request {index} cannot be written: {error}.") from None
     used = [i for i, column in enumerate(COLUMNS) if column in _ALWAYS_WRITTEN or any(row[i] for row in rows)]
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([COLUMNS[i] for i in used])
-        writer.writerows([row[i] for i in used] for row in rows)
+    write_rows(path, [COLUMNS[i] for i in used], ([row[i] for i in used] for row in rows))

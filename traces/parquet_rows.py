@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from synerdiff.core import InputError
+from synerdiff.files import reading
 from traces.columns import INTEGER_COLUMNS
-from traces.csv_rows import reading
 
 _ROWS_PER_BATCH = 16_384
 

@@ -53,7 +53,7 @@ def adapter_fidelity(
 
     from profiler.settings import make_settings
     from synerdiff.core import InputError
-    from synerdiff.files import finite, require_writable_folder
+    from synerdiff.files import claim_folder, finite
 
     for name, value, low, high in (
         *(("--bound", count, 0, 1000) for count in bound or ()),
@@ -70,7 +70,7 @@ def adapter_fidelity(
     chosen = make_settings(model, device, dtype, None)
     if loras is None and model != "digits":
         raise InputError(f"no LoRAs ship for {model}; name their folder with --loras.")
-    require_writable_folder(out)
+    claim_folder(out, "adapter-fidelity")
 
     import torch
 

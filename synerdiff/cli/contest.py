@@ -20,11 +20,11 @@ def contest(
     from synerdiff.experiments.backends import make_backend
     from synerdiff.experiments.contest import contest_tasks, run_contest
     from synerdiff.experiments.contest_report import write_report
-    from synerdiff.files import require_writable_folder
+    from synerdiff.files import claim_folder
 
     found = load_contest(file)
     folder = Path("results") / found.name if out is None else out
-    require_writable_folder(folder)
+    claim_folder(folder, f"contest {found.name}")
     tasks = contest_tasks(found, file.parent, folder)
     with _progress(found.name) as on_progress:
         rows = run_contest(tasks, make_backend(backend, jobs), on_progress)

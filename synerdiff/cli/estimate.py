@@ -23,15 +23,12 @@ def estimate(
 ) -> None:
     """Estimate a profile from data sheets, FLOPs and stated efficiencies; nothing is measured."""
     from profiler.estimate import estimate_profile
-    from synerdiff.core import NS_PER_S, InputError
-    from synerdiff.files import read_yaml, require_writable_folder
+    from synerdiff.core import NS_PER_S
+    from synerdiff.files import claim_folder
     from synerdiff.profile.folder import write_profile
 
     profile = estimate_profile(gpu, model, contention, decode_scale)
-    require_writable_folder(out)
-    head = out / "profile.yaml"
-    if head.exists() and read_yaml(head, "profile").get("provenance") != "estimated":
-        raise InputError(f"{out}: this folder holds a profile that was not estimated; choose another folder.")
+    claim_folder(out, "estimate")
     write_profile(out, profile)
     step_ms = profile.step_ns(2) * 1000 / NS_PER_S
     decode_ms = profile.decode_ns() * 1000 / NS_PER_S

@@ -65,7 +65,7 @@ def fidelity(
     """
     from profiler.settings import make_settings
     from synerdiff.core import InputError
-    from synerdiff.files import require_writable_folder
+    from synerdiff.files import claim_folder
     from synerdiff.profile.folder import find_profile, load_profile
 
     chosen = make_settings(model, device, dtype, resolution)
@@ -73,7 +73,7 @@ def fidelity(
     if (frechet or clip) and (missing := next((path for path in (frechet, clip) if path and not path.exists()), None)):
         raise InputError(f"{missing}: there are no such weights; without them leave the option out.")
     simulated = None if profile is None else load_profile(find_profile(profile))
-    require_writable_folder(out)
+    claim_folder(out, "fidelity")
 
     import torch
 

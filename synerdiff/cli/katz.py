@@ -22,11 +22,14 @@ def katz(
     """Predict Katz's and diffusers' latencies on H800, compare with the published ones, take the strategies apart."""
     from synerdiff.experiments.h800 import SYSTEMS, h800_adapters, h800_profile
     from synerdiff.experiments.layouts import ablation
-    from synerdiff.files import require_writable_folder
+    from synerdiff.files import claim_folder
     from synerdiff.profile.adapters import write_adapters
     from synerdiff.profile.folder import write_profile
     from synerdiff.validation.katz import compare
 
+    folders = {} if profiles is None else {name: profiles / f"h800-sdxl-{name}-estimated" for name in SYSTEMS}
+    for folder in folders.values():
+        claim_folder(folder, "katz")
     if data is None:
         typer.echo("No published latencies (--data or SYNERDIFF_DATA): predictions only.")
     else:
@@ -50,10 +53,7 @@ def katz(
             f"{case.name:34} {case.gpus:5} {case.latency_s:10.3f} {cases[0].latency_s / case.latency_s:8.2f}x "
             f"{case.gpu_seconds:7.2f} {case.gpu_seconds / cases[0].gpu_seconds:8.2f}x"
         )
-    if profiles is not None:
-        for system in SYSTEMS:
-            folder = profiles / f"h800-sdxl-{system}-estimated"
-            require_writable_folder(folder)
-            write_profile(folder, h800_profile(system))
-            write_adapters(folder, h800_adapters(system))
-            typer.echo(f"{folder}: written")
+    for system, folder in folders.items():
+        write_profile(folder, h800_profile(system))
+        write_adapters(folder, h800_adapters(system))
+        typer.echo(f"{folder}: written")

@@ -19,6 +19,7 @@ import typer.main
 
 from synerdiff import __version__
 from synerdiff.core import ContractError, InputError
+from synerdiff.files import install_hint
 
 COMMANDS = {
     "profile": "synerdiff.cli.profile:profile",
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if library not in EXTRAS:
             raise
         extra = EXTRAS[library]
-        return _fail(f"this needs the library {library}; install it with: pip install 'synerdiff[{extra}]'", 2)
+        return _fail(f"this needs the library {library}; install it with: {install_hint(extra)}", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted.", 130)
     except BrokenPipeError:

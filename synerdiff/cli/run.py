@@ -15,8 +15,8 @@ import typer
 
 from synerdiff.cli import options
 from synerdiff.core import InputError
-from synerdiff.files import require_writable_folder
-from synerdiff.results.folder import progress_bar, require_run_folder
+from synerdiff.files import claim_folder, require_writable_folder
+from synerdiff.results.folder import progress_bar
 
 
 def run(
@@ -88,7 +88,7 @@ def run(
         time_scale=time_scale,
         slo_seconds=slo,
     )
-    require_run_folder(out)
+    claim_folder(out, "run")
     if images is not None:
         _require_empty(images)
     prepared = run.prepare(spec)

@@ -8,7 +8,8 @@ import typer
 
 from synerdiff.cli import options
 from synerdiff.core import InputError
-from synerdiff.results.folder import progress_bar, require_run_folder
+from synerdiff.files import claim_folder
+from synerdiff.results.folder import progress_bar
 
 
 def simulate(
@@ -67,7 +68,7 @@ def simulate(
         slo_seconds=slo,
         dispersion_seed=seed if dispersion else None,
     )
-    require_run_folder(out)
+    claim_folder(out, "simulate")
     prepared = runs.prepare(spec)
     with progress_bar("simulating", prepared.images) as on_progress:
         outcome = runs.execute(prepared, runs.simulator, on_progress)

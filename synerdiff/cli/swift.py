@@ -25,25 +25,24 @@ def swift(
     from synerdiff.experiments.adapter_mix import cache_curves
     from synerdiff.experiments.backends import LokyBackend
     from synerdiff.experiments.layouts import ablation
-    from synerdiff.experiments.swift_grid import load_study, run_grid, speedups, write_rows
-    from synerdiff.files import require_writable_folder
-    from synerdiff.profile.folder import write_table
+    from synerdiff.experiments.swift_grid import load_study, run_grid, speedups, write_runs
+    from synerdiff.files import claim_folder, write_rows
 
     study = load_study(file)
-    require_writable_folder(out)
+    claim_folder(out, "swift")
     with _progress() as on_progress:
         rows = run_grid(study, LokyBackend(jobs), on_progress)
     ratios = speedups(rows)
-    write_rows(out / "runs.csv", rows)
-    write_table(out / "speedups.csv", list(ratios[0]), [list(row.values()) for row in ratios])
+    write_runs(out / "runs.csv", rows)
+    write_rows(out / "speedups.csv", list(ratios[0]), [list(row.values()) for row in ratios])
     cases = ablation()
-    write_table(
+    write_rows(
         out / "ablation.csv",
         ("name", "system", "gpus", "latency_s", "gpu_seconds"),
         [(case.name, case.system, case.gpus, case.latency_s, case.gpu_seconds) for case in cases],
     )
     curves = cache_curves(data)
-    write_table(out / "caches.csv", list(asdict(curves[0])), [list(asdict(point).values()) for point in curves])
+    write_rows(out / "caches.csv", list(asdict(curves[0])), [list(asdict(point).values()) for point in curves])
 
     from synerdiff.figures.style import save
     from synerdiff.figures.swift import strategy_map, strategy_steps

@@ -62,12 +62,12 @@ def describe(
     """Show what a trace is like: load, mix, popularity and burstiness."""
     from rich.console import Console
 
-    from synerdiff.files import require_writable_folder
+    from synerdiff.files import claim_folder
     from traces.describe import describe as summarise
     from traces.native import read_trace
 
     if out is not None:
-        require_writable_folder(out)
+        claim_folder(out, "trace describe")
     with _reading(file) as progress:
         requests = read_trace(file, progress=progress)
     summary = summarise(requests)
@@ -109,7 +109,7 @@ def generate(
 ) -> None:
     """Generate a trace with a seed."""
     from traces.generate import generate_trace
-    from traces.native import write_trace
+    from traces.native import require_trace_target, write_trace
     from traces.spec import trace_spec
 
     fields = {
@@ -129,6 +129,7 @@ def generate(
         "loras": loras,
     }
     spec = trace_spec({key: value for key, value in fields.items() if value is not None}, "trace generate")
+    require_trace_target(out)
     with _stderr().status("Generating"):
         generated = generate_trace(spec)
         write_trace(out, generated)
@@ -155,7 +156,7 @@ def convert(
     """Convert a published trace into synerdiff's format, and tell what was left out and why."""
     from traces.gentd26 import read_gentd26
     from traces.katz import read_katz
-    from traces.native import write_trace
+    from traces.native import require_trace_target, write_trace
 
     _one_of("--format", format, ("gentd26", "katz"))
     _one_of("--service", service or "A", ("A", "B"))
@@ -164,6 +165,7 @@ def convert(
             raise InputError(f"--{flag} belongs to --format katz; GenTD26 is converted without it.")
     if format == "katz" and all_types:
         raise InputError("--all-types belongs to --format gentd26; the Katz trace names no types.")
+    require_trace_target(target)
     with _reading(source) as progress:
         if format == "gentd26":
             conversion = read_gentd26(

@@ -12,6 +12,7 @@ import typer
 
 from synerdiff.cli import options
 from synerdiff.cli.run import stop_on_interrupt
+from synerdiff.files import claim_folder
 
 DEFAULT_POLICIES = ("dynamic", "continuous-serial", "continuous-parallel", "synerdiff-feedback")
 DEFAULT_LOADS = (0.5, 0.8)
@@ -61,7 +62,7 @@ def validate(
     loads = (*dict.fromkeys(load or DEFAULT_LOADS), *([study.SATURATION] if saturation else []))
     plan = study.ValidationPlan(spec, policies, loads, repeats, limits.range_factors)
     name = study.require(plan, model)
-    report.require_validation_folder(out)
+    claim_folder(out, "validate")
     with study.opened(plan, name, device) as hardware, stop_on_interrupt() as stop:
         with _progress() as on_progress:
             session = study.measure_session(plan, hardware, stop, on_progress)

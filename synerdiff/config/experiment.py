@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
 from synerdiff.core import PPM, Mode, SkipBudget
-from synerdiff.files import read_yaml
-from synerdiff.schema import Listed, Section, shown, validated
+from synerdiff.files import read_yaml, shown
+from synerdiff.schema import Listed, Section, validated
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Load = Annotated[float, Field(gt=0, le=10)]

@@ -12,6 +12,7 @@ from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
 from synerdiff.core import InputError
+from synerdiff.files import install_hint
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -93,9 +94,7 @@ def _ray() -> Any:
     try:
         import ray
     except ModuleNotFoundError:
-        raise InputError(
-            "The backend ray needs the library ray; install it with: pip install 'synerdiff[cluster]'"
-        ) from None
+        raise InputError(f"The backend ray needs the library ray; install it with: {install_hint('cluster')}") from None
     if not ray.is_initialized():
         ray.init()
     return ray

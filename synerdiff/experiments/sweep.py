@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from synerdiff import __version__
-from synerdiff.core import InputError
 from synerdiff.experiments.backends import Backend
 from synerdiff.experiments.grid import Grid, best_batch
 from synerdiff.experiments.grid_run import Run, compute, finished_row
@@ -24,7 +23,7 @@ from synerdiff.experiments.sources import arrivals
 from synerdiff.experiments.sweep_fidelity import ssim_of
 from synerdiff.experiments.sweep_tables import write_tables
 from synerdiff.fidelity.table import FidelityTable
-from synerdiff.files import atomic, require_writable_folder
+from synerdiff.files import atomic, claim_folder, require_writable_folder
 
 MANIFEST = "manifest.json"
 LIBRARIES = ("numpy", "pandas", "pyarrow", "simpy", "joblib", "pydantic")
@@ -114,19 +113,7 @@ def _rows(runs: Sequence[Run], backend: Backend, count: _Count, results: Results
 
 def claim(folder: Path, experiment: str) -> None:
     """Only an empty folder or this experiment's own results are written to; InputError otherwise."""
-    require_writable_folder(folder)
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        others = sorted(path.name for path in folder.iterdir() if not path.name.endswith(".part"))
-        if others:
-            raise InputError(f"{folder}: this folder holds {others[0]} and is no sweep's; give another folder.")
-        return
-    try:
-        owner = json.loads(manifest.read_text(encoding="utf-8"))["experiment"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{manifest}: this is not the manifest of a sweep; give another folder.") from None
-    if owner != experiment:
-        raise InputError(f"{folder}: this folder holds the results of experiment '{owner}'; give another folder.")
+    claim_folder(folder, f"sweep {experiment}")
 
 
 def _write_manifest(grid: Grid, results: Results, complete: bool) -> None:

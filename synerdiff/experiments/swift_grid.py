@@ -16,8 +16,7 @@ from synerdiff.experiments.adapter_mix import MIXES, adapter_sets
 from synerdiff.experiments.backends import Backend
 from synerdiff.experiments.h800 import LORA_MIB, h800_adapters, h800_profile
 from synerdiff.experiments.layouts import BASELINE, SETS, Demand, layout, worker_image_s
-from synerdiff.files import read_yaml
-from synerdiff.profile.folder import write_table
+from synerdiff.files import read_yaml, write_rows
 from synerdiff.schema import Listed, Section, validated
 
 SYSTEM = "katz"
@@ -62,7 +61,7 @@ class Point:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class StudyRow:
     """What a run gave. Latency over the requests after the first 10% and before the last 5%."""
 
     strategies: str
@@ -119,7 +118,7 @@ def requests_of(point: Point, rate_per_s: float) -> list[Request]:
     return found
 
 
-def run_point(point: Point) -> Row:
+def run_point(point: Point) -> StudyRow:
     """Simulate one point: batch 1, decodes between steps, the shortest queue."""
     from policies.registry import build_policy
     from policies.routers import ShortestQueue
@@ -143,7 +142,7 @@ def run_point(point: Point) -> Row:
     )
     latencies = [(record.finished_ns - record.request.arrival_ns) / NS_PER_S for record in result.run.requests]
     kept = sorted(latencies[len(latencies) // 10 : len(latencies) - len(latencies) // 20])
-    return Row(
+    return StudyRow(
         strategies=point.strategies,
         gpus=point.gpus,
         lora_share=point.lora_share,
@@ -160,10 +159,12 @@ def run_point(point: Point) -> Row:
     )
 
 
-def run_grid(study: SwiftStudy, backend: Backend, on_progress: Callable[[int, int], None] | None = None) -> list[Row]:
+def run_grid(
+    study: SwiftStudy, backend: Backend, on_progress: Callable[[int, int], None] | None = None
+) -> list[StudyRow]:
     """All points, in the order of ``points``."""
     wanted = points(study)
-    rows: list[Row] = []
+    rows: list[StudyRow] = []
     for row in backend.run_unordered(run_point, wanted):
         rows.append(row)
         if on_progress is not None:
@@ -172,7 +173,7 @@ def run_grid(study: SwiftStudy, backend: Backend, on_progress: Callable[[int, in
     return sorted(rows, key=lambda row: place[row.strategies, row.gpus, row.lora_share, row.load, row.seed])
 
 
-def speedups(rows: Iterable[Row]) -> list[dict[str, Any]]:
+def speedups(rows: Iterable[StudyRow]) -> list[dict[str, Any]]:
     """Per set, GPUs, LoRA share and load: the baseline's mean latency / the set's, geometric mean over seeds.
 
     At saturation (load 0) it is the baseline's GPU-seconds per image / the set's.
@@ -194,6 +195,6 @@ def speedups(rows: Iterable[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
+def write_runs(path: Path, rows: Iterable[StudyRow]) -> None:
     """The runs as CSV, in one step."""
-    write_table(path, [field.name for field in fields(Row)], [list(asdict(row).values()) for row in rows])
+    write_rows(path, [field.name for field in fields(StudyRow)], [list(asdict(row).values()) for row in rows])

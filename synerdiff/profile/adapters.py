@@ -8,16 +8,13 @@ linear between them, and anything outside raises.
 
 from __future__ import annotations
 
-import csv
-import io
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from synerdiff.core import InputError
-from synerdiff.files import read_text
-from synerdiff.profile.folder import write_table
+from synerdiff.files import read_rows, shown, write_rows
 from synerdiff.profile.tables import Spread, interpolate
 
 FILE = "adapters.csv"
@@ -112,31 +109,20 @@ def load_adapters(folder: Path, owner: str | None = None) -> Adapters | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    reader = csv.reader(io.StringIO(read_text(path, "profile table")))
-    header = next(reader, [])
-    missing = [column for column in COLUMNS if column not in header]
-    if missing:
-        raise InputError(f"{path}: the column {missing[0]} is missing; the table has {', '.join(COLUMNS)}.")
     tables: dict[str, dict[int, Spread]] = {}
-    for cells in reader:
-        if not cells:
-            continue
-        where = f"{path}, line {reader.line_num}"
-        if len(cells) != len(header):
-            raise InputError(f"{where}: {len(cells)} cells where the header has {len(header)}.")
-        row = dict(zip(header, cells, strict=True))
-        name = row["name"]
+    for row in read_rows(path, COLUMNS, "profile table"):
+        name = row.text("name")
         if name not in QUANTITIES:
-            raise InputError(f"{where}: name is {name!r}; known are {', '.join(QUANTITIES)}.")
-        at, median, p10, p90, n = (_integer(where, column, row[column]) for column in COLUMNS[1:])
+            raise row.error("name", f"is {shown(repr(name))}; known are {', '.join(QUANTITIES)}")
+        at, median, p10, p90, n = (row.integer(column) for column in COLUMNS[1:])
         expected = {"constant": 0, "row": 1}.get(QUANTITIES[name][0])
         if at != expected and (expected is not None or at < 1):
-            raise InputError(f"{where}: at is {at}; {name} takes {expected if expected is not None else 'at least 1'}.")
+            raise row.error("at", f"is {at}; {name} takes {expected if expected is not None else 'at least 1'}")
         if not p10 <= median <= p90:
-            raise InputError(f"{where}: median is {median}, outside its own p10-p90 range {p10}-{p90}.")
+            raise row.error("median", f"is {median}, outside its own p10-p90 range {p10}-{p90}")
         table = tables.setdefault(name, {})
         if at in table:
-            raise InputError(f"{where}: {name} at {at} is given twice.")
+            raise row.error(name, f"at {at} is given twice")
         table[at] = Spread(median, p10, p90, n)
     return Adapters(owner or folder.name, tables)
 
@@ -148,11 +134,4 @@ def write_adapters(folder: Path, adapters: Adapters) -> None:
         for name in QUANTITIES
         for at, spread in sorted(adapters.tables.get(name, {}).items())
     ]
-    write_table(folder / FILE, COLUMNS, rows)
-
-
-def _integer(where: str, column: str, text: str) -> int:
-    text = text.strip()
-    if not (text.isascii() and text.isdigit()):
-        raise InputError(f"{where}: {column} is {text!r}; a whole number of at least 0 is needed.")
-    return int(text)
+    write_rows(folder / FILE, COLUMNS, rows)

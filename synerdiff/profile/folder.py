@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from synerdiff.core import InputError
-from synerdiff.files import atomic, read_text, read_yaml, sha256_of_files, write_yaml
+from synerdiff.core import PPM, InputError
+from synerdiff.files import Row, read_rows, read_yaml, sha256_of_files, write_rows, write_yaml
 from synerdiff.profile.tables import (
     CHUNK_COLUMNS,
     CORUN_COLUMNS,
@@ -24,6 +22,7 @@ from synerdiff.profile.tables import (
 
 SHIPPED = Path(__file__).resolve().parents[2] / "profiler" / "profiles"
 PROVENANCES = ("measured", "estimated")
+_MOST_ROWS, _MOST_CHUNKS = 100_000, 10_000
 
 
 def shipped_profiles() -> list[str]:
@@ -97,64 +96,28 @@ def _row_buckets(path: Path, head: Mapping[str, Any], steps: Mapping[int, Spread
     return tuple(buckets)
 
 
-class _Row:
-    """One CSV line with the place it came from."""
-
-    def __init__(self, path: Path, line: int, cells: Mapping[str, str]) -> None:
-        self.path, self.line, self.cells = path, line, cells
-
-    def integer(self, column: str, low: int) -> int:
-        text = self.cells[column].strip()
-        if not text.removeprefix("-").isascii() or not text.removeprefix("-").isdigit():
-            raise self.error(column, f"is {text!r}; a whole number is needed")
-        value = int(text)
-        if value < low:
-            raise self.error(column, f"is {value}; at least {low} is needed")
-        return value
-
-    def spread(self, median: str, p10: str, p90: str) -> Spread:
-        found = Spread(self.integer(median, 1), self.integer(p10, 1), self.integer(p90, 1), self.integer("n", 0))
-        if not found.p10 <= found.median <= found.p90:
-            raise self.error(median, f"is {found.median}, outside its own p10-p90 range {found.p10}-{found.p90}")
-        return found
-
-    def flag(self, column: str) -> bool:
-        value = self.integer(column, 0)
-        if value > 1:
-            raise self.error(column, f"is {value}; allowed are 0 and 1")
-        return value == 1
-
-    def error(self, column: str, problem: str) -> InputError:
-        return InputError(f"{self.path}, line {self.line}: {column} {problem}.")
+def _spread(row: Row, columns: Sequence[str] = STEP_COLUMNS[1:4], low: int = 1, high: int = 10**15) -> Spread:
+    """Median, p10 and p90 in their order, and n; InputError names the line. In nanoseconds at most 12 days."""
+    median = row.integer(columns[0], low, high)
+    p10, p90 = (row.integer(column, min(low, 1), high) for column in columns[1:])
+    if not p10 <= median <= p90:
+        raise row.error(columns[0], f"is {median}, outside its own p10-p90 range {p10}-{p90}")
+    return Spread(median, p10, p90, row.integer("n"))
 
 
-def _rows(path: Path, columns: Sequence[str]) -> list[_Row]:
-    text = read_text(path, "profile table")
-    if "\0" in text:
-        raise InputError(f"{path}: this is not a CSV table.")
-    reader = csv.reader(io.StringIO(text))
-    header = next(reader, [])
-    missing = [column for column in columns if column not in header]
-    if missing:
-        raise InputError(f"{path}: the column {missing[0]} is missing; a profile table has {', '.join(columns)}.")
-    rows = []
-    for cells in reader:
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            raise InputError(f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)}.")
-        rows.append(_Row(path, reader.line_num, dict(zip(header, cells, strict=True))))
-    return rows
+def _slowdown(row: Row, side: str) -> Spread:
+    """Of a step or a chunk, ppm. A median from 20 times faster than alone to 1,000 times slower: beyond any machine."""
+    return _spread(row, (f"{side}_slowdown_ppm", f"{side}_p10_ppm", f"{side}_p90_ppm"), PPM // 20, 1000 * PPM)
 
 
 def _read_steps(path: Path) -> tuple[dict[int, Spread], dict[int, Spread]]:
     known: dict[int, Spread] = {}
     held_out: dict[int, Spread] = {}
-    for row in _rows(path, STEP_COLUMNS):
-        rows = row.integer("rows", 1)
+    for row in read_rows(path, STEP_COLUMNS, "profile table"):
+        rows = row.integer("rows", 1, _MOST_ROWS)
         if rows in known or rows in held_out:
             raise row.error("rows", f"{rows} is given twice")
-        spread = row.spread("median_ns", "p10_ns", "p90_ns")
+        spread = _spread(row)
         (held_out if row.flag("held_out") else known)[rows] = spread
     if not known:
         raise InputError(f"{path}: no step times are given.")
@@ -163,12 +126,12 @@ def _read_steps(path: Path) -> tuple[dict[int, Spread], dict[int, Spread]]:
 
 def _read_chunks(path: Path) -> dict[str, tuple[Spread, ...]]:
     found: dict[str, dict[int, Spread]] = {}
-    for row in _rows(path, CHUNK_COLUMNS):
-        chunking, chunk = row.cells["chunking"], row.integer("chunk", 0)
+    for row in read_rows(path, CHUNK_COLUMNS, "profile table"):
+        chunking, chunk = row.name("chunking"), row.integer("chunk", 0, _MOST_CHUNKS)
         cells = found.setdefault(chunking, {})
         if chunk in cells:
             raise row.error("chunk", f"{chunk} of '{chunking}' is given twice")
-        cells[chunk] = row.spread("median_ns", "p10_ns", "p90_ns")
+        cells[chunk] = _spread(row)
     if "whole" not in found:
         raise InputError(f"{path}: the chunking 'whole' is missing.")
     for chunking, cells in found.items():
@@ -183,16 +146,20 @@ def _read_chunks(path: Path) -> dict[str, tuple[Spread, ...]]:
 
 def _read_corun(path: Path, chunks: Mapping[str, Sequence[Spread]]) -> dict[tuple[str, int], dict[int, Corun]]:
     found: dict[tuple[str, int], dict[int, Corun]] = {}
-    for row in _rows(path, CORUN_COLUMNS):
-        chunking, chunk, rows = row.cells["chunking"], row.integer("chunk", 0), row.integer("rows", 1)
+    for row in read_rows(path, CORUN_COLUMNS, "profile table"):
+        chunking, chunk, rows = (
+            row.name("chunking"),
+            row.integer("chunk", 0, _MOST_CHUNKS),
+            row.integer("rows", 1, _MOST_ROWS),
+        )
         if chunking not in chunks or chunk >= len(chunks[chunking]):
             raise row.error("chunk", f"{chunk} of '{chunking}' is not in chunks.csv")
         cells = found.setdefault((chunking, chunk), {})
         if rows in cells:
             raise row.error("rows", f"{rows} is given twice for chunk {chunk} of '{chunking}'")
         cells[rows] = Corun(
-            step=row.spread("step_slowdown_ppm", "step_p10_ppm", "step_p90_ppm"),
-            chunk=row.spread("chunk_slowdown_ppm", "chunk_p10_ppm", "chunk_p90_ppm"),
+            step=_slowdown(row, "step"),
+            chunk=_slowdown(row, "chunk"),
             held_out=row.flag("held_out"),
         )
     return found
@@ -200,23 +167,14 @@ def _read_corun(path: Path, chunks: Mapping[str, Sequence[Spread]]) -> dict[tupl
 
 def _read_overheads(path: Path) -> dict[str, Spread]:
     found: dict[str, Spread] = {}
-    for row in _rows(path, OVERHEAD_COLUMNS):
-        name = row.cells["name"]
+    for row in read_rows(path, OVERHEAD_COLUMNS, "profile table"):
+        name = row.name("name")
         if name not in OVERHEADS:
             raise row.error("name", f"is {name!r}; known are {', '.join(OVERHEADS)}")
         if name in found:
             raise row.error("name", f"{name} is given twice")
-        columns = ("median_ns", "p10_ns", "p90_ns", "n")
-        found[name] = Spread(*(row.integer(column, 0) for column in columns))
+        found[name] = _spread(row, low=0)
     return found
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV table in one step."""
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
 
 
 def write_profile(folder: Path, profile: Profile) -> None:
@@ -229,16 +187,16 @@ def write_profile(folder: Path, profile: Profile) -> None:
         "row_buckets": None if profile.row_buckets is None else list(profile.row_buckets),
     }
     first = ("schema_version", "name", "provenance", "row_buckets")
-    write_table(folder / "steps.csv", STEP_COLUMNS, _step_rows(profile))
+    write_rows(folder / "steps.csv", STEP_COLUMNS, _step_rows(profile))
     chunk_rows = [
         (chunking, i, s.median, s.p10, s.p90, s.n)
         for chunking, spreads in profile.chunks.items()
         for i, s in enumerate(spreads)
     ]
-    write_table(folder / "chunks.csv", CHUNK_COLUMNS, chunk_rows)
-    write_table(folder / "corun.csv", CORUN_COLUMNS, _corun_rows(profile))
+    write_rows(folder / "chunks.csv", CHUNK_COLUMNS, chunk_rows)
+    write_rows(folder / "corun.csv", CORUN_COLUMNS, _corun_rows(profile))
     overheads = [(name, s.median, s.p10, s.p90, s.n) for name, s in profile.overheads.items()]
-    write_table(folder / "overheads.csv", OVERHEAD_COLUMNS, overheads)
+    write_rows(folder / "overheads.csv", OVERHEAD_COLUMNS, overheads)
     write_yaml(folder / "profile.yaml", {key: head[key] for key in [*first, *(k for k in head if k not in first)]})
 
 

@@ -13,23 +13,6 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-RUN_FILES = ("requests.parquet", "work.parquet", "timeline.json", "summary.json")
-"""What a run's folder holds; the summary comes last and marks the folder as a run's."""
-
-
-def require_run_folder(out: Path) -> None:
-    """An earlier run's files may be replaced; InputError for a folder with anything else, or one that is read-only."""
-    from synerdiff.core import InputError
-    from synerdiff.files import require_writable_folder
-
-    if out.is_dir():
-        names = sorted(path.name for path in out.iterdir())
-        foreign = [name for name in names if name not in RUN_FILES and not name.endswith(".part")]
-        if foreign:
-            raise InputError(f"{out}: this folder holds {foreign[0]}, which is no file of a run; give another folder.")
-    require_writable_folder(out)
-
-
 def write_run(
     out: Path,
     tables: tuple[pyarrow.Table, pyarrow.Table],

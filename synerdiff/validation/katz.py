@@ -6,7 +6,6 @@ waiting and queueing come out of the engine and not of a formula.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from synerdiff.config.cluster import Cluster, cluster_of
 from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request
 from synerdiff.experiments.h800 import LORA_MIB, SYSTEMS, h800_adapters, h800_profile
+from synerdiff.files import read_rows
 
 STEPS = 50
 FILE = "katz_h800_sdxl.csv"
@@ -97,25 +97,28 @@ class Comparison:
 
 def compare(data_folder: Path) -> list[Comparison]:
     """Every published combination of diffusers and katz beside its prediction; InputError without the file."""
-    path = data_folder / FILE
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path}: the published latencies cannot be read ({error.strerror}).") from None
-    found = []
-    for row in csv.DictReader(lines):
-        if row["system"] not in SYSTEMS:
+    rows = read_rows(
+        data_folder / FILE,
+        ("system", "n_controlnet", "n_lora", "n_gpus", "e2e_p50_s", "e2e_mean_s"),
+        "table of published latencies",
+    )
+    comparisons = []
+    for row in rows:
+        system = row.name("system")
+        if system not in SYSTEMS:
             continue
-        controlnets, loras = int(row["n_controlnet"]), int(row["n_lora"])
-        found.append(
+        controlnets, loras = row.integer("n_controlnet", 0, 64), row.integer("n_lora", 0, 64)
+        comparisons.append(
             Comparison(
-                row["system"],
+                system,
                 controlnets,
                 loras,
-                int(row["n_gpus"]),
-                float(row["e2e_p50_s"]),
-                float(row["e2e_mean_s"]),
-                predict(row["system"], controlnets, loras),
+                row.integer("n_gpus", 1, 1000),
+                row.number("e2e_p50_s", 1e-6, 1e6),
+                row.number("e2e_mean_s", 1e-6, 1e6),
+                predict(system, controlnets, loras),
             )
         )
-    return found
+    if not comparisons:
+        raise InputError(f"{data_folder / FILE}: it has no row of {' or '.join(SYSTEMS)}.")
+    return comparisons

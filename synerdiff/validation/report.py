@@ -9,30 +9,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from synerdiff.core import InputError
-from synerdiff.files import atomic
-from synerdiff.profile.folder import write_profile, write_table
+from synerdiff.files import atomic, write_rows
+from synerdiff.profile.folder import write_profile
 from synerdiff.profile.tables import Profile
 from synerdiff.validation.errors import METRICS, POINTS, CaseErrors, Check, Tolerance, case_errors, checks
 from synerdiff.validation.session import Validation
 
-FILES = ("validation.json", "report.md", "requests.csv", "profile")
 FIGURES = ("prediction-errors", "requests", "timelines")
 SHOWN_S = 1.0
 SHOWN_STEPS = 25
 JUDGED = ("step_time_s", "decode_time_s", "request_throughput", "request_latency_mean_s")
 PICTURED = (*JUDGED, "request_latency_p99_s")
-
-
-def require_validation_folder(out: Path) -> None:
-    """InputError when the folder holds something else than an earlier validation, or cannot be written."""
-    from synerdiff.files import require_writable_folder
-
-    require_writable_folder(out)
-    known = {*FILES, *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))}
-    for path in sorted(out.iterdir()):
-        if path.name not in known and not path.name.endswith(".part"):
-            raise InputError(f"{out}: this folder holds {path.name}, which is no file of a validation; give another.")
 
 
 def conclude(out: Path, session: Validation, tolerance: Tolerance, facts: Mapping[str, Any]) -> tuple[str, bool]:
@@ -60,7 +47,7 @@ def write_report(
         for one in cases
         for i, predicted, measured in one.latencies
     ]
-    write_table(out / "requests.csv", ("policy", "load", "request_id", "predicted_s", "measured_s"), rows)
+    write_rows(out / "requests.csv", ("policy", "load", "request_id", "predicted_s", "measured_s"), rows)
     write_profile(out / "profile", session.pooled)
     with atomic(out / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ import pytest
 
 from synerdiff import __version__, cli
 from synerdiff.core import NS_PER_S
+from synerdiff.files import MARK, install_hint
 from synerdiff.profile.folder import SHIPPED, write_profile
 from synerdiff.results.records import read_requests, read_work
 from tests.builders import affine_profile
@@ -46,6 +47,7 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
 def test_simulate_writes_records_and_metrics(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert simulate() == 0
     assert sorted(path.name for path in (world / "out").iterdir()) == [
+        MARK,
         "requests.parquet",
         "summary.json",
         "work.parquet",
@@ -259,7 +261,7 @@ def test_other_peoples_files_are_left_alone(world: Path, capsys: pytest.CaptureF
     (world / "out").mkdir()
     (world / "out" / "thesis.tex").write_text("mine")
     assert simulate() == 2
-    assert sentence(capsys) == "out: this folder holds thesis.tex, which is no file of a run; give another folder."
+    assert sentence(capsys) == "out: this folder holds thesis.tex, which 'simulate' did not write; give another folder."
     assert [path.name for path in (world / "out").iterdir()] == ["thesis.tex"]
     shutil.rmtree(world / "out")
     (world / "out").write_text("a file")
@@ -346,7 +348,7 @@ def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch, caps
 
     monkeypatch.setattr("synerdiff.cli.policies.policies", policies)
     assert cli.main(["policies"]) == 2
-    assert sentence(capsys) == "this needs the library torch; install it with: pip install 'synerdiff[hardware]'"
+    assert sentence(capsys) == f"this needs the library torch; install it with: {install_hint('hardware')}"
 
 
 def test_our_own_missing_module_is_not_taken_for_a_library(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,8 +48,8 @@ def test_measured_points_are_verbatim_and_sizes_between_are_linear() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name,at,median,p10,p90\n", "the column n is missing; the table has name, at, median, p10, p90, n"),
-        (HEADER + "lora_read,1,2\n", "line 2: 3 cells where the header has 6"),
+        ("name,at,median,p10,p90\n", "the column n is missing; a profile table has name, at, median, p10, p90, n"),
+        (HEADER + "lora_read,1,2\n", "line 2: the row has 3 cells and the header has 6"),
         (HEADER + "lora_speed,1,2,2,2,1\n", "line 2: name is 'lora_speed'; known are lora_read, lora_copy"),
         (HEADER + "lora_read,1,x,2,2,1\n", "line 2: median is 'x'; a whole number of at least 0 is needed"),
         (HEADER + "lora_read,0,2,2,2,1\n", "line 2: at is 0; lora_read takes at least 1"),

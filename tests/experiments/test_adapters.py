@@ -97,7 +97,7 @@ def test_unknown_systems_and_counts_are_refused(tmp_path: Path) -> None:
         predict("nirvana", 0, 0)
     with pytest.raises(InputError, match="n_loras is -1; a whole number from 0 to 64 is needed"):
         predict("katz", 0, -1)
-    with pytest.raises(InputError, match="the published latencies cannot be read"):
+    with pytest.raises(InputError, match="there is no such table of published latencies"):
         compare(tmp_path)
 
 

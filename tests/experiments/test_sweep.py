@@ -20,6 +20,7 @@ from synerdiff.experiments import grid_run
 from synerdiff.experiments.backends import LokyBackend
 from synerdiff.experiments.grid import Grid, Place, best_batch, nearest
 from synerdiff.experiments.sweep import run_sweep
+from synerdiff.files import install_hint
 from synerdiff.profile.folder import write_profile
 from synerdiff.results.records import read_table
 from tests.builders import affine_profile
@@ -397,10 +398,10 @@ def test_results_go_to_a_folder_of_the_experiments_name(world: Path) -> None:
             ("continuous-serial, batch: 4", "continuous-serial, batch: [20, 30]"),
             "policy 'continuous-serial': the steps of profile 'test' have at most 16 samples, which is less than any",
         ),
-        (("generator: poisson", "generator: chaos"), "workload 'w': kind is 'chaos'; input should be 'poisson', "),
-        (("images: 2", "images: 0"), "workload 'w': images is 0; input should be greater than or equal to 1."),
+        (("generator: poisson", "generator: chaos"), "workload 'w': kind is 'chaos'; it must be 'poisson', "),
+        (("images: 2", "images: 0"), "workload 'w': images is 0; it must be greater than or equal to 1."),
         (("images: 2", "seed: 2"), "workload 'w': seed is not among its parameters; give seeds beside them."),
-        (("images: 2", "colour: 2"), "workload 'w': the field 'colour' is unknown; known are kind, seed, requests, "),
+        (("images: 2", "colour: 2"), "workload 'w': there is no field 'colour'; known are kind, seed, requests, "),
         (("profiles: [p]", "profiles: [q]"), "q: there is no such profile folder, and the shipped profiles are "),
         (("profiles: [p]", "profiles: [p, ./p]"), "profiles: ./p and another one are both named 'test'."),
         (
@@ -450,7 +451,7 @@ def test_flags(world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert capsys.readouterr().err == "There is no backend 'slurm'; known are loky, ray.\n"
     monkeypatch.setitem(sys.modules, "ray", None)
     assert cli.main(["sweep", "e.yaml", "--backend", "ray"]) == 2
-    assert "install it with: pip install 'synerdiff[cluster]'" in capsys.readouterr().err
+    assert f"install it with: {install_hint('cluster')}" in capsys.readouterr().err
     assert cli.main(["sweep"]) == 2
     assert capsys.readouterr().err == "Missing argument 'file'.\n"
     assert not (world / "results").exists()
@@ -463,15 +464,13 @@ def test_folders_that_are_not_this_experiments(world: Path, capsys: pytest.Captu
         assert printed.err.count("\n") == 1
         return printed.err
 
-    assert "this folder holds e.yaml and is no sweep's; give another folder." in refused(".")
+    assert "this folder holds e.yaml, which 'sweep small' did not write; give another folder." in refused(".")
     (world / "file").write_text("")
     assert "the output must be a folder; this is a file." in refused("file")
     assert "the output folder cannot be written" in refused("file/below")
     swept(small(world))
     (world / "e.yaml").write_text(SMALL.replace("name: small", "name: other"))
-    assert "this folder holds the results of experiment 'small'; give another folder." in refused("out")
-    (world / "out" / "manifest.json").write_text("{}")
-    assert "this is not the manifest of a sweep" in refused("out")
+    assert "this folder holds what 'sweep small' wrote, not 'sweep other'; give another folder." in refused("out")
 
 
 def test_a_broken_policy_ends_the_sweep_and_keeps_what_is_done(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

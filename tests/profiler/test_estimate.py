@@ -153,6 +153,6 @@ def test_shipped_profiles_are_what_the_command_writes(gpu: str, model: str, tmp_
 
 def test_a_measured_profile_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "profile.yaml").write_text("provenance: measured\n")
-    with pytest.raises(InputError, match="holds a profile that was not estimated"):
+    with pytest.raises(InputError, match="holds profile\\.yaml, which 'estimate' did not write"):
         estimate("h200", "sdxl", tmp_path)
     assert (tmp_path / "profile.yaml").read_text() == "provenance: measured\n"

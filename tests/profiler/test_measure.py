@@ -218,7 +218,7 @@ def test_a_gpu_that_is_not_there(tmp_path, capsys):
 def test_a_folder_with_other_things_in_it(tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     assert main(["profile", "--model", "digits", "--out", str(tmp_path)]) == 2
-    assert "not empty and holds no profile" in capsys.readouterr().err
+    assert "holds thesis.txt, which 'profile' did not write" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from profiler.facts import throttle_counts
 from profiler.findings import decode_slowdowns, findings
-from profiler.partial import FILE, Partial, claim_folder
+from profiler.partial import FILE, Partial, require_profile_folder
 from profiler.plan import Plan
 from profiler.replay import Side, _inside, active_times, alone, in_turn, together
 from profiler.sampling import Rule, median_width, spread_of, warm_up
@@ -158,16 +158,16 @@ def test_results_are_kept_and_only_continued_under_the_same_conditions(tmp_path)
 def test_folders_that_must_not_be_written(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
-    with pytest.raises(InputError, match="not empty and holds no profile"):
-        claim_folder(tmp_path / "notes")
+    with pytest.raises(InputError, match="holds a\\.txt, which 'profile' did not write"):
+        require_profile_folder(tmp_path / "notes")
     (tmp_path / "notes" / "profile.yaml").write_text("schema_version: 1")
     with pytest.raises(InputError, match="already holds a profile"):
-        claim_folder(tmp_path / "notes")
+        require_profile_folder(tmp_path / "notes")
     with pytest.raises(InputError, match="this is a file"):
-        claim_folder(tmp_path / "notes" / "a.txt")
+        require_profile_folder(tmp_path / "notes" / "a.txt")
     with pytest.raises(InputError, match="cannot be written"):
-        claim_folder(tmp_path / "notes" / "a.txt" / "deeper")
-    claim_folder(tmp_path / "new")
+        require_profile_folder(tmp_path / "notes" / "a.txt" / "deeper")
+    require_profile_folder(tmp_path / "new")
     assert (tmp_path / "new").is_dir()
 
 

@@ -67,7 +67,7 @@ def test_a_validation_measures_predicts_and_judges(world, capsys: pytest.Capture
         (["--profile", "h200-sdxl-estimated"], "is estimated; only a measured one can be validated."),
         (["--profile", "nameless"], "does not say for which model it was made; give --model."),
         (["--policy", "best"], "there is no policy 'best'"),
-        (["--out", "p"], "which is no file of a validation; give another."),
+        (["--out", "p"], "which 'validate' did not write; give another folder."),
     ],
 )
 def test_bad_input_is_one_sentence(world, capsys: pytest.CaptureFixture[str], more, sentence) -> None:
