@@ -41,7 +41,7 @@ from synerdiff.core import NS_PER_S, ControlNetUse, LoraUse, Request, RunResult
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.controlnet import random_controlnet
 from synerdiff.diffusion.lora import random_lora, save_lora
-from synerdiff.figures.style import finish, new_figure, save, styled
+from synerdiff.figures.style import finish, legend_above, new_figure, save, styled
 from synerdiff.profile.adapters import QUANTITIES, Adapters
 from synerdiff.profile.tables import Profile, Spread
 from synerdiff.results.metrics import latencies_s
@@ -248,7 +248,7 @@ def compare(
         f"{count} requests of a Poisson process (batch 2). Dots: means with 95% intervals; grey: from the least to the "
         "largest run; numbers: measured against predicted. Cells and runs in turn on one machine."
     )
-    save(picture(out, caption), out.parent, out.stem)
+    save(picture(out, caption), out.parent, out.stem, ("png",))
     say("cells, ms: " + ", ".join(
         f"{name} {at}: {spread.median / 1e6:.2f}"
         for name, table in adapters.tables.items() if QUANTITIES[name][1] == "ns"
@@ -283,7 +283,7 @@ def half_interval(runs: list[float]) -> float:
 @styled
 def picture(table: Path, caption: str) -> Figure:
     """Predicted and measured latency of each case of a report; bars: 95% intervals, thin lines: all runs."""
-    figure = new_figure(9, 5.2)
+    figure = new_figure(3.8)
     axis = figure.subplots()
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -297,14 +297,14 @@ def picture(table: Path, caption: str) -> Figure:
         label = "" if place else "predicted"
         axis.plot(float(row["predicted_s"]), place, "D", color="#d55e00", markersize=5, label=label)
         axis.annotate(f"{float(row['error']):+.0%}", (largest_s, place), (5, 0), textcoords="offset points",
-                      va="center", fontsize=8)  # fmt: skip
+                      va="center", fontsize=6.5)  # fmt: skip
     axis.set_yticks(range(len(rows)), [row["case"] for row in rows])
     axis.invert_yaxis()
     axis.set_xlim(left=0)
     axis.margins(x=0.08)
     axis.set_xlabel("mean latency of a run, s")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper")
-    return finish(figure, "SwiftDiffusion on two CPU cores: predicted against measured", caption, False)
+    legend_above(figure, axis.get_legend_handles_labels()[0])
+    return finish(figure, "SwiftDiffusion on two CPU cores: predicted against measured", caption)
 
 
 if __name__ == "__main__":

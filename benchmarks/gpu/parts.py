@@ -340,7 +340,7 @@ def pack(number: int, options: Options, out: Path, data: dict[str, Any]) -> list
     folder = options.folder(number)
     with atomic(files[1]) as temporary, tarfile.open(temporary, "w:gz") as archive:
         for path in sorted(folder.rglob("*")):
-            if path.is_file() and path.suffix not in (".svg", ".part"):
+            if path.is_file() and path.suffix not in (".pdf", ".part"):
                 archive.add(path, f"part{number}/{path.relative_to(folder)}")
     for name in PICTURES.get(number, ()):
         for path in sorted(folder.rglob(name))[: MOST_FILES - len(files)]:

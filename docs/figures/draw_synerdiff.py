@@ -12,8 +12,7 @@ from policies.planner import Planner
 from policies.registry import build_policy
 from simulator import simulate
 from synerdiff.core import PPM, Request, SkipBudget
-from synerdiff.figures.controller import controller_over_time
-from synerdiff.figures.plan import PlannedStep, plan_picture
+from synerdiff.figures.planner import PlannedStep, controller_over_time, plan_picture
 from synerdiff.figures.style import save
 from synerdiff.profile.folder import find_profile, load_profile
 from synerdiff.results.records import work_table
@@ -44,7 +43,7 @@ def plan_figure() -> None:
     caption = f"Two pending images in four chunks each, steps of {ROWS} rows; {ELIGIBLE} samples may skip in the third."
     figure = plan_picture(steps, chunk_count=costs.count, images=2, full_ns=costs.step_ns(ROWS), credit_ns=CREDIT_NS,
                           theta=THETA, estimated=profile.estimated, caption=f"{caption} {profile.name}.")  # fmt: skip
-    save(figure, FOLDER, "synerdiff-plan")
+    save(figure, FOLDER, "synerdiff-plan", ("png",))
 
 
 def controller_figure() -> None:
@@ -57,11 +56,9 @@ def controller_figure() -> None:
     work = work_table(result.work, result.sample_names).to_pandas()
     caption = f"A burst of 90 requests from 120 s on, batch {BATCH}, {profile.name}; 30% of the steps may skip."
     save(controller_over_time(policy.trail, work, batch=BATCH, estimated=profile.estimated, caption=caption), FOLDER,
-         "synerdiff-controller")  # fmt: skip
+         "synerdiff-controller", ("png",))  # fmt: skip
 
 
 if __name__ == "__main__":
     plan_figure()
     controller_figure()
-    for name in ("synerdiff-plan", "synerdiff-controller"):
-        (FOLDER / f"{name}.svg").unlink()

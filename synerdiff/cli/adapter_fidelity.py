@@ -78,8 +78,8 @@ def adapter_fidelity(
     from synerdiff.diffusion.checkpoint import load_model
     from synerdiff.fidelity.lora_bound import BOUNDS, bound_study, lines, write_bounds
     from synerdiff.fidelity.sampling import Subject
+    from synerdiff.figures.adapters import bound_curves
     from synerdiff.figures.fidelity import contact_sheet
-    from synerdiff.figures.lora_bound import bound_curves
     from synerdiff.figures.style import save
 
     files = _files(SHIPPED_LORAS if loras is None else loras, lora)

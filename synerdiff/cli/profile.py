@@ -54,7 +54,7 @@ def profile(
         raise
     for line in report(measured):
         typer.echo(line)
-    from synerdiff.figures.profile_picture import profile_picture
+    from synerdiff.figures.profile import profile_picture
     from synerdiff.figures.style import save
 
     info = measured.info

@@ -38,7 +38,7 @@ def sweep(
         results = run_sweep(grid, runner, on_progress)
     for line in [
         *batch_lines(results.batches),
-        *result_lines(results.rows, [entry.name for entry in experiment.policies]),
+        *result_lines(results.rows, [entry.name for entry in experiment.policies], experiment.reference),
     ]:
         typer.echo(line)
     _finish(folder, results)

@@ -44,9 +44,8 @@ def swift(
     curves = cache_curves(data)
     write_rows(out / "caches.csv", list(asdict(curves[0])), [list(asdict(point).values()) for point in curves])
 
+    from synerdiff.figures.adapters import cache_figure, strategy_map, strategy_steps
     from synerdiff.figures.style import save
-    from synerdiff.figures.swift import strategy_map, strategy_steps
-    from synerdiff.figures.swift_caches import cache_figure
 
     written = [
         *save(strategy_map(ratios, study.service, study.requests, len(study.seeds)), out, "swift-where-it-pays"),

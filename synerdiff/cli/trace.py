@@ -22,7 +22,7 @@ trace_app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Workloads: fetch, describe, generate and convert traces."
 )
 
-_PICTURE = "trace.png"
+_PICTURE = "trace"
 _MOST_LISTED = 6
 
 
@@ -57,7 +57,7 @@ def fetch(
 @trace_app.command()
 def describe(
     file: Annotated[Path, typer.Argument(help="A trace (.csv, gzipped or not, or .parquet).")],
-    out: Annotated[Path | None, typer.Option(help=f"Folder for a picture, {_PICTURE}.")] = None,
+    out: Annotated[Path | None, typer.Option(help=f"Folder for a picture, {_PICTURE}.png and .pdf.")] = None,
 ) -> None:
     """Show what a trace is like: load, mix, popularity and burstiness."""
     from rich.console import Console
@@ -76,10 +76,12 @@ def describe(
     if summary.windows:
         console.print(_windows(summary))
     if out is not None:
-        from synerdiff.figures.trace import draw_trace
+        from synerdiff.figures.style import save
+        from synerdiff.figures.workload import trace_picture
 
-        draw_trace(out / _PICTURE, requests, summary, f"{file.name}: {summary.requests:,} requests")
-        typer.echo(f"{out / _PICTURE}: written")
+        figure = trace_picture(requests, summary, title=f"{file.name}: {summary.requests:,} requests")
+        for path in save(figure, out, _PICTURE):
+            typer.echo(f"{path}: written")
 
 
 @trace_app.command()

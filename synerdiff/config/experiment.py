@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 
@@ -18,8 +18,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Batch = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
-Figure = Literal["latency-load", "throughput-load", "tradeoff", "stages", "lanes", "backlog"]
-FIGURES: tuple[Figure, ...] = ("latency-load", "throughput-load", "tradeoff", "stages", "lanes", "backlog")
+Figure = Literal["latency-load", "comparison", "throughput-load", "tradeoff", "stages", "lanes", "backlog"]
+FIGURES: tuple[Figure, ...] = get_args(Figure)
 
 
 class SkipBudgetSection(Section):
@@ -173,6 +173,8 @@ class Experiment(Section):
     decode_gpus: Listed[Annotated[int, Field(ge=0, le=63)]] = Field(default=(0,), min_length=1)
     jobs: int | None = Field(default=None, ge=1, le=4096)
     figures: Listed[Figure] = FIGURES
+    baseline: str | None = None
+    """The policy that the others are compared with, by its name here; by default ``reference`` chooses."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> Experiment:
@@ -187,6 +189,9 @@ class Experiment(Section):
             for name in names:
                 if names.count(name) > 1:
                     raise ValueError(f"two {what} are both '{name}'")
+        policies = lists["policies (give labels)"]
+        if self.baseline is not None and self.baseline not in policies:
+            raise ValueError(f"baseline is '{self.baseline}'; allowed are {', '.join(policies)}")
         known = [workload.name for workload in self.workloads if workload.batch_from is None]
         for workload in self.workloads:
             if workload.batch_from is not None and workload.batch_from not in known:
@@ -194,6 +199,12 @@ class Experiment(Section):
                     f"workload '{workload.name}': batch_from is '{workload.batch_from}'; allowed are {', '.join(known)}"
                 )
         return self
+
+    @property
+    def reference(self) -> str:
+        """The baseline; unless it is named ``continuous-serial``, else the first policy."""
+        names = [entry.name for entry in self.policies]
+        return self.baseline or ("continuous-serial" if "continuous-serial" in names else names[0])
 
 
 def load_experiment(path: Path) -> Experiment:

@@ -20,6 +20,7 @@ from synerdiff.experiments.contest_tables import (
     winners,
 )
 from synerdiff.files import atomic
+from synerdiff.results.intervals import PairedRatio
 
 if TYPE_CHECKING:
     import pandas
@@ -74,31 +75,33 @@ def _caption(contest: Contest) -> str:
 
 
 def _winners(contest: Contest, results: Results, policies: Sequence[str], folder: Path) -> list[str]:
+    from synerdiff.figures.comparison import best_policy_map, gain_map
     from synerdiff.figures.style import save
-    from synerdiff.figures.winners import gain_map, winner_map
 
     found = winners(results, policies, contest.baselines, contest.focus)
-    frame = _frame([{**winner.cell._asdict(), **_flat(asdict(winner))} for winner in found], results)
+    pairs = [results.gain(w.cell, w.measure, w.load, w.policy, w.baseline) for w in found]
+    frame = _frame(
+        [{**w.cell._asdict(), **_flat(asdict(w)), **_gain(pair)} for w, pair in zip(found, pairs, strict=True)], results
+    )
     at = contest.loads[len(contest.loads) // 2]
-    figure = winner_map(
+    figure = best_policy_map(
         frame[frame["measure"].isin(["saturation", "mean"])],
         [("saturation", None), ("mean", at)],
-        focus=contest.focus,
-        title="Who wins where, and by how much",
+        title="Which policy is best where",
         caption=_caption(contest),
     )
-    save(figure, folder / "figures", "winners")
+    save(figure, folder / "figures", "best-policy")
     if WATCHED in policies:
         gains = []
         for winner in found:
             if winner.measure in ("saturation", "mean") and "0" in winner.cell.decode_gpus.split(","):
-                gain = results.gain(winner.cell, winner.measure, winner.load, WATCHED, winner.baseline).ratio
-                place = {"measure": winner.measure, "load": winner.load, "gain": gain}
+                pair = results.gain(winner.cell, winner.measure, winner.load, WATCHED, winner.baseline)
+                place = {"measure": winner.measure, "load": winner.load, **_gain(pair)}
                 gains.append({**winner.cell._asdict(), **place})
         figure = gain_map(
-            _frame(gains, results), policy=WATCHED, title="When does SynerDiff win?", caption=_caption(contest)
+            _frame(gains, results), policy=WATCHED, title="Where SynerDiff pays", caption=_caption(contest)
         )
-        save(figure, folder / "figures", "when-synerdiff-wins")
+        save(figure, folder / "figures", "where-synerdiff-pays")
     return _focus_lines(contest, found, at) if contest.focus else []
 
 
@@ -118,7 +121,7 @@ def _focus_lines(contest: Contest, found: Sequence[Winner], at: float) -> list[s
 
 
 def _ablation(contest: Contest, results: Results, policies: Sequence[str], folder: Path) -> list[str]:
-    from synerdiff.figures.ablation import ablation_bars
+    from synerdiff.figures.comparison import paired_comparison
     from synerdiff.figures.style import save
 
     base = contest.baselines[0]
@@ -144,14 +147,21 @@ def _ablation(contest: Contest, results: Results, policies: Sequence[str], folde
                 )
     table = [f"| cell | measure | policy | against {base} | skipped |", "|---|---|---|---|---|", *lines]
     _write(folder / "ablation.md", "\n".join(table) + "\n")
-    figure = ablation_bars(
-        _frame(records, results),
-        base=base,
+    frame = _frame(records, results)
+    shares = {name: 1 + frame[old] for name, old in (("ratio", "change"), ("low", "low"), ("high", "high"))}
+    names = {"saturation": "throughput at saturation", "mean": "mean latency", "p99": "P99 latency"}
+    figure = paired_comparison(
+        frame.assign(**shares, measure=frame["measure"].map(names), larger=frame["measure"] == "saturation"),
+        baseline=base,
         title="What each part adds",
         caption=f"Latencies at load {contest.loads[0]:g}. {_caption(contest)}",
     )
     save(figure, folder / "figures", "ablation")
     return table
+
+
+def _gain(pair: PairedRatio) -> dict[str, float]:
+    return {"gain": pair.ratio, "low": pair.low, "high": pair.high}
 
 
 def _flat(winner: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FOLDER = "figures"
 _STAGE_PANELS = 3
-_LANES_LOAD = 0.8
+_SHOWN_LOAD = 0.8
 
 
 def draw_figures(experiment: Experiment, results: Results) -> list[Path]:
@@ -26,7 +26,7 @@ def draw_figures(experiment: Experiment, results: Results) -> list[Path]:
     Load curves show the workloads that are not replayed as backlog; every replayed one has a picture per profile.
     """
     folder, dropped = results.folder, results.dropped
-    from synerdiff.figures import load_curves, stage_bars
+    from synerdiff.figures import comparison, lanes, load
     from synerdiff.figures.style import save
 
     runs: pandas.DataFrame = read_table(folder / "runs.parquet", {"key": "string"})[0].to_pandas()
@@ -40,14 +40,19 @@ def draw_figures(experiment: Experiment, results: Results) -> list[Path]:
         shown = runs[runs["workload"].isin([workload.name for workload in curves])]
         caption = _caption(experiment, curves, dropped)
         if "latency-load" in experiment.figures:
-            written += save(load_curves.latency_against_load(shown, caption=caption), into, "latency-load")
+            written += save(
+                load.latency_against_load(shown, baseline=experiment.reference, caption=caption), into, "latency-load"
+            )
+        if "comparison" in experiment.figures and len(experiment.policies) > 1:
+            figure = comparison.compare_at(shown, baseline=experiment.reference, caption=caption)
+            written += save(figure, into, "comparison")
         if "throughput-load" in experiment.figures:
-            written += save(load_curves.throughput_against_load(shown, caption=caption), into, "throughput-load")
+            written += save(load.throughput_against_load(shown, caption=caption), into, "throughput-load")
         if "tradeoff" in experiment.figures:
-            written += save(load_curves.throughput_against_p99(shown, caption=caption), into, "tradeoff")
+            written += save(load.throughput_against_p99(shown, caption=caption), into, "tradeoff")
         if "stages" in experiment.figures:
             loads = _spread(sorted(shown["load"].unique()))
-            written += save(stage_bars.where_the_time_goes(shown, loads, caption=caption), into, "stages")
+            written += save(lanes.where_the_time_goes(shown, loads, caption=caption), into, "stages")
         if "lanes" in experiment.figures:
             written += _lanes(results, shown)
     if "backlog" in experiment.figures:
@@ -59,12 +64,12 @@ def draw_figures(experiment: Experiment, results: Results) -> list[Path]:
 
 def _lanes(results: Results, runs: pandas.DataFrame) -> list[Path]:
     """Some seconds of every policy on every profile: one run of each, replayed, for the records keep no work."""
-    from synerdiff.figures.lane_chart import lanes_of_policies
+    from synerdiff.figures.lanes import lane_chart
     from synerdiff.figures.style import save
 
     written = []
     for profile, of_profile in runs.groupby("profile", sort=False):
-        load = min(of_profile["load"].unique(), key=lambda load: abs(load - _LANES_LOAD))
+        load = min(of_profile["load"].unique(), key=lambda load: abs(load - _SHOWN_LOAD))
         at_load = of_profile[of_profile["load"] == load]
         first = at_load[(at_load["workload"] == at_load["workload"].iloc[0])]
         first = first[first["seed"] == first["seed"].iloc[0]]
@@ -72,7 +77,7 @@ def _lanes(results: Results, runs: pandas.DataFrame) -> list[Path]:
         for run in first.to_dict("records"):
             result = replayed(results.grid_runs[str(run["key"])])[-1]
             works[str(run["policy"])] = work_table(result.work, result.sample_names).to_pandas()
-        figure = lanes_of_policies(
+        figure = lane_chart(
             works,
             estimated=bool(first["estimated"].any()),
             title=f"What the lanes do: {profile}",
@@ -90,7 +95,7 @@ def _backlogs(
     dropped: Mapping[str, Mapping[str, int]],
 ) -> list[Path]:
     """One picture per profile, load and replicate: a backlog is one history, not a mean."""
-    from synerdiff.figures.backlog import backlog_over_time
+    from synerdiff.figures.load import backlog_over_time
     from synerdiff.figures.style import save
 
     written = []
@@ -102,12 +107,13 @@ def _backlogs(
             if run["batch"] == run["batch"]:
                 batches.append(f"{run['policy']} {run['batch']:g}")
         scale = float(group["time_scale"].iloc[0])
-        caption = f"{workload.name} on {profile}, mean load {load:g}, arrival times multiplied by {scale:.3g}. "
+        caption = f"{workload.name} on {profile}, mean load {load:g}. "
         if batches:
             caption += f"Batch sizes: {', '.join(batches)}. "
         figure = backlog_over_time(
             tables,
             estimated=bool(group["estimated"].any()),
+            time_scale=scale,
             title=f"Requests in the system: {workload.name}",
             caption=caption + _drops([workload], dropped),
         )

@@ -8,9 +8,6 @@ from typing import Any
 
 from synerdiff.results.intervals import paired_log_ratio
 
-REFERENCE = "continuous-serial"
-"""The policy that others are compared with, where it is among them; else the experiment's first."""
-
 _MEAN_LATENCY = "request_latency_mean_s"
 _COLUMNS = (
     ("mean s", _MEAN_LATENCY),
@@ -38,9 +35,8 @@ def batch_lines(batches: Sequence[Row]) -> list[str]:
     return lines
 
 
-def result_lines(rows: Sequence[Row], policies: Sequence[str]) -> list[str]:
+def result_lines(rows: Sequence[Row], policies: Sequence[str], reference: str) -> list[str]:
     """One table per profile and workload: by policy (in the order given) and load, means over the replicates."""
-    reference = REFERENCE if REFERENCE in policies else policies[0]
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         profile = f"{row['profile']} (estimated)" if row["estimated"] else str(row["profile"])

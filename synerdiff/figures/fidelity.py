@@ -3,7 +3,8 @@ latency against fidelity."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from synerdiff.fidelity.table import Score
-from synerdiff.figures.fidelity_axis import SSIM_NOTE, ssim_error, ssim_on_x, ssim_on_y
-from synerdiff.figures.style import finish, new_figure, plain_log_ticks, policy_legend, policy_styles, styled
+from synerdiff.figures.style import (
+    PAGE_IN,
+    SSIM_NOTE,
+    beside,
+    finish,
+    legend_above,
+    new_figure,
+    panel_title,
+    plain_log_ticks,
+    policy_legend,
+    policy_styles,
+    ssim_axis,
+    ssim_error,
+    styled,
+)
 
-RIVAL = "fewer steps, full guidance"
+FEWER_STEPS = "fewer steps, full guidance"
+"""The equal-cost baseline of every rule that skips."""
 _FAMILIES: dict[tuple[str, str], tuple[str, str, str]] = {
-    ("guided", "full"): (RIVAL, "#000000", "o"),
+    ("guided", "full"): (FEWER_STEPS, "#000000", "o"),
     ("reuse", "spread"): ("reuse, spread evenly", "#0072b2", "s"),
     ("reuse", "calibrated"): ("reuse, calibrated (held-out images)", "#d55e00", "*"),
     ("reuse", "last"): ("reuse, last steps", "#56b4e9", "v"),
@@ -41,7 +56,7 @@ def fidelity_against_rows(
     """
     columns = min(len(settings), 3)
     lines = -(-len(settings) // columns)
-    figure = new_figure(3.6 * columns + 2.6, 3.4 * lines + 1.2)
+    figure = new_figure(2.3 * lines + 1.3)
     grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
     axes = grid.flatten()[: len(settings)]
     for spare in grid.flatten()[len(settings) :]:
@@ -54,16 +69,16 @@ def fidelity_against_rows(
                 shown[family] = _family(
                     axis, sorted(own, key=lambda row: row.rows), name, color, marker, family in _JOINED
                 )
-        axis.set_title(label, loc="left")
+        panel_title(axis, textwrap.fill(label, 32))
         axis.set_xlabel("rows, share of full guidance")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.tick_params(labelbottom=True)
-    ssim_on_y(axes[0])
+    ssim_axis(axes[0], "y")
     for axis in grid[:, 0]:
         axis.set_ylabel("SSIM, same seeds")
-    figure.legend(handles=[shown[family] for family in _FAMILIES if family in shown], loc="outside right upper")
+    legend_above(figure, [shown[family] for family in _FAMILIES if family in shown])
     note = "Means over images, bars: 95% t intervals. Up and to the left is better."
-    return finish(figure, title, f"{note} {caption}", False)
+    return finish(figure, title, f"{note} {caption}")
 
 
 def _family(axis: Axes, rows: Sequence[Score], name: str, color: str, marker: str, joined: bool) -> Any:
@@ -71,20 +86,9 @@ def _family(axis: Axes, rows: Sequence[Score], name: str, color: str, marker: st
     error = [ssim_error(row.ssim) for row in rows]
     low = [max(0.0, e - ssim_error(row.ssim_high)) for e, row in zip(error, rows, strict=True)]
     high = [max(0.0, ssim_error(row.ssim_low) - e) for e, row in zip(error, rows, strict=True)]
-    size = 9 if marker == "*" else 5.5
-    return axis.errorbar(
-        x,
-        error,
-        yerr=[low, high],
-        fmt=marker,
-        color=color,
-        label=name,
-        capsize=2,
-        markersize=size,
-        linestyle=("-" if joined and len({*x}) == len(x) else "none"),
-        linewidth=1.0,
-        elinewidth=0.8,
-    )
+    line = "-" if joined and len({*x}) == len(x) else "none"
+    looks: Any = {"markersize": 6 if marker == "*" else 3.5, "linestyle": line, "linewidth": 0.8, "elinewidth": 0.7}
+    return axis.errorbar(x, error, yerr=[low, high], fmt=marker, color=color, label=name, capsize=1.5, **looks)
 
 
 @styled
@@ -93,18 +97,17 @@ def contact_sheet(
 ) -> Figure:
     """One line of images per rule: (label, uint8 (n, height, width, channels)); the same column is the same seed."""
     count = max(len(images) for _, images in rows)
-    cell_in = 0.62 if count > 6 else 1.1
-    figure = new_figure(cell_in * count + 3.4, cell_in * len(rows) + 1.1)
+    cell_in = min(0.75, (PAGE_IN - 1.9) / count)
+    figure = new_figure(cell_in * len(rows) + 0.9)
     grid = figure.subplots(len(rows), count, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.04})
     for axes, (label, images) in zip(grid, rows, strict=True):
         for axis in axes:
             axis.set_axis_off()
         for axis, image in zip(axes, images, strict=False):
             axis.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
-        axes[0].text(
-            -0.15, 0.5, label, transform=axes[0].transAxes, ha="right", va="center", fontsize=8, linespacing=1.1
-        )
-    return finish(figure, title, caption, False)
+        place: Any = {"transform": axes[0].transAxes, "ha": "right", "va": "center"}
+        axes[0].text(-0.15, 0.5, label, fontsize=6.5, linespacing=1.1, **place)
+    return finish(figure, title, caption)
 
 
 @styled
@@ -120,7 +123,7 @@ def sensitivity_by_step(
     """Similarity of the two x0 predictions; errors in x0 of dropping and of reusing the difference (steps, ages); and
     which steps each named schedule skips."""
     steps = np.arange(len(x0_similarity))
-    figure = new_figure(9.6, 6.6)
+    figure = new_figure(0.13 * len(chosen) + 3.9)
     grid = figure.subplots(3, 1, sharex=True, height_ratios=[1, 1.5, 0.22 * len(chosen) + 0.25])
     similarity, error, skips = grid
     similarity.plot(steps, x0_similarity, "o-", color="#000000", markersize=3)
@@ -131,15 +134,15 @@ def sensitivity_by_step(
         error.plot(steps, reuse_error[:, age], "s-", color=color, markersize=3, label=label)
     plain_log_ticks(error)
     error.set_ylabel("error in x0 (RMS)")
-    figure.legend(*error.get_legend_handles_labels(), loc="outside right center")
+    legend_above(figure, error.get_legend_handles_labels()[0])
     for line, skipped in enumerate(chosen.values()):
-        kept = sorted(set(steps.tolist()) - set(skipped))
-        skips.plot(kept, [line] * len(kept), "o", color="#000000", markersize=4)
-        skips.plot(list(skipped), [line] * len(skipped), "o", color="#0072b2", markerfacecolor="white", markersize=4)
+        guided = sorted(set(steps.tolist()) - set(skipped))
+        skips.plot(guided, [line] * len(guided), "o", color="#000000", markersize=3)
+        skips.plot(list(skipped), [line] * len(skipped), "o", color="#0072b2", markerfacecolor="white", markersize=3)
     skips.set_yticks(range(len(chosen)), list(chosen))
     skips.set_ylim(len(chosen) - 0.5, -0.5)
     skips.set_xlabel("step")
-    return finish(figure, title, f"Full circles: guided; hollow: reused. {caption}", False)
+    return finish(figure, title, f"Full circles: guided; hollow: reused. {caption}")
 
 
 @styled
@@ -153,12 +156,12 @@ def latency_against_fidelity(
     """P99 latency over fidelity, and achieved requests per second over fidelity; one point per run (or mean of seeds).
 
     ``runs``: profile, estimated, policy, load, ssim, the metric and request_throughput; a row per (policy, load, seed).
-    Runs of fewer steps are a policy of their own, named ``RIVAL``, whose variants begin with the number of steps.
+    Runs of fewer steps are a policy of their own, named ``FEWER_STEPS``, whose variants begin with the number of steps.
     Points of one policy are joined in the order of ``runs``.
     """
     loads = sorted(set(runs["load"].tolist()))
     styles = policy_styles(runs["policy"])
-    figure = new_figure(4.2 * len(loads) + 2.4, 6.6)
+    figure = new_figure(4.4)
     grid = figure.subplots(2, len(loads), squeeze=False, sharex=True, sharey="row")
     panels = ((metric, "P99 latency (s)"), ("request_throughput", "achieved requests/s"))
     for line, (axes, (column, label)) in enumerate(zip(grid, panels, strict=True)):
@@ -168,20 +171,14 @@ def latency_against_fidelity(
                 own = at_load[at_load["policy"] == policy].groupby("variant", sort=False)[["ssim", column]].mean()
                 error = [ssim_error(value) for value in own["ssim"]]
                 axis.plot(error, own[column], marker=style.marker, color=style.color, linestyle=style.linestyle)
-                if policy == RIVAL and line == 0:
-                    _name_steps(axis, own.index, error, own[column])
-            if line == 0:
-                axis.set_title(f"load {load:g}", loc="left")
+                if policy == FEWER_STEPS and line == 0:
+                    for name, x, y in zip(own.index, error, own[column], strict=True):
+                        beside(axis, str(name).split()[0], x, y, (3, -8))
+            panel_title(axis, f"load {load:g}" if line == 0 else "", bool(at_load["estimated"].any()))
         axes[0].set_ylabel(label)
     plain_log_ticks(grid[0][0])
     for axis in grid[1]:
-        ssim_on_x(axis)
+        ssim_axis(axis, "x")
     policy_legend(figure, styles)
     note = f"Numbers: steps with full guidance. To the right is closer to full guidance. {SSIM_NOTE}"
-    return finish(figure, title, f"{note} {caption}", bool(runs["estimated"].any()))
-
-
-def _name_steps(axis: Axes, variants: Iterable[str], x: Sequence[float], y: Iterable[float]) -> None:
-    for name, *place in zip(variants, x, y, strict=True):
-        offset = (4, -9)
-        axis.annotate(name.split()[0], (place[0], place[1]), xytext=offset, textcoords="offset points", fontsize=7)
+    return finish(figure, title, f"{note} {caption}")

@@ -1,4 +1,4 @@
-"""Predicted against measured: errors per metric and case, requests one by one, and both timelines."""
+"""Predicted against measured: errors per metric and case, and requests one by one."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from synerdiff.figures.lane_chart import draw_lanes, lane_legend, lanes_of, largest_step
-from synerdiff.figures.style import finish, new_figure, policy_legend, policy_styles, styled
+from synerdiff.figures.style import BLUE, ORANGE, finish, new_figure, panel_title, policy_legend, policy_styles, styled
 
 FAR = 0.5
 """Interval ends beyond this, and beyond twice the largest error, are cut off at the edge."""
-_WITHIN, _BEYOND = "#2a7f62", "#c1121f"
 
 
 @styled
@@ -25,7 +23,7 @@ def prediction_errors(
     """
     metrics = list(dict.fromkeys(errors["metric"]))
     cases = list(dict.fromkeys(errors["case"]))
-    figure = new_figure(12, 0.26 * len(cases) + 1.9)
+    figure = new_figure(0.16 * len(cases) + 1.3)
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     places = {case: place for place, case in enumerate(cases)}
     for axis, metric in zip(axes, metrics, strict=True):
@@ -36,25 +34,26 @@ def prediction_errors(
         # One disturbed repeat must not squeeze all the others into a point.
         reach = 1.15 * max(farthest, *np.minimum(ends[np.isfinite(ends)], max(FAR, 2 * farthest)), 0.01)
         if limit == limit:
-            axis.axvspan(-100 * limit, 100 * limit, color="#e7f1ec", zorder=0)
+            axis.axvspan(-100 * limit, 100 * limit, color="#e6f0f7", zorder=0)
         axis.axvline(0, color="#888888", linewidth=0.8)
         for row in of_metric.to_dict("records"):
             place, value = places[row["case"]], 100 * row["error"]
             low, high = (100 * float(np.clip(row[end], -reach, reach)) for end in ("low", "high"))
             judged = row["limit"] == row["limit"]
-            color = "#555555" if not judged else _WITHIN if abs(row["error"]) <= row["limit"] else _BEYOND
-            axis.plot([low, high], [place, place], color=color, linewidth=1.4)
-            axis.plot(value, place, "o", color=color, markersize=4.5)
+            color = "#555555" if not judged else BLUE if abs(row["error"]) <= row["limit"] else ORANGE
+            axis.plot([low, high], [place, place], color=color, linewidth=1)
+            axis.plot(value, place, "o", color=color, markersize=3)
         axis.set_xlim(-100 * reach, 100 * reach)
-        axis.set_title(metric, loc="left")
-        axis.set_xlabel("measured / predicted - 1 (%)")
+        panel_title(axis, metric)
+        axis.set_xlabel("off by (%)")
     axes[0].set_yticks(list(places.values()), list(places))
     axes[0].set_ylim(len(cases) - 0.4, -0.6)
     note = (
-        "Points: medians over repeats; lines: their 95% intervals (order statistics). Band: tolerance. Green: within; "
-        f"red: beyond; grey: not judged by itself. A line that reaches an edge goes on. {caption}"
+        "Off by: measured / predicted - 1. Points: medians over repeats; lines: 95% intervals (order statistics). "
+        "Band: tolerance. Blue: within; "
+        f"orange: beyond; grey: not judged by itself. A line that reaches an edge goes on. {caption}"
     )
-    return finish(figure, title, note, estimated=False)
+    return finish(figure, title, note)
 
 
 @styled
@@ -67,7 +66,7 @@ def request_scatter(
     """
     loads = list(dict.fromkeys(requests["load"]))
     styles = policy_styles(requests["policy"])
-    figure = new_figure(3.9 * len(loads) + 2.0, 4.6)
+    figure = new_figure(7.0 / len(loads) + 1.0 if len(loads) > 1 else 4.2)
     axes = figure.subplots(1, len(loads), squeeze=False)[0]
     for axis, load in zip(axes, loads, strict=True):
         of_load = requests[requests["load"] == load]
@@ -78,32 +77,13 @@ def request_scatter(
         for name, style in styles.items():
             points = of_load[of_load["policy"] == name]
             axis.plot(
-                points["predicted_s"], points["measured_s"], style.marker, color=style.color, markersize=4, alpha=0.75
+                points["predicted_s"], points["measured_s"], style.marker, color=style.color, markersize=3, alpha=0.75
             )
         axis.set_xlim(ends[0], ends[1])
         axis.set_ylim(ends[0], ends[1])
         axis.set_aspect("equal")
-        axis.set_title(load, loc="left")
+        panel_title(axis, load)
         axis.set_xlabel("predicted latency (s)")
-        axis.set_ylabel("measured latency (s)")
+    axes[0].set_ylabel("measured latency (s)")
     policy_legend(figure, styles)
-    return finish(figure, title, f"Medians over repeats. Line: equal; grey: 10% off. {caption}", estimated=False)
-
-
-@styled
-def two_timelines(
-    predicted: pd.DataFrame, measured: pd.DataFrame, start_s: float, end_s: float, *, title: str, caption: str = ""
-) -> Figure:
-    """The same seconds of a run as simulated and as measured, one above the other (``work.parquet`` columns)."""
-    lines = max(len(lanes_of(predicted)), len(lanes_of(measured)))
-    figure = new_figure(12, 2 * 0.62 * lines + 3.2)
-    axes = figure.subplots(2, 1, sharex=True)
-    most_rows = max(largest_step(predicted), largest_step(measured))
-    shown = []
-    for axis, work, label in zip(axes, (predicted, measured), ("predicted", "measured"), strict=True):
-        shown.append(draw_lanes(axis, work, start_s, end_s, most_rows))
-        axis.set_title(label, loc="left")
-    axes[0].set_xlabel("")
-    lane_legend(figure, pd.concat(shown), most_rows)
-    note = f"Steps: rows; +p: padding; c and r: samples that skip guidance. Chunks: sample, chunk number. {caption}"
-    return finish(figure, title, note, estimated=False)
+    return finish(figure, title, f"Medians over repeats. Line: equal; grey: 10% off. {caption}")

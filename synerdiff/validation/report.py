@@ -222,8 +222,9 @@ def _draw(
 ) -> None:
     import pandas as pd
 
+    from synerdiff.figures.lanes import lane_chart
     from synerdiff.figures.style import save
-    from synerdiff.figures.validation import prediction_errors, request_scatter, two_timelines
+    from synerdiff.figures.validation import prediction_errors, request_scatter
 
     made_on = f"{facts['model']} on {facts['device']}, {session.repeats} repeats."
     limits = {
@@ -258,11 +259,10 @@ def _draw(
     assert observed.predicted is not None
     predicted, measured = observed.predicted.frames[1], observed.measured.frames[1]
     begin_s, end_s = _shown_window(measured)
-    figure = two_timelines(
-        predicted,
-        measured,
-        begin_s,
-        end_s,
+    figure = lane_chart(
+        {"predicted": predicted, "measured": measured},
+        (begin_s, end_s),
+        estimated=False,
         title=f"The same {end_s - begin_s:.2g} s, predicted and measured: {case.label}",
         caption=f"Repeat {observed.repeat + 1}. {made_on}",
     )

@@ -101,6 +101,7 @@ KNOWN = ", ".join(Experiment.model_fields)
         ({"skip_budget": "{fraction: 2}"}, "skip_budget.fraction is 2; it must be less than or equal to 1."),
         ({"skip_budget": "{mode: drop}"}, "skip_budget.mode is 'drop'; it must be 'reuse' or 'conditional'."),
         ({"skip_budget": "{longest_run: 0}"}, "skip_budget.longest_run is 0; it must be greater than or equal to 1."),
+        ({"baseline": "other"}, "baseline is 'other'; allowed are "),
         ({"figures": "[pie]"}, "figures[0] is 'pie'; it must be 'latency-load', "),
         ({"batch_search": "{batches: [0]}"}, "batch_search.batches[0] is 0; it must be greater than or equal to 1."),
         ({"dispersion": "1"}, "dispersion is 1; it must be a valid boolean."),

@@ -115,7 +115,7 @@ def test_a_contest_from_file_to_figures(tmp_path: Path, monkeypatch: pytest.Monk
     assert run_contest(tasks, Here()) == rows
     lines = write_report(found, rows, tmp_path / "out")
     assert any("auto is within 2% of the best of the others" in line for line in lines)
-    for name in ("rows.csv", "figures/winners.png"):
+    for name in ("rows.csv", "figures/best-policy.png"):
         assert (tmp_path / "out" / name).stat().st_size > 0
     tasks[0].path.write_text("{ torn", encoding="utf-8")
     monkeypatch.setattr(contest_module, "compute", compute)

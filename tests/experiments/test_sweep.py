@@ -352,8 +352,16 @@ def test_figures_come_after_the_data(world: Path, capsys: pytest.CaptureFixture[
     small(world, ("figures: []\n", ""), ("\npolicies:", backlog))
     assert cli.main(["sweep", "e.yaml", "--jobs", "1", "--out", "out"]) == 0
     pictures = {path.name for path in (world / "out" / "figures").iterdir()}
-    names = ("latency-load", "throughput-load", "tradeoff", "stages", "lanes-test", "backlog-burst-test-load0.5-1")
-    assert pictures == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    names = (
+        "latency-load",
+        "comparison",
+        "throughput-load",
+        "tradeoff",
+        "stages",
+        "lanes-test",
+        "backlog-burst-test-load0.5-1",
+    )
+    assert pictures == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
     assert all((world / "out" / "figures" / name).stat().st_size > 5000 for name in pictures)
     out = capsys.readouterr().out
     assert "w on test, means over 2 runs" in out

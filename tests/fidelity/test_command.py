@@ -131,8 +131,7 @@ def test_the_trade_off_has_fidelity_as_its_third_axis(world: Path, capsys: pytes
         for row in read_table(path, {})[0].to_pylist()
     }
     assert steps == {"grrgrg", "gggg"}
-    picture = (world / "results" / "figures" / "tradeoff.svg").read_text()
-    assert "SSIM against full guidance" in picture
+    assert (world / "results" / "figures" / "tradeoff.png").is_file()
     # The arrivals and deadlines are those of all steps.
     assert runs["offered_request_rate"].nunique() == 1
     capsys.readouterr()
@@ -188,7 +187,7 @@ def test_the_command_writes_table_and_pictures(
     assert table.head["versions"]["torch"] == torch.__version__
     assert {"conditional-last-2of5", "reuse-spread-2of5", "full-4"} <= {row.rule for row in table.rows}
     for name in ("fidelity-rows", "fidelity-sheet-DDIM-5-3", "fidelity-steps-DDIM-5-3", "fidelity-latency-DDIM-5-3"):
-        for kind in ("png", "svg"):
+        for kind in ("png", "pdf"):
             assert (tmp_path / "f" / f"{name}.{kind}").stat().st_size > 5000
         assert f"f/{name}.png" in printed
 

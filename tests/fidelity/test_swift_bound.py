@@ -160,7 +160,7 @@ def test_the_command_writes_table_and_pictures(tmp_path, capsys):
     ]
     assert 0 < float(rows[1]["ssim"]) < 1
     assert f"{float(rows[1]['ssim']):.3f}" in printed
-    for name in ("lora-bound.png", "lora-bound.svg", "lora-bound-sheet-style.png"):
+    for name in ("lora-bound.png", "lora-bound.pdf", "lora-bound-sheet-style.png"):
         assert (out / name).stat().st_size > 1000
     for options, message in (
         (["--lora", "other"], "other.safetensors: there is no such LoRA"),

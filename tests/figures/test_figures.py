@@ -10,22 +10,22 @@ import matplotlib
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.text import Text
+from matplotlib.text import Annotation, Text
 
 from profiler.estimate import estimate_profile
 from synerdiff.core import InputError
-from synerdiff.figures.backlog import backlog_over_time
-from synerdiff.figures.lane_chart import lane_chart, step_label
-from synerdiff.figures.load_curves import (
+from synerdiff.figures.comparison import best_policy_map, compare_at, gain_map, paired_ratios
+from synerdiff.figures.lanes import lane_chart, step_label, where_the_time_goes
+from synerdiff.figures.load import (
+    backlog_over_time,
     latency_against_load,
     panel_rows,
     saturated,
     throughput_against_load,
     throughput_against_p99,
 )
-from synerdiff.figures.profile_picture import profile_picture
-from synerdiff.figures.stage_bars import where_the_time_goes
-from synerdiff.figures.style import ESTIMATED, POLICY_STYLES, policy_styles, save
+from synerdiff.figures.profile import profile_picture
+from synerdiff.figures.style import GREY, PAGE_IN, POLICY_STYLES, marked_panels, policy_styles, save
 from synerdiff.profile.tables import Spread
 
 S = 1_000_000_000
@@ -78,35 +78,52 @@ def words(figure: Figure) -> str:
     return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
+def gains(**changes: object) -> pd.DataFrame:
+    """Twelve cells on two profiles, of which only one rests on an estimate; every third is a tie."""
+    rows = [
+        {"profile": profile, "workload": "poisson", "decode_share": 1, "decode_gpus": "0", "contention": contention,
+         "measure": measure, "load": load, "policy": "auto", "gain": 1.2, "low": 1.1 if contention < 2 else 0.9,
+         "high": 1.3, "estimated": profile == "gpu-a"}
+        for profile in ("gpu-a", "gpu-b") for contention in (0.5, 1, 2) for measure, load in (("mean", 0.8),
+        ("saturation", None))
+    ]  # fmt: skip
+    return pd.DataFrame([row | changes for row in rows])
+
+
 @pytest.mark.parametrize("estimated", [True, False])
-def test_every_figure_is_written_and_says_when_its_profile_is_estimated(
+def test_the_mark_stands_on_the_panels_that_rest_on_an_estimate(
     estimated: bool, runs: pd.DataFrame, work: pd.DataFrame, requests: pd.DataFrame, tmp_path: Path
 ) -> None:
-    runs["estimated"] = estimated
+    """Of two profiles one is measured: its panels bear no mark."""
+    runs["estimated"] = estimated & (runs["profile"] == "gpu-a")
+    both = pd.concat([runs, runs[runs["profile"] == "gpu-a"].assign(profile="gpu-b", estimated=False)])
     profile = estimate_profile("h200", "sdxl")
     profile = profile if estimated else replace(profile, provenance="measured", name="mine")
     note = "Said by the caller."
+    table = gains() if estimated else gains(estimated=False)
     figures = {
-        "latency": latency_against_load(runs, caption=note),
-        "throughput": throughput_against_load(runs, caption=note),
-        "trade-off": throughput_against_p99(runs, caption=note),
-        "stages": where_the_time_goes(runs, (0.5, 1.0), caption=note),
-        "lanes.v2": lane_chart(work, 0, 4, estimated=estimated, caption=note),
-        "backlog": backlog_over_time({"static": requests}, estimated=estimated, caption=note),
-        "profile": profile_picture(profile, caption=note),
+        "latency": (latency_against_load(runs, baseline="static", caption=note), 2),
+        "comparison": (compare_at(both[both["load"] == 0.5], baseline="static", caption=note), 3),
+        "gains": (gain_map(table, policy="auto", title="Gains", caption=note), 1),
+        "best": (best_policy_map(table, [("saturation", None), ("mean", 0.8)], title="Best", caption=note), 2),
+        "throughput": (throughput_against_load(runs, caption=note), 2),
+        "trade-off": (throughput_against_p99(runs, caption=note), 1),
+        "stages": (where_the_time_goes(runs, (0.5, 1.0), caption=note), 2),
+        "lanes.v2": (lane_chart({"static": work}, (0, 4), estimated=estimated, caption=note), 1),
+        "backlog": (backlog_over_time({"static": requests}, estimated=estimated, caption=note), 1),
+        "profile": (profile_picture(profile, caption=note), 5),
     }
-    for name, figure in figures.items():
-        assert (ESTIMATED in words(figure)) is estimated, name
-        assert ("(estimated)" in words(figure)) is (
-            estimated and name in ("latency", "throughput", "trade-off", "stages")
-        )
+    for name, (figure, marked) in figures.items():
+        assert marked_panels(figure) == (marked if estimated else 0), name
+        assert ("rest on an estimated profile" in words(figure).replace("\n", " ")) is estimated, name
         assert note in words(figure).replace("\n", " "), name
+        assert figure.get_size_inches()[0] == PAGE_IN
         if estimated:
-            svg, png = save(figure, tmp_path / "new", name)
-            assert svg.name == f"{name}.svg"
-            assert b"</svg>" in svg.read_bytes()
+            png, pdf = save(figure, tmp_path / "new", name)
+            assert pdf.name == f"{name}.pdf"
+            assert pdf.read_bytes().startswith(b"%PDF")
             assert png.read_bytes().startswith(b"\x89PNG")
-    assert len(list(tmp_path.glob("new/*"))) == (14 if estimated else 0)
+    assert len(list(tmp_path.glob("new/*"))) == (20 if estimated else 0)
 
 
 def test_the_same_data_gives_the_same_bytes(requests: pd.DataFrame, tmp_path: Path) -> None:
@@ -139,17 +156,16 @@ def test_styles_are_in_a_fixed_order_and_do_not_depend_on_what_else_is_drawn() -
 
 
 def test_latency_curves_are_geometric_means_with_hollow_saturated_points(runs: pd.DataFrame) -> None:
-    figure = latency_against_load(runs)
-    mean, p99, lone, _ = figure.axes
+    figure = latency_against_load(runs, baseline="static")
+    mean, _, lone, _ = figure.axes
     assert mean.get_yscale() == "log"
     curve = mean.lines[0]
     assert list(curve.get_xdata()) == [0.5, 1.0]
     assert list(curve.get_ydata()) == pytest.approx([2 * sqrt(2)] * 2)
-    assert list(p99.lines[0].get_ydata()) == pytest.approx([5 * sqrt(2)] * 2)
     below, above = mean.lines[1], mean.lines[2]
     assert below.get_markerfacecolor() == POLICY_STYLES["static"].color
     assert above.get_markerfacecolor() == "white"
-    assert lone.get_title(loc="left") == "gpu-b (estimated)"
+    assert lone.get_title(loc="left") == "gpu-b"
 
 
 def test_saturation_is_load_one_or_a_shortfall(runs: pd.DataFrame) -> None:
@@ -160,15 +176,59 @@ def test_saturation_is_load_one_or_a_shortfall(runs: pd.DataFrame) -> None:
 def test_workloads_have_panels_of_their_own(runs: pd.DataFrame) -> None:
     runs["workload"] = ["poisson", "bursts"] * (len(runs) // 2)
     assert [label for label, _ in panel_rows(runs)] == [
-        "gpu-a, poisson (estimated)", "gpu-a, bursts (estimated)", "gpu-b, poisson (estimated)",
-        "gpu-b, bursts (estimated)",
+        "gpu-a, poisson", "gpu-a, bursts", "gpu-b, poisson", "gpu-b, bursts",
     ]  # fmt: skip
 
 
+def test_the_evidence_is_paired_by_seed(runs: pd.DataFrame) -> None:
+    """Seeds differ by a factor of 2 and the policies by 0.8 in each: the interval is a point at 0.8."""
+    runs.loc[runs["policy"] == "load-skip", "request_latency_mean_s"] *= 0.8
+    ratios = paired_ratios(runs, "static", "request_latency_mean_s")
+    assert ratios["policy"].tolist() == ["load-skip", "load-skip"]
+    assert ratios[["ratio", "low", "high"]].to_numpy() == pytest.approx(0.8)
+    change = latency_against_load(runs, baseline="static").axes[1]
+    assert [list(line.get_ydata()) for line in change.lines[:2]] == [pytest.approx([0.8, 0.8]), pytest.approx([0.8])]
+
+
+def test_only_seeds_that_both_ran_are_paired(runs: pd.DataFrame) -> None:
+    runs.loc[(runs["policy"] == "load-skip") & (runs["seed"] == 2), "goodput"] = 0.0
+    ratios = paired_ratios(runs, "static", "goodput")
+    assert ratios["n"].tolist() == [1, 1]
+    assert ratios["high"].tolist() == [float("inf")] * 2
+
+
+def test_a_map_is_centred_on_one_and_draws_ties_as_ties() -> None:
+    """Its colours do not follow the worst loss."""
+    figure = gain_map(gains(), policy="auto", title="Gains")
+    image = figure.axes[0].images[0]
+    assert image.norm.vmin == -image.norm.vmax
+    worse = gain_map(gains(gain=0.01, low=0.009, high=0.02), policy="auto", title="Gains")
+    assert worse.axes[0].images[0].norm.vmax == image.norm.vmax
+    assert [patch.get_x() for patch in figure.axes[0].patches] == [1.5, 1.5], "contention 2, both rows"
+    assert all(patch.get_hatch() for patch in figure.axes[0].patches)
+
+
+def test_a_picture_has_at_most_sixty_numbers() -> None:
+    many = pd.concat([gains(workload=f"w{i}") for i in range(6)])
+    for figure in (
+        gain_map(many, policy="auto", title="Gains"),
+        best_policy_map(many, [("saturation", None), ("mean", 0.8)], title="Best"),
+    ):
+        assert sum(text.get_text() == "+20%" for axis in figure.axes for text in axis.texts) == 0
+    few = gain_map(gains(), policy="auto", title="Gains")
+    assert sum(text.get_text() == "+20%" for axis in few.axes for text in axis.texts) == 12
+
+
+def test_a_ratio_that_is_not_told_apart_is_grey(runs: pd.DataFrame) -> None:
+    runs.loc[(runs["policy"] == "load-skip") & (runs["seed"] == 1), "request_latency_mean_s"] *= 1.5
+    figure = compare_at(runs[runs["load"] == 0.5], baseline="static")
+    assert figure.axes[0].lines[0].get_color() == GREY
+
+
 def test_skip_fractions_stand_beside_latencies(runs: pd.DataFrame) -> None:
-    assert "Guidance is never skipped." in words(latency_against_load(runs)).replace("\n", " ")
+    assert "Guidance is never skipped." in words(latency_against_load(runs, baseline="static")).replace("\n", " ")
     runs.loc[runs["policy"] == "load-skip", "skip_fraction"] = [0.0, 0.0, 0.25, 0.25]
-    assert "load-skip 0%-25%" in words(latency_against_load(runs)).replace("\n", " ")
+    assert "load-skip 0%-25%" in words(latency_against_load(runs, baseline="static")).replace("\n", " ")
     assert "25% skipped" in words(where_the_time_goes(runs, (1.0,)))
 
 
@@ -181,12 +241,12 @@ def test_stage_bars_add_up(runs: pd.DataFrame) -> None:
 
 
 def test_lane_chart_draws_what_overlaps_the_window(work: pd.DataFrame) -> None:
-    figure = lane_chart(work, 0, 4, estimated=False)
+    figure = lane_chart({"static": work}, (0, 4), estimated=False)
     axis = figure.axes[0]
     assert [(bar.get_x(), bar.get_width()) for bar in axis.patches] == [(0, 1), (1, 1), (2, 1)]
     assert axis.patches[1].get_hatch()
     assert [label.get_text() for label in axis.get_yticklabels()] == ["GPU 0 denoise", "GPU 0 decode0"]
-    for said in ("0.0\n#3", "5\n+2p\n1c\n1r", "exclusive", "forced"):
+    for said in ("3", "5\n+2p\n1c\n1r", "exclusive", "forced"):
         assert said in words(figure)
 
 
@@ -203,21 +263,40 @@ def test_backlog_draws_every_policy(requests: pd.DataFrame) -> None:
     assert "Peaks: static 2, auto 1." in words(figure)
 
 
+def test_the_backlog_counts_the_traces_own_time(requests: pd.DataFrame) -> None:
+    """Replayed a thousand times as fast, 5 s are 5,000 s of the trace."""
+    figure = backlog_over_time({"static": requests}, estimated=False, time_scale=0.001)
+    assert figure.axes[1].get_xlabel() == "time of the trace (min)"
+    assert figure.axes[1].get_xlim()[1] == pytest.approx(5000 / 60)
+    assert "Replayed 1,000 times as fast as the trace." in words(figure).replace("\n", " ")
+
+
+def test_a_profiles_times_stand_at_their_own_points() -> None:
+    profile = estimate_profile("h200", "sdxl")
+    axis = profile_picture(profile).axes[0]
+    for label in axis.texts:
+        if isinstance(label, Annotation):
+            row, value = label.xy
+            assert label.get_text() == f"{value:.3g}"
+            assert profile.steps[int(row)].median / 1e6 == pytest.approx(value)
+            assert label.get_horizontalalignment() == "right"
+
+
 def test_profile_picture_shows_held_out_points_and_gaps() -> None:
     profile = estimate_profile("h200", "sd15")
     del profile.corun[("whole", 0)][32]  # type: ignore[attr-defined]
     profile.held_out_steps = {5: Spread(15_000_000, 15_000_000, 15_000_000, 9)}
     figure = profile_picture(profile)
-    steps, _, s_u, s_v, gain = figure.axes
+    steps, _, s_u, s_v, gain = figure.axes[:5]
     assert list(steps.lines[-1].get_ydata()) == [15.0]
     assert "held out" in words(figure)
     shown = gain.images[0].get_array()
     assert shown.shape == (6, 13)
     assert bool(shown.mask[5, 0])
     step, chunk = profile.slowdown_ppm(1, "whole", 0)
-    assert float(shown[0, 0]) == pytest.approx(1e6 / step + 1e6 / chunk)
-    assert float(s_u.images[0].get_array()[0, 0]) == pytest.approx(step / 1e6)
-    assert float(s_v.images[0].get_array()[0, 0]) == pytest.approx(chunk / 1e6)
+    assert 2 ** float(shown[0, 0]) == pytest.approx(1e6 / step + 1e6 / chunk)
+    assert 2 ** float(s_u.images[0].get_array()[0, 0]) == pytest.approx(step / 1e6)
+    assert 2 ** float(s_v.images[0].get_array()[0, 0]) == pytest.approx(chunk / 1e6)
 
 
 def test_profile_without_co_run_times() -> None:

@@ -176,7 +176,7 @@ def test_the_command_measures_reports_and_draws(tmp_path, capsys):
     assert "1/s_u + 1/s_v" in printed.out
     assert "profile.png" in printed.out
     assert (folder / "profile.png").stat().st_size > 10_000
-    assert (folder / "profile.svg").exists()
+    assert (folder / "profile.pdf").exists()
     assert load_profile(folder).info["command"].endswith(f"--out {folder}")
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from synerdiff.core import Request, controlnets_from, loras_from
-from synerdiff.figures.trace import draw_trace
+from synerdiff.figures.style import save
+from synerdiff.figures.workload import trace_picture
 from traces.describe import describe, window_counts
 from traces.gentd26 import read_gentd26
 
@@ -68,11 +69,10 @@ def test_pictures_are_drawn_also_for_tiny_traces(tmp_path: Path) -> None:
         ("one", [Request(0, 3 * S, 30)]),
         ("few", [Request(i, i * 100 * S, 20 + i % 12, 1 + i % 3) for i in range(200)]),
     ):
-        path = tmp_path / f"{name}.png"
-        draw_trace(path, requests, describe(requests), name)
+        path, _ = save(trace_picture(requests, describe(requests), title=name), tmp_path, name)
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["few.png", "one.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["few.png", "one.png"]
 
 
 def test_gentd26_looks_as_published(tmp_path: Path) -> None:
