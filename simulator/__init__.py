@@ -1,7 +1,6 @@
 """The discrete-event engine: ``simulate`` serves requests on one worker, ``simulate_cluster`` on many."""
 
-from simulator.cluster_run import ClusterResult, simulate_cluster
-from simulator.engine import simulate
+from simulator.engine import ClusterResult, simulate, simulate_cluster
 
 SYNERDIFF = True
 __all__ = ["SYNERDIFF", "ClusterResult", "simulate", "simulate_cluster"]

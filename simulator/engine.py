@@ -1,21 +1,90 @@
-"""The discrete-event engine for one worker: one SimPy process.
+"""The discrete-event engine: one worker, or a fleet under one clock, as one SimPy process.
 
 The process sleeps on a single timeout, the earliest thing that can happen, takes everything of that instant together,
-asks the policy once, and re-times what contends anew.
+asks whom it concerns, and re-times what contends anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import simpy
 
 from policies.base import Policy
-from simulator.collection import rare_collections
-from simulator.worker_run import DENOISE_GPU, WorkerRun
-from synerdiff.core import NO_SKIPS, Request, RunResult, SkipBudget, WorkerInfo
+from policies.routers import RoundRobin, Router, WorkerState
+from simulator.adapters import ControlNetServices, Loader
+from simulator.pieces import NEVER, Draws
+from simulator.planned import PlannedStepper
+from simulator.step_plan import StepPlanner
+from simulator.worker_run import PROGRESS_EVERY, WorkerRun
+from synerdiff.config.cluster import Cluster, WorkerEntry
+from synerdiff.core import (
+    NO_SKIPS,
+    NS_PER_S,
+    InputError,
+    Request,
+    RunResult,
+    Sample,
+    SkipBudget,
+    WorkerInfo,
+    WorkRecord,
+)
 from synerdiff.engine.samples import make_samples, request_records, sorted_work
+from synerdiff.profile.adapters import Adapters
 from synerdiff.profile.tables import Profile
+
+DENOISE_GPU = 0
+SEED_STEP = 7919
+"""Between the seeds of two workers; the first has the run's own."""
+ALLOCATIONS = 100_000
+"""Net new objects between two garbage collections; Python's own default is 700."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterResult:
+    """What a cluster did. ``run``: the records of all workers and services, GPUs as the cluster numbers them."""
+
+    run: RunResult
+    worker_of: list[int]
+    """The worker of each request, in trace order."""
+    gpus: int
+    lora_requested: int
+    """How often a sample asked for a LoRA, and how often that meant reading its file or copying it to the GPU."""
+    lora_reads: int
+    lora_copies: int
+    controlnet_loads: int
+
+    @property
+    def gpu_seconds_per_image(self) -> float | None:
+        """GPUs of the cluster * time until the last work ended / images done: what is paid for, idle or not."""
+        images = self._images
+        return self.gpus * self.run.end_ns / NS_PER_S / images if images else None
+
+    @property
+    def busy_gpu_seconds_per_image(self) -> float | None:
+        """Time in which a GPU had work on some lane (loaders are no GPU work), over all GPUs, / images done."""
+        busy: dict[int, list[tuple[int, int]]] = {}
+        for record in self.run.work:
+            if not record.lane.startswith("loader"):
+                busy.setdefault(record.gpu, []).append((record.start_ns, record.end_ns))
+        images = self._images
+        return sum(_covered_ns(sorted(times)) for times in busy.values()) / NS_PER_S / images if images else None
+
+    @property
+    def _images(self) -> int:
+        return sum(record.request.images for record in self.run.requests if record.status == "done")
+
+
+def _covered_ns(times: list[tuple[int, int]]) -> int:
+    """Length of the union of (start, end) pairs that are sorted by their start."""
+    total, reach = 0, 0
+    for start_ns, end_ns in times:
+        total += max(0, end_ns - max(start_ns, reach))
+        reach = max(reach, end_ns)
+    return total
 
 
 def simulate(
@@ -35,17 +104,240 @@ def simulate(
     policy breaks the contract.
     """
     samples = make_samples(requests, profile, budget)
-    sample_rows = max((sample.full_rows for sample in samples), default=1)
-    policy.reset(WorkerInfo(profile.max_rows, DENOISE_GPU, decode_gpus, sample_rows), profile)
-    simulation = WorkerRun(samples, policy, profile, decode_gpus, dispersion_seed, on_progress)
+    info = WorkerInfo(profile.max_rows, DENOISE_GPU, decode_gpus, _sample_rows(samples))
+    run = WorkerRun(policy, profile, info, samples, samples, dispersion_seed)
+    end_ns = _play(lambda environment: run.run(environment, on_progress))
+    return _result(requests, samples, run.records, end_ns, run.rounds.decisions)
+
+
+def simulate_cluster(
+    requests: Sequence[Request],
+    policy: Callable[[], Policy],
+    profile: Profile,
+    cluster: Cluster,
+    *,
+    adapters: Adapters | None = None,
+    router: Router | None = None,
+    budget: SkipBudget = NO_SKIPS,
+    dispersion_seed: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> ClusterResult:
+    """Replay requests (by arrival) on a cluster; ``policy`` makes a fresh policy for each worker.
+
+    ``adapters`` is needed when requests ask for LoRAs or ControlNets, or guidance runs on two GPUs. Without such
+    needs one worker gives what ``simulate`` gives, to the nanosecond. Raises InputError and ContractError as that does.
+    """
+    services = ControlNetServices(
+        cluster.controlnet_services, adapters, Draws(None if dispersion_seed is None else dispersion_seed + 2)
+    )
+    planned = _require(requests, profile, cluster, adapters, services)
+    samples = make_samples(requests, profile, budget)
+    runs: list[WorkerRun] = []
+    planners: dict[int, StepPlanner] = {}
+    for index, entry in enumerate(cluster.workers):
+        info = WorkerInfo(profile.max_rows, entry.denoise_gpu, entry.lanes, _sample_rows(samples), f"worker{index}")
+        seed = None if dispersion_seed is None else dispersion_seed + index * SEED_STEP
+        run = WorkerRun(policy(), profile, info, samples, [], seed)
+        if planned and adapters is not None:
+            planners[index] = _planner(run, cluster, entry, adapters, services, seed)
+            run.stepper = PlannedStepper(planners[index], run.worker, run.records)
+        runs.append(run)
+    fleet = _Fleet(requests, samples, runs, planners, router or RoundRobin(), on_progress)
+    end_ns = _play(fleet.run)
+    records: list[WorkRecord] = []
+    for index, run in enumerate(runs):
+        records += run.records + (planners[index].loader.records if planners else [])
+    records += services.records
+    loaders = [planner.loader for planner in planners.values()]
+    return ClusterResult(
+        run=_result(requests, samples, records, end_ns, sum(run.rounds.decisions for run in runs)),
+        worker_of=fleet.worker_of,
+        gpus=len(cluster.gpus),
+        lora_requested=sum(loader.requested for loader in loaders),
+        lora_reads=sum(loader.reads for loader in loaders),
+        lora_copies=sum(loader.copies for loader in loaders),
+        controlnet_loads=sum(planner.controlnet_loads for planner in planners.values())
+        + sum(replica.loads for replica in services.replicas),
+    )
+
+
+def _sample_rows(samples: Sequence[Sample]) -> int:
+    return max((sample.full_rows for sample in samples), default=1)
+
+
+def _planner(
+    run: WorkerRun,
+    cluster: Cluster,
+    entry: WorkerEntry,
+    adapters: Adapters,
+    services: ControlNetServices,
+    seed: int | None,
+) -> StepPlanner:
+    draws = Draws(None if seed is None else seed + 1)
+    loader = Loader(cluster.loras, adapters, draws, entry.denoise_gpu)
+    return StepPlanner(run.profile, cluster, entry, adapters, services, run.times, draws, loader)
+
+
+def _require(
+    requests: Sequence[Request],
+    profile: Profile,
+    cluster: Cluster,
+    adapters: Adapters | None,
+    services: ControlNetServices,
+) -> bool:
+    """Whether steps must be planned; InputError when what the requests ask for cannot be served."""
+    loras = next((request for request in requests if request.loras), None)
+    controlnets = next((request for request in requests if request.controlnets), None)
+    two_gpus = cluster.strategies.guidance == "two-gpus"
+    if adapters is None:
+        needs = [
+            f"request {r.request_id} asks for {w}" for r, w in ((loras, "LoRAs"), (controlnets, "ControlNets")) if r
+        ]
+        needs += ["guidance runs on two GPUs"] if two_gpus else []
+        if needs:
+            raise InputError(
+                f"{needs[0]}, and profile '{profile.name}' has no adapters.csv, which says what that costs; "
+                "synerdiff profile --adapters measures it."
+            )
+        return False
+    if controlnets is not None and cluster.strategies.controlnets == "service":
+        services.require(dict.fromkeys(use.name for request in requests for use in request.controlnets))
+    return loras is not None or controlnets is not None or two_gpus
+
+
+class _Fleet:
+    """The workers' common clock. Within one instant (contract, rule 23): ends by worker index, then routing in trace
+    order, then each worker that is to be asked, by index."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        samples: Sequence[Sample],
+        runs: list[WorkerRun],
+        planners: dict[int, StepPlanner],
+        router: Router,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self.requests, self.samples, self.runs, self.planners = requests, samples, runs, planners
+        self.router = router
+        self.on_progress = on_progress
+        self.worker_of: list[int] = []
+        self.routed_samples = 0
+        self.states = [WorkerState(index) for index in range(len(runs))]
+        self.steps_given = [0] * len(runs)
+        """Per worker: denoising steps of the samples that it was given."""
+        self.due_ns = [NEVER] * len(runs)
+        """When something can next happen at each worker; it changes only by a round or a new sample."""
+        for run in runs:
+            run.open = True
+        router.reset(len(runs))
+
+    def run(self, environment: simpy.Environment) -> Generator[simpy.Event, None, None]:
+        """Sleep until something happens anywhere, and take it all."""
+        due = self.due_ns
+        now_ns = reported = 0
+        while True:
+            causes = {index: self.runs[index].rounds.take_ends(now_ns) for index, at in enumerate(due) if at <= now_ns}
+            self.route(now_ns, causes)
+            for index in sorted(causes):
+                run = self.runs[index]
+                cause_ns = run.rounds.take_arrivals(now_ns, causes[index])
+                if cause_ns >= 0 and (run.open or run.worker.ended < len(run.arrivals)):
+                    run.decide(now_ns)
+                run.retime(now_ns)
+                due[index] = run.next_ns()
+            ended = sum([run.worker.ended for run in self.runs])
+            if ended == len(self.samples):
+                return
+            if self.on_progress is not None and ended >= reported + PROGRESS_EVERY:
+                reported = ended
+                self.on_progress(ended)
+            next_ns = self.next_ns(now_ns)
+            if next_ns > now_ns:
+                yield environment.timeout(next_ns - now_ns)
+                now_ns = next_ns
+
+    def next_ns(self, now_ns: int) -> int:
+        """The earliest instant at which something happens anywhere; a stalled worker is refused."""
+        due_ns = min(self.due_ns)
+        if len(self.worker_of) < len(self.requests):
+            due_ns = min(due_ns, self.requests[len(self.worker_of)].arrival_ns)
+        if due_ns == NEVER:
+            next(run for run in self.runs if run.worker.ended < len(run.arrivals)).worker.refuse_stall(now_ns)
+        return max(now_ns, due_ns)
+
+    def route(self, now_ns: int, causes: dict[int, int]) -> None:
+        """Give what has arrived to workers, in trace order; ``causes`` gets the workers that this concerns now."""
+        requests, routed = self.requests, len(self.worker_of)
+        if routed == len(requests) or requests[routed].arrival_ns > now_ns:
+            return
+        while routed < len(requests) and requests[routed].arrival_ns <= now_ns:
+            index = self.give(requests[routed])
+            self.due_ns[index] = self.runs[index].next_ns()
+            if self.due_ns[index] <= now_ns:
+                causes.setdefault(index, -1)
+            routed += 1
+        if routed == len(requests):
+            for index, run in enumerate(self.runs):
+                run.open = False
+                if run.worker.waiting and run.closed and not run.worker.denoise_held:
+                    # A policy that holds samples back for more to come is asked, now that it sees ``closed``.
+                    causes[index] = max(causes.get(index, -1), now_ns)
+
+    def give(self, request: Request) -> int:
+        """Route one request; returns its worker."""
+        for index, (state, run) in enumerate(zip(self.states, self.runs, strict=True)):
+            state.samples = len(run.arrivals) - run.worker.ended
+            state.steps_left = self.steps_given[index] - run.worker.steps_settled
+            if request.loras and index in self.planners:
+                state.loras = self.planners[index].loader.known | self.planners[index].files_in_weights
+        index = self.router.route(request, self.states)
+        if type(index) is not int or not 0 <= index < len(self.runs):
+            raise InputError(
+                f"the router sent request {request.request_id} to worker {index!r}; there are workers 0 to "
+                f"{len(self.runs) - 1}."
+            )
+        self.worker_of.append(index)
+        self.steps_given[index] += request.steps * request.images
+        self.runs[index].arrivals += self.samples[self.routed_samples : self.routed_samples + request.images]
+        self.routed_samples += request.images
+        return index
+
+
+def _play(process: Callable[[simpy.Environment], Generator[simpy.Event, None, None]]) -> int:
+    """Run a process to its end; the instant at which it ended."""
     environment = simpy.Environment()
-    environment.process(simulation.run(environment))
+    environment.process(process(environment))
     with rare_collections():
         environment.run()
+    return int(environment.now)
+
+
+def _result(
+    requests: Sequence[Request], samples: Sequence[Sample], records: list[WorkRecord], end_ns: int, decisions: int
+) -> RunResult:
     return RunResult(
         requests=request_records(requests, samples),
-        work=sorted_work([*simulation.step_records, *simulation.chunk_records]),
+        work=sorted_work(records),
         sample_names=[sample.name for sample in samples],
-        end_ns=int(environment.now),
-        decisions=simulation.decisions,
+        end_ns=end_ns,
+        decisions=decisions,
     )
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Collect garbage rarely, and as before afterwards.
+
+    A simulation allocates records that stay and hardly any cycles: with Python's default the collector goes over them
+    again and again, for a sixth of the time.
+    """
+    before = gc.get_threshold()
+    if not 0 < before[0] < ALLOCATIONS:
+        yield
+        return
+    gc.set_threshold(ALLOCATIONS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)

@@ -1,4 +1,4 @@
-"""Pieces of work under changing contention, and their measured times.
+"""Pieces of work under changing contention, their measured times, and the plain stepper: a step that is one piece.
 
 Integer arithmetic of the contract: a piece of solo work w at slowdown p (ppm) takes ceil(w * p / 10^6); progress over
 an interval dt is floor(dt * 10^6 / p).
@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping
+from typing import Protocol
 
-from synerdiff.core import PPM
+from synerdiff.core import PPM, InputError
+from synerdiff.engine.worker import Step
 from synerdiff.profile.tables import Profile, Spread
+
+NEVER = 1 << 62
+"""Later than anything: the end of what has not been timed yet."""
 
 
 class Piece:
@@ -22,8 +28,7 @@ class Piece:
         self.left_ns = work_ns
         self.start_ns = self.since_ns = now_ns
         self.ppm = 0
-        self.end_ns = -1
-        """-1 until the piece is first timed."""
+        self.end_ns = NEVER
 
     def retime(self, ppm: int, now_ns: int) -> None:
         """Go on at another slowdown from now."""
@@ -32,6 +37,93 @@ class Piece:
         self.ppm = ppm
         self.since_ns = now_ns
         self.end_ns = now_ns - (-self.left_ns * ppm // PPM)
+
+
+class Stepper(Protocol):
+    """The running step of one worker. After `start` and `advance` comes `retime`, at the same instant."""
+
+    due_ns: int
+    """When something of it happens next; NEVER while no step runs."""
+    rows_on: dict[int, int]
+    """GPU -> rows of what computes there now; GPUs without a step's rows may be missing or have 0."""
+
+    def start(self, step: Step, now_ns: int) -> None:
+        """The worker's step starts."""
+
+    def advance(self, now_ns: int) -> int:
+        """Take what is due now; once the whole step has ended, the instant at which its forward began, else -1."""
+
+    def early_ns(self, lead_ns: int) -> int:
+        """``lead_ns`` before the step's end, but not before it was last timed; NEVER while its end is unknown."""
+
+    def retime(self, slower: Mapping[int, int], now_ns: int) -> None:
+        """Look up slowdowns anew; ``slower``: GPU -> ppm that the chunks there add to a step's own 1."""
+
+
+class PlainStepper:
+    """A step is one piece on the worker's GPU. (Its fields are those of a `Piece`: one object serves all steps.)"""
+
+    __slots__ = (
+        "_gpu",
+        "_left_ns",
+        "_ppm",
+        "_profile",
+        "_rows",
+        "_since_ns",
+        "_solo_ns",
+        "_start_ns",
+        "_times",
+        "due_ns",
+        "rows_on",
+    )
+
+    def __init__(self, times: Times, profile: Profile, gpu: int) -> None:
+        self._times, self._profile, self._gpu = times, profile, gpu
+        self._left_ns = self._ppm = self._rows = self._since_ns = self._start_ns = 0
+        self._solo_ns: dict[int, int] = {}
+        """Rows -> solo work of a step, where it is not drawn."""
+        self.due_ns = NEVER
+        self.rows_on: dict[int, int] = {gpu: 0}
+
+    def start(self, step: Step, now_ns: int) -> None:
+        rows = self._rows = self.rows_on[self._gpu] = step.rows
+        work_ns = self._solo_ns.get(rows)
+        if work_ns is None:
+            work_ns = self._times.step_ns(rows)
+            if not self._times.drawn:
+                self._solo_ns[rows] = work_ns
+        self._left_ns = work_ns
+        self._start_ns = self._since_ns = now_ns
+        self._ppm = 0
+        self.due_ns = NEVER
+
+    def advance(self, now_ns: int) -> int:
+        self._rows = self.rows_on[self._gpu] = 0
+        self.due_ns = NEVER
+        return self._start_ns
+
+    def early_ns(self, lead_ns: int) -> int:
+        return max(self._since_ns, self.due_ns - lead_ns)
+
+    def retime(self, slower: Mapping[int, int], now_ns: int) -> None:
+        ppm = PPM + slower.get(self._gpu, 0) if slower else PPM
+        if ppm == self._ppm or not self._rows:
+            return
+        if ppm <= 0:
+            raise without_limit(ppm, self._profile, self._rows)
+        if self._ppm:
+            self._left_ns -= (now_ns - self._since_ns) * PPM // self._ppm
+        self._ppm = ppm
+        self._since_ns = now_ns
+        self.due_ns = now_ns - (-self._left_ns * ppm // PPM)
+
+
+def without_limit(step_ppm: int, profile: Profile, rows: int) -> InputError:
+    """The error that the chunks beside a step add up to a speed-up without limit."""
+    return InputError(
+        f"profile '{profile.name}': the chunks beside a step of {rows} rows speed it up without limit "
+        f"(sum of slowdowns {step_ppm} ppm)."
+    )
 
 
 def drawn(spread: Spread, source: random.Random) -> int:
@@ -47,6 +139,8 @@ class Times:
     def __init__(self, profile: Profile, chunking: str, seed: int | None) -> None:
         self._profile = profile
         self._random = None if seed is None else random.Random(seed)
+        self.drawn = seed is not None
+        """Two steps of the same rows may take different times."""
         self._step_dispatch_ns = profile.overhead_ns("step_dispatch")
         self._chunk_dispatch_ns = profile.overhead_ns("chunk_dispatch")
         self._chunk_spreads = profile.chunks[chunking]

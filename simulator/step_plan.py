@@ -1,15 +1,18 @@
-"""What one step consists of, by strategy: weights made ready, ControlNets, the denoiser's forward, its two halves."""
+"""What one step consists of, by strategy: segments with dependencies on one GPU or on many.
+
+A plain step is one segment. With adapters or guidance on two GPUs it is several: weights made ready before it, its
+encoder and decoder around a ControlNet's residuals, its halves and what brings them together.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from simulator.loading import Loader, transfer_ns
-from simulator.pieces import Draws, Times
-from simulator.segments import Plan, Segment
-from simulator.services import ControlNetServices
+from simulator.adapters import ControlNetServices, Loader, transfer_ns
+from simulator.pieces import NEVER, Draws, Piece, Times
 from synerdiff.config.cluster import Cluster, Link, WorkerEntry
 from synerdiff.core import NS_PER_S, LoraUse
+from synerdiff.engine.adapters import Restore, Wait, plan_weights
 from synerdiff.engine.caches import Cache
 from synerdiff.engine.worker import Step
 from synerdiff.profile.adapters import Adapters
@@ -17,6 +20,105 @@ from synerdiff.profile.tables import Profile
 
 Begin = Callable[[int], int]
 """The instant at which something starts -> the instant at which it ends."""
+
+
+class Segment:
+    """One piece of a step.
+
+    With ``work_ns`` it runs on ``gpu`` as a step of ``rows`` rows does: decode chunks beside it slow it down (not when
+    rows is 0). With ``begin`` it ends when that says so, given the instant at which it starts: a transfer, a call, a
+    wait. It starts when all that it comes after have ended.
+    """
+
+    __slots__ = ("after", "begin", "end_ns", "gpu", "kind", "piece", "rows", "start_ns", "waits", "work_ns")
+
+    def __init__(
+        self,
+        kind: str,
+        *,
+        gpu: int = -1,
+        rows: int = 0,
+        work_ns: int = 0,
+        begin: Callable[[int], int] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.gpu = gpu
+        self.rows = rows
+        self.work_ns = work_ns
+        self.begin = begin
+        self.waits = 0
+        self.after: list[Segment] = []
+        self.piece: Piece | None = None
+        self.start_ns = -1
+        self.end_ns = NEVER
+
+    def start(self, now_ns: int) -> None:
+        self.start_ns = now_ns
+        if self.begin is not None:
+            self.end_ns = self.begin(now_ns)
+        else:
+            self.piece = Piece(self.work_ns, now_ns)
+
+    def retime(self, ppm: int, now_ns: int) -> None:
+        piece = self.piece
+        if piece is not None and piece.ppm != ppm:
+            piece.retime(ppm, now_ns)
+            self.end_ns = piece.end_ns
+
+
+class Plan:
+    """The segments of one step, and which of them run."""
+
+    __slots__ = ("left", "running", "segments")
+
+    def __init__(self) -> None:
+        self.segments: list[Segment] = []
+        self.running: list[Segment] = []
+        self.left = 0
+        """Segments that have not ended."""
+
+    def add(self, segment: Segment, *before: Segment | None) -> Segment:
+        """Add a segment that starts when those before it (None: nothing) have ended."""
+        self.segments.append(segment)
+        self.left += 1
+        for other in before:
+            if other is not None:
+                other.after.append(segment)
+                segment.waits += 1
+        return segment
+
+    def start(self, now_ns: int) -> None:
+        for segment in self.segments:
+            if segment.waits == 0:
+                segment.start(now_ns)
+                self.running.append(segment)
+
+    def advance(self, now_ns: int) -> list[Segment]:
+        """End what ends now and start what that frees, in the order in which segments were added; those that ended."""
+        ended: list[Segment] = []
+        position = 0
+        while position < len(self.running):
+            segment = self.running[position]
+            if segment.end_ns > now_ns:
+                position += 1
+                continue
+            del self.running[position]
+            self.left -= 1
+            ended.append(segment)
+            for follower in segment.after:
+                follower.waits -= 1
+                if follower.waits == 0:
+                    follower.start(now_ns)
+                    self.running.append(follower)
+            position = 0
+        return ended
+
+    def next_ns(self) -> int:
+        due_ns = NEVER
+        for segment in self.running:
+            if segment.end_ns < due_ns:
+                due_ns = segment.end_ns
+        return due_ns
 
 
 class StepPlanner:
@@ -48,11 +150,9 @@ class StepPlanner:
         self.guidance_gpu = entry.guidance_gpu if strategies.guidance == "two-gpus" else None
         self.as_service = strategies.controlnets == "service"
         self.asynchronous = strategies.loras == "asynchronous"
-        self.bound_steps = strategies.lora_bound_steps
+        self.bound_steps = strategies.lora_bound_steps if self.asynchronous else 0
         self.slots = None if entry.controlnet_slots is None else Cache(entry.controlnet_slots)
         self.controlnet_loads = 0
-        self.global_ids: list[int] = []
-        """The worker's own sample id -> the id that records of shared services carry."""
         self.weights: list[LoraUse] = []
         self.restored_ns = 0
         self.dispatch_ns = profile.overhead_ns("step_dispatch")
@@ -105,27 +205,25 @@ class StepPlanner:
         return self.draws.draw(self.adapters.spread("lora_merge", size)) + more_ns
 
     def _weights_ready(self, plan: Plan, step: Step, now_ns: int) -> Segment | None:
-        """Take foreign adapters out, merge those that are there, and at the bound wait for the rest."""
+        """The segments that make the weights those of the step; the last one."""
         last: Segment | None = None
         if self.restored_ns > now_ns:
             last = plan.add(Segment("wait", begin=_until(self.restored_ns)))
+        furthest = max(sample.step_index for sample in step.samples)
         wanted = step.samples[0].request.loras
-        for lora in [lora for lora in self.weights if lora not in wanted]:
-            last = plan.add(Segment("restore", gpu=self.gpu, work_ns=self.restore_ns(lora)), last)
-            self.weights.remove(lora)
-        must_wait = max(sample.step_index for sample in step.samples) >= self.bound_steps
-        for lora in wanted:
-            if lora in self.weights:
-                continue
-            if not self.asynchronous:
-                # One thing after the other: the next file is not read before this one is merged.
+        for action in plan_weights(
+            self.weights, wanted, lambda file: self.loader.ready(file, now_ns), furthest, self.bound_steps
+        ):
+            lora = action.lora
+            if isinstance(action, Restore):
+                last = plan.add(Segment("restore", gpu=self.gpu, work_ns=self.restore_ns(lora)), last)
+                self.weights.remove(lora)
+            elif isinstance(action, Wait):
+                # Without a loader the next file is not read before this one is merged.
                 last = plan.add(Segment("wait", begin=self._fetch(lora.file, step)), last)
-            elif self.loader.ready_ns[lora.file] > now_ns:
-                if not must_wait:
-                    continue
-                last = plan.add(Segment("wait", begin=_until(self.loader.ready_ns[lora.file])), last)
-            last = plan.add(Segment("merge", gpu=self.gpu, work_ns=self._merge_ns(lora)), last)
-            self.weights.append(lora)
+            else:
+                last = plan.add(Segment("merge", gpu=self.gpu, work_ns=self._merge_ns(lora)), last)
+                self.weights.append(lora)
         return last
 
     def _fetch(self, file: str, step: Step) -> Begin:
@@ -198,13 +296,7 @@ class StepPlanner:
         return plan.add(Segment("decoder", gpu=gpu, rows=rows, work_ns=decoder_ns), encoder, *arrivals)
 
     def _call(self, name: str, rows: int, step: Step) -> Begin:
-        users = tuple(
-            [
-                self.global_ids[sample.id]
-                for sample in step.samples
-                if any(use.name == name for use in sample.request.controlnets)
-            ]
-        )
+        users = tuple([s.id for s in step.samples if any(use.name == name for use in s.request.controlnets)])
         return lambda now_ns: self.services.call(name, rows, users, now_ns)
 
     def _transfer(self, quantity: str, rows: int) -> Begin:

@@ -421,7 +421,10 @@ class WorkRecord(NamedTuple):
         pad_rows: int = 0,
     ) -> WorkRecord:
         """A denoiser step; ``rows`` include ``pad_rows``, ``modes`` has one letter per sample."""
-        return cls(gpu, "denoise", "step", start_ns, end_ns, rows, pad_rows, samples, modes, -1, False, False)
+        # One call less than cls(...): a run makes one of these for every step.
+        return tuple.__new__(
+            cls, (gpu, "denoise", "step", start_ns, end_ns, rows, pad_rows, samples, modes, -1, False, False)
+        )
 
     @classmethod
     def decode_chunk(
@@ -437,7 +440,9 @@ class WorkRecord(NamedTuple):
     ) -> WorkRecord:
         """One chunk of a sample's decode on decode lane ``lane``."""
         lane_name = f"decode{lane}"
-        return cls(gpu, lane_name, "chunk", start_ns, end_ns, 0, 0, (sample,), "", chunk, exclusive, forced)
+        return tuple.__new__(
+            cls, (gpu, lane_name, "chunk", start_ns, end_ns, 0, 0, (sample,), "", chunk, exclusive, forced)
+        )
 
     @classmethod
     def other(

@@ -50,7 +50,8 @@ class Step:
 class Worker:
     """Samples, lanes and the view of one worker.
 
-    ``samples`` is indexed by SampleId; ``chunk_count`` is that of the policy's chunking. Times go in and out in ns.
+    ``samples`` are the run's, by SampleId (those of other workers too); ``chunk_count`` is that of the policy's
+    chunking. Times go in and out in ns.
     """
 
     def __init__(
@@ -79,6 +80,8 @@ class Worker:
         self.wake_ns: int | None = None
         self.ended = 0
         """Samples that are done, rejected or failed."""
+        self.steps_settled = 0
+        """Denoising steps that its samples have taken, and those that rejected ones will not take."""
         self._kept: tuple[tuple[tuple[SampleId, Mode], ...], Step] | None = None
         """The last decided step and what it was found to be, while no mode was a skip and no member has left."""
         self._arrived: list[Sample] = []
@@ -147,6 +150,7 @@ class Worker:
             self.show_step_done()
         for sample in step.freed:
             sample.denoised_ns = now_ns
+        self.steps_settled += len(step.samples)
         self.step = None
         return step
 
@@ -229,14 +233,15 @@ class Worker:
             return False, []
         early = self.step is not None
         for sample_id in decision.admit:
-            sample = self._sample(sample_id, WAITING, "admitted", now_ns)
+            sample = self._sample(sample_id, self.waiting, WAITING, "admitted", now_ns)
             del self.waiting[sample_id]
             sample.phase = ACTIVE
             sample.admitted_ns = now_ns
             self.active[sample_id] = sample
         for sample_id in decision.reject:
-            sample = self._sample(sample_id, WAITING, "rejected", now_ns)
+            sample = self._sample(sample_id, self.waiting, WAITING, "rejected", now_ns)
             del self.waiting[sample_id]
+            self.steps_settled += sample.steps_left
             self._end(sample, Phase.REJECTED)
         step_starts = False
         if decision.step:
@@ -274,7 +279,10 @@ class Worker:
             self._refuse(now_ns, f"pad_rows is {rows}")
         active = self.active
         for sample_id, mode in decision.step:
-            sample = active.get(sample_id) or self._sample(sample_id, ACTIVE, "stepped", now_ns)
+            member = active.get(sample_id)
+            if member is None or type(sample_id) is not int:
+                member = self._sample(sample_id, active, ACTIVE, "stepped", now_ns)
+            sample = member
             if sample.in_step:
                 self._refuse(now_ns, f"sample {sample.name} is in the step twice")
             if key is None:
@@ -309,7 +317,7 @@ class Worker:
         return 1
 
     def _launch(self, launch: ChunkLaunch, now_ns: int) -> LaneView:
-        sample = self._sample(launch.sample, DECODING, "decoded", now_ns)
+        sample = self._sample(launch.sample, self.decoding, DECODING, "decoded", now_ns)
         if not 0 <= launch.lane < len(self.lanes):
             self._refuse(now_ns, f"there is no decode lane {launch.lane}; lanes count from 0 to {len(self.lanes) - 1}")
         lane = self.lanes[launch.lane]
@@ -334,12 +342,17 @@ class Worker:
         sample.launched = True
         return lane
 
-    def _sample(self, sample_id: SampleId, phase: Phase, verb: str, now_ns: int) -> Sample:
-        if type(sample_id) is not int or not 0 <= sample_id < len(self.samples):
-            self._refuse(now_ns, f"sample id {sample_id!r} is unknown")
-        sample = self.samples[sample_id]
-        if sample.phase is not phase:
-            self._refuse(now_ns, f"sample {sample.name} cannot be {verb}: it is {sample.phase}, not {phase}")
+    def _sample(
+        self, sample_id: SampleId, place: dict[SampleId, Sample], phase: Phase, verb: str, now_ns: int
+    ) -> Sample:
+        """The sample of that id in one of this worker's places."""
+        sample = place.get(sample_id) if type(sample_id) is int else None
+        if sample is None:
+            if type(sample_id) is not int or not 0 <= sample_id < len(self.samples):
+                self._refuse(now_ns, f"sample id {sample_id!r} is unknown")
+            other = self.samples[sample_id]
+            where = f"{other.phase}, not {phase}" if other.phase is not phase else "another worker's"
+            self._refuse(now_ns, f"sample {other.name} cannot be {verb}: it is {where}")
         return sample
 
     def _refuse(self, now_ns: int, reason: str) -> NoReturn:

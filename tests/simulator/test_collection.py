@@ -8,7 +8,7 @@ import pytest
 
 from policies.registry import build_policy
 from simulator import simulate
-from simulator.collection import ALLOCATIONS
+from simulator.engine import ALLOCATIONS
 from synerdiff.core import ContractError, Decision
 from tests.builders import affine_profile, requests_at
 

@@ -9,14 +9,26 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from policies.registry import build_policy
-from policies.routers import ROUTERS, build_router
+from policies.routers import ROUTERS, RoundRobin, WorkerState, build_router
 from simulator import simulate, simulate_cluster
 from synerdiff.config.cluster import cluster_of
-from synerdiff.core import NS_PER_S, ContractError, Decision, InputError, Request, controlnets_from, loras_from
+from synerdiff.core import (
+    NS_PER_S,
+    ContractError,
+    Decision,
+    InputError,
+    Request,
+    View,
+    WorkerInfo,
+    controlnets_from,
+    loras_from,
+)
 from synerdiff.profile.capacity import serial_capacity_samples_per_s
+from synerdiff.profile.tables import Profile
 from tests.simulator.test_reference import Whim, budgets, profiles, traces
 from tests.swift_builders import cluster, serve, toy_adapters, toy_profile
 
+SERIAL = "continuous-serial"
 SLOW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -238,6 +250,54 @@ def test_a_worker_that_never_starts_is_refused() -> None:
 
     with pytest.raises(ContractError, match="launched nothing while nothing runs"):
         serve([Request(0, 0, 1)], cluster(2), Idle)
+
+
+def test_within_an_instant_ends_come_before_routing_and_routing_before_decisions() -> None:
+    # Worker 0's sample ends at 140, as request 1 arrives: the shortest queue is worker 0's again.
+    requests = [Request(0, 0, 1), Request(1, 140, 1)]
+    assert serve(requests, cluster(2), SERIAL, router=build_router("shortest-queue")).worker_of == [0, 0]
+    # Both requests of an instant are routed before a policy is asked, then workers are asked by index.
+    events: list[tuple[str, int]] = []
+
+    class Watched:
+        def __init__(self) -> None:
+            self.serial = build_policy(SERIAL, {"batch": 1})
+            self.chunking = "whole"
+
+        def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+            self.serial.reset(worker, profile)
+            self.index = int(worker.name.removeprefix("worker"))
+
+        def decide(self, view: View) -> Decision:
+            events.append(("asked", self.index))
+            return self.serial.decide(view)
+
+    class Backwards(RoundRobin):
+        def route(self, request: Request, workers: list[WorkerState]) -> int:
+            events.append(("routed", request.request_id))
+            return 1 - super().route(request, workers)
+
+    serve([Request(0, 0, 1), Request(1, 0, 1)], cluster(2), Watched, router=Backwards())
+    assert events[:4] == [("routed", 0), ("routed", 1), ("asked", 0), ("asked", 1)]
+
+
+def test_sample_ids_are_the_run_s_and_another_worker_s_sample_is_refused() -> None:
+    requests = [Request(i, 0, 1, images=2) for i in range(2)]
+    asked: list[list[int]] = []
+
+    class Grabbing:
+        chunking = "whole"
+
+        def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+            self.other = worker.name == "worker1"
+
+        def decide(self, view: View) -> Decision:
+            asked.append([sample.id for sample in view.waiting])
+            return Decision(admit=(0 if self.other else 1,), wake_at_ns=view.now_ns + 5)
+
+    with pytest.raises(ContractError, match=r"sample 0\.0 cannot be admitted: it is another worker's"):
+        serve(requests, cluster(2), Grabbing)
+    assert asked == [[0, 1], [2, 3]]
 
 
 X, Q = loras_from("x"), controlnets_from("q")

@@ -1,10 +1,12 @@
-"""A worker's loader lanes: LoRA files on their way from storage through the host onto the GPU."""
+"""What adapters come through: a worker's loader lanes for LoRA files, and the GPUs of shared ControlNet services."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from simulator.pieces import Draws
-from synerdiff.config.cluster import LoraStorage
-from synerdiff.core import NS_PER_S, LoraUse, SampleId, WorkRecord
+from synerdiff.config.cluster import LoraStorage, Service
+from synerdiff.core import NS_PER_S, InputError, LoraUse, SampleId, WorkRecord
 from synerdiff.engine.caches import Cache
 from synerdiff.profile.adapters import Adapters
 
@@ -45,6 +47,10 @@ class Loader:
                 self.host.use(file)
             elif file in present:
                 self.ready_ns[file] = now_ns
+
+    def ready(self, file: str, now_ns: int) -> bool:
+        """Whether a needed file is on the GPU."""
+        return self.ready_ns.get(file, now_ns + 1) <= now_ns
 
     def fetch(self, file: str, sample: SampleId, now_ns: int) -> int:
         """Start to load a needed file unless that has been done; the instant at which it is on the GPU."""
@@ -92,3 +98,71 @@ class Loader:
 def transfer_ns(size: int, bytes_per_s: int, latency_ns: int) -> int:
     """latency + size / bandwidth, rounded up."""
     return latency_ns - (-size * NS_PER_S // bytes_per_s)
+
+
+class ServiceGpu:
+    """One service GPU: calls run one at a time, in the order in which they came."""
+
+    def __init__(self, service: Service) -> None:
+        self.gpu = service.gpu
+        self.fixed = service.slots is None
+        self.held = Cache(len(service.controlnets) if service.slots is None else service.slots)
+        for name in service.controlnets:
+            self.held.put(name)
+        self.free_ns = 0
+        self.loads = 0
+
+    def serves(self, name: str) -> bool:
+        return not self.fixed or name in self.held
+
+
+class ControlNetServices:
+    """All service GPUs. A call goes to the replica that can start its forward first, ties to the first listed.
+
+    Because calls never overtake each other and nothing else runs there, the end of a call is known when it is made.
+    """
+
+    def __init__(self, services: Sequence[Service], adapters: Adapters | None, draws: Draws) -> None:
+        self.replicas = [ServiceGpu(service) for service in services]
+        self.adapters = adapters
+        self.draws = draws
+        self.records: list[WorkRecord] = []
+
+    def require(self, names: Iterable[str]) -> None:
+        """InputError when one of these is served nowhere."""
+        for name in names:
+            if not any(replica.serves(name) for replica in self.replicas):
+                known = ", ".join(sorted(set().union(*(replica.held.names for replica in self.replicas)))) or "none"
+                raise InputError(
+                    f"no ControlNet service serves '{name}', which a request asks for; they serve {known}, and none "
+                    "has slots to load others."
+                )
+
+    def call(self, name: str, rows: int, samples: tuple[SampleId, ...], now_ns: int) -> int:
+        """A call that reaches the services now; the instant at which its residuals leave them."""
+        assert self.adapters is not None
+        load_ns = 0 if all(replica.fixed for replica in self.replicas) else self._load_ns()
+        best: ServiceGpu | None = None
+        best_ns = 0
+        for replica in self.replicas:
+            if replica.serves(name):
+                start_ns = max(now_ns, replica.free_ns) + (0 if name in replica.held else load_ns)
+                if best is None or start_ns < best_ns:
+                    best, best_ns = replica, start_ns
+        assert best is not None
+        if not best.held.use(name):
+            best.loads += 1
+            best.held.put(name)
+            self._record(best, "load", best_ns - load_ns, best_ns, 0, samples)
+        end_ns = best.free_ns = best_ns + self.draws.draw(self.adapters.spread_beside("controlnet_forward", rows))
+        self._record(best, "controlnet", best_ns, end_ns, rows, samples)
+        return end_ns
+
+    def _load_ns(self) -> int:
+        assert self.adapters is not None
+        return self.adapters.ns("controlnet_load", self.adapters.constant("controlnet_bytes"))
+
+    def _record(
+        self, replica: ServiceGpu, kind: str, start_ns: int, end_ns: int, rows: int, samples: tuple[SampleId, ...]
+    ) -> None:
+        self.records.append(WorkRecord.other(replica.gpu, "controlnet", kind, start_ns, end_ns, samples, rows))
