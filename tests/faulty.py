@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -33,12 +35,12 @@ class Faults:
 
 
 @contextmanager
-def faulty(hardware: Hardware, faults: Faults):
+def faulty(hardware: Hardware, faults: Faults) -> Iterator[Any]:
     """The hardware with these faults, and without them again at the end."""
     model = hardware.model
     step, start, chunk_functions = model.step, model.start, hardware.chunk_functions
 
-    def faulty_step(states, modes=None, pad_rows=0):
+    def faulty_step(states: Any, modes: Any = None, pad_rows: int = 0) -> Any:
         modes = [state.default_mode for state in states] if modes is None else modes
         rows = len(states) + sum(mode is GUIDED for mode in modes) + pad_rows
         seeds = {state.seed for state in states}
@@ -52,24 +54,31 @@ def faulty(hardware: Hardware, faults: Faults):
                 state.latent = state.latent * float("nan")
         return done
 
-    def faulty_start(seed, *args, **more):
+    def faulty_start(seed: int, *args: Any, **more: Any) -> Any:
         if seed in faults.unprepared:
             raise RuntimeError("the adapter's file is broken")
         return start(seed, *args, **more)
 
-    def faulty_chunks(lane, chunking):
+    def faulty_chunks(lane: Any, chunking: Any) -> Any:
         return tuple(_faulty_chunk(faults, chunk) for chunk in chunk_functions(lane, chunking))
 
-    model.step, model.start, hardware.chunk_functions = faulty_step, faulty_start, faulty_chunks
+    replaced: list[tuple[Any, str, Any]] = [
+        (model, "step", faulty_step),
+        (model, "start", faulty_start),
+        (hardware, "chunk_functions", faulty_chunks),
+    ]
+    for owner, name, function in replaced:
+        setattr(owner, name, function)
     try:
         yield
     finally:
         faults.released.set()
-        del model.step, model.start, hardware.chunk_functions
+        for owner, name, _ in replaced:
+            delattr(owner, name)
 
 
-def _faulty_chunk(faults: Faults, chunk):
-    def run(hidden):
+def _faulty_chunk(faults: Faults, chunk: Any) -> Any:
+    def run(hidden: Any) -> Any:
         seed = current_seed.get(threading.get_ident())
         if seed in faults.hangs:
             faults.released.wait(30)
@@ -89,18 +98,19 @@ current_seed: dict[int, int] = {}
 
 
 @contextmanager
-def watched_chunks():
+def watched_chunks() -> Iterator[Any]:
     """Chunk pieces say whose they are, so that faults can choose among samples."""
     from real_runner.pieces import ChunkPiece
 
     attempt = ChunkPiece._attempt
 
-    def watched(piece):
+    def watched(piece: Any) -> Any:
         current_seed[threading.get_ident()] = piece.image.state.seed
         return attempt(piece)
 
-    ChunkPiece._attempt = watched
+    piece_class: Any = ChunkPiece
+    piece_class._attempt = watched
     try:
         yield
     finally:
-        ChunkPiece._attempt = attempt
+        piece_class._attempt = attempt

@@ -7,11 +7,15 @@ the profile, nothing else.
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
-from synerdiff.core import MODE_LETTER, PPM, LaneView, Phase, Sample, View, WorkerInfo
+from synerdiff.core import MODE_LETTER, NO_SKIPS, PPM, LaneView, Phase, Sample, SkipBudget, View, WorkerInfo
+from synerdiff.profile.tables import Profile
 
 
-def reference_simulate(requests, policy, profile, decode_gpus=(0,), budget=None):
+def reference_simulate(
+    requests: Any, policy: Any, profile: Profile, decode_gpus: Any = (0,), budget: SkipBudget = NO_SKIPS
+) -> Any:
     """(work tuples, {sample name: (admitted, denoised, decode started, finished, modes)}, instants asked)."""
     encode, lead = profile.overhead_ns("text_encode"), profile.overhead_ns("decision_lead")
     images = [(request, image) for request in requests for image in range(request.images)]
@@ -19,29 +23,33 @@ def reference_simulate(requests, policy, profile, decode_gpus=(0,), budget=None)
     by_id = list(todo)
     policy.reset(WorkerInfo(profile.max_rows, 0, decode_gpus, max(2 if s.guided else 1 for s in todo)), profile)
     chunking, count = policy.chunking, profile.chunk_count(policy.chunking)
-    waiting, active, decoding, work, asked = [], [], [], [], []
+    waiting: list[Sample] = []
+    active: list[Sample] = []
+    decoding: list[Sample] = []
+    work: list[Any] = []
+    asked: list[int] = []
     lanes = [LaneView(k, gpu) for k, gpu in enumerate(decode_gpus)]
     run = SimpleNamespace(step=None, committed=None, wake=None, ended=0)
     chunk_of = [None] * len(lanes)  # the running piece of each lane
-    seen = {"arrived": [], "step_done": [], "chunk_done": [], "gone": []}
+    seen: dict[str, list[Any]] = {"arrived": [], "step_done": [], "chunk_done": [], "gone": []}
 
-    def piece(solo, now, **facts):
+    def piece(solo: Any, now: Any, **facts: Any) -> Any:
         return SimpleNamespace(left=solo, since=now, start=now, ppm=None, end=None, shown=False, **facts)
 
-    def begin_step(batch, pads, now):
+    def begin_step(batch: Any, pads: Any, now: Any) -> Any:
         rows = pads + sum(2 if mode == "guided" else 1 for _, mode in batch)
         return piece(
             profile.step_ns(rows) + profile.overhead_ns("step_dispatch"), now, batch=batch, pads=pads, rows=rows
         )
 
-    def begin_chunk(lane, now):
+    def begin_chunk(lane: Any, now: Any) -> None:
         sample = lane.sample
         if sample.decode_started_ns < 0:
             sample.decode_started_ns = now
         solo = profile.chunk_ns(chunking, sample.chunks_done) + profile.overhead_ns("chunk_dispatch")
         chunk_of[lane.index] = piece(solo, now, sample=sample, chunk=sample.chunks_done)
 
-    def show(step):
+    def show(step: Any) -> None:
         step.shown, step.freed = True, []
         for sample, mode in step.batch:
             sample.in_step = False
@@ -59,7 +67,7 @@ def reference_simulate(requests, policy, profile, decode_gpus=(0,), budget=None)
                 step.freed.append(sample)
         seen["step_done"].extend(sample for sample, _ in step.batch)
 
-    def holder():
+    def holder() -> Any:
         return next((lane for lane in lanes if lane.sample is not None and lane.exclusive), None)
 
     now = 0
@@ -102,7 +110,7 @@ def reference_simulate(requests, policy, profile, decode_gpus=(0,), budget=None)
                 run.ended += 1
         if ended_step:  # 3. what was committed
             if run.committed is not None:
-                run.step, run.committed = begin_step(*run.committed, now), None
+                run.step, run.committed = begin_step(run.committed[0], run.committed[1], now), None
             for lane in lanes:
                 if lane.sample is not None and not lane.started:
                     lane.started = True

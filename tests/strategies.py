@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from hypothesis import strategies as st
 
-from synerdiff.core import CONDITIONAL, REUSE, ChunkLaunch, Decision, Request, SkipBudget
+from synerdiff.core import CONDITIONAL, REUSE, ChunkLaunch, Decision, Request, SkipBudget, View, WorkerInfo
+from synerdiff.profile.tables import Profile
 from tests.builders import make_profile
 
 
@@ -19,11 +21,11 @@ class Whim:
         self.seed, self.chunking = seed, chunking
         self.asked: list[int] = []
 
-    def reset(self, worker, profile) -> None:
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         self.chunk_count = profile.chunk_count(self.chunking)
         self.asked = []
 
-    def decide(self, view) -> Decision:
+    def decide(self, view: View) -> Decision:
         self.asked.append(view.now_ns)
         seen = (
             self.seed,
@@ -81,7 +83,7 @@ ppm = st.integers(700_000, 3_000_000)
 
 
 @st.composite
-def profiles(draw):
+def profiles(draw: Any) -> Profile:
     rows = sorted(draw(st.sets(st.integers(2, 12), min_size=1, max_size=3)) | {1, 12})
     chunk_times = draw(st.lists(times, min_size=1, max_size=4))
     ends = {rows[0]: (draw(ppm), draw(ppm)), rows[-1]: (draw(ppm), draw(ppm))}
@@ -97,7 +99,7 @@ def profiles(draw):
 
 
 @st.composite
-def traces(draw):
+def traces(draw: Any) -> Any:
     arrival, requests = 0, []
     for number in range(draw(st.integers(1, 9))):
         arrival += draw(st.sampled_from((0, 0, 1, 5, 60, 400)))

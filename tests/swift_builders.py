@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from simulator import simulate_cluster
-from synerdiff.config.cluster import MIB, cluster_of
+from typing import Any
+
+from simulator import ClusterResult, simulate_cluster
+from synerdiff.config.cluster import MIB, Cluster, cluster_of
 from synerdiff.core import Request
 from synerdiff.profile.adapters import Adapters
+from synerdiff.profile.tables import Profile
 from tests.builders import exact, make_profile
 
 LORA = 400 * MIB
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
-def toy_profile(**more):
+def toy_profile(**more: Any) -> Profile:
     """T(1) = 60, T(R) = 50 R otherwise; a decode takes 40; nothing contends."""
     return make_profile({rows: 60 if rows == 1 else 50 * rows for rows in ROWS}, {"whole": [40]}, **more)
 
 
-def toy_adapters(**changed) -> Adapters:
+def toy_adapters(**changed: Any) -> Adapters:
     """Read 200, copy 50, merge 20, restore 7; ControlNet forward 15 a row; encoder 20 and decoder 30 a row.
 
     The link moves a byte a nanosecond after 5: latents 10 bytes a row, residuals 15, predictions 8.
@@ -42,7 +45,7 @@ def toy_adapters(**changed) -> Adapters:
     return Adapters("test", {name: {at: exact(value) for at, value in table.items()} for name, table in tables.items()})
 
 
-def cluster(workers=1, services=(), storage=None, **strategies):
+def cluster(workers: int = 1, services: Any = (), storage: Any = None, **strategies: Any) -> Any:
     """GPU 0 is the first worker's; the halves' second GPUs and the services count from 100 and 200."""
     return cluster_of(
         {
@@ -56,7 +59,7 @@ def cluster(workers=1, services=(), storage=None, **strategies):
     )
 
 
-def serve(requests: list[Request], described, policy, **more):
+def serve(requests: list[Request], described: Cluster, policy: Any, **more: Any) -> ClusterResult:
     """Run on the toy profile; ``policy`` is a name or a factory."""
     from policies.registry import build_policy
 
@@ -66,6 +69,6 @@ def serve(requests: list[Request], described, policy, **more):
     return simulate_cluster(requests, factory, profile, described, **arguments)
 
 
-def spans(result, *lanes):
+def spans(result: ClusterResult, *lanes: str) -> list[tuple[int, str, str, int, int]]:
     """(gpu, lane, kind, start, end) of the records on these lanes, or on all."""
     return [(w.gpu, w.lane, w.kind, w.start_ns, w.end_ns) for w in result.run.work if not lanes or w.lane in lanes]

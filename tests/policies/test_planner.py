@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,27 +13,39 @@ from hypothesis import strategies as st
 from policies.decode_costs import DecodeCosts, chosen_chunking
 from policies.planner import Planner
 from synerdiff.core import PPM, InputError
+from synerdiff.profile.tables import Profile
 from tests.builders import MS, affine_profile, make_profile
 
 
-def brute_force(profile, rows, eligible, first, images, theta_ppm, credit_ns, skips, horizon, penalty_ns):
+def brute_force(
+    profile: Profile,
+    rows: int,
+    eligible: Sequence[int],
+    first: int,
+    images: int,
+    theta_ppm: int,
+    credit_ns: int,
+    skips: int,
+    horizon: int,
+    penalty_ns: int,
+) -> int | None:
     """The least objective over every sequence of actions, straight from the formulas; None when none is feasible."""
     count = profile.chunk_count("cut")
     chunks = [*range(first, count)] + [*range(count)] * (images - 1)
 
-    def step_ns(n):
+    def step_ns(n: int) -> int:
         return profile.step_ns(n) + profile.overhead_ns("step_dispatch")
 
-    def terms(n, chunk):
+    def terms(n: int, chunk: int) -> tuple[int, int]:
         """(wall, progress) beside a step of n rows."""
         s_u, s_v = profile.slowdown_ppm(n, "cut", chunk)
         solo = profile.chunk_ns("cut", chunk) + profile.overhead_ns("chunk_dispatch")
         wall = (solo * s_v + PPM - 1) // PPM
         return wall, min(wall, wall * PPM // s_u)
 
-    best = None
+    best: int | None = None
 
-    def explore(j, done, spent, elapsed):
+    def explore(j: int, done: int, spent: int, elapsed: int) -> None:
         nonlocal best
         if j == horizon:
             return
@@ -66,7 +80,7 @@ ppm = st.integers(600_000, 4_000_000)
 
 
 @st.composite
-def instances(draw):
+def instances(draw: Any) -> Any:
     rows = draw(st.integers(2, 10))
     count = draw(st.integers(1, 3))
     images = draw(st.integers(1, 2))
@@ -98,7 +112,7 @@ def instances(draw):
 
 @settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(instances())
-def test_the_plan_is_the_best_there_is(instance):
+def test_the_plan_is_the_best_there_is(instance: Any) -> None:
     profile, rows, eligible, first, images, theta_ppm, credit_ns, skips, horizon, penalty_ns = instance
     planner = Planner(DecodeCosts(profile, "cut"), horizon, penalty_ns)
     plan = planner.plan(rows, eligible, first, images, theta_ppm, credit_ns, skips)
@@ -115,7 +129,7 @@ def test_the_plan_is_the_best_there_is(instance):
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(instances())
-def test_all_chunks_at_once_is_known_without_planning(instance):
+def test_all_chunks_at_once_is_known_without_planning(instance: Any) -> None:
     profile, rows, eligible, first, images, theta_ppm, credit_ns, skips, horizon, penalty_ns = instance
     planner = Planner(DecodeCosts(profile, "cut"), horizon, penalty_ns)
     at_once_ns = planner.at_once_ns(rows, first, images)
@@ -123,11 +137,12 @@ def test_all_chunks_at_once_is_known_without_planning(instance):
     if at_once_ns < 0 or (step_ns + credit_ns) * PPM < theta_ppm * at_once_ns:
         return
     plan = planner.plan(rows, eligible, first, images, theta_ppm, credit_ns, skips)
+    assert plan is not None
     assert plan.actions == ((profile.chunk_count("cut") * images - first, False),)
     assert plan.elapsed_ns == at_once_ns
 
 
-def test_chunks_wait_for_credit_and_skips_earn_it():
+def test_chunks_wait_for_credit_and_skips_earn_it() -> None:
     """T = 42 ms at 16 rows, 26 at 8. A chunk takes 20 ms beside and costs 10; theta 0.9 earns 4.2 a step."""
     profile = make_profile(
         {8: 26 * MS, 16: 42 * MS},
@@ -136,31 +151,36 @@ def test_chunks_wait_for_credit_and_skips_earn_it():
     )
     planner = Planner(DecodeCosts(profile, "cut"), 8, 20 * MS)
     at_once = planner.plan(16, [], 0, 1, 500_000, 0, 0)
+    assert at_once is not None
     assert (at_once.actions, at_once.objective_ns, at_once.elapsed_ns) == (((2, False),), 40 * MS, 62 * MS)
     patient = planner.plan(16, [], 0, 1, 900_000, 0, 0)
+    assert patient is not None
     # A chunk costs 0.9 * 10 ms: after three steps 12.6 ms are there, after five 21.
     assert [chunks for chunks, _ in patient.actions] == [0, 0, 1, 0, 1]
     assert patient.objective_ns == (4 * 42 + 10 + 20) * MS
     relieved = planner.plan(16, [8] * 8, 0, 1, 900_000, 0, 4)
+    assert relieved is not None
     assert relieved.actions == ((2, True),)
     assert relieved.objective_ns == (40 + 20) * MS
     dear = Planner(DecodeCosts(profile, "cut"), 8, 1_000 * MS).plan(16, [8] * 8, 0, 1, 900_000, 0, 4)
+    assert dear is not None
     assert dear.actions == patient.actions
     assert planner.plan(16, [], 0, 1, 1_000_000, 0, 0) is None
 
 
-def test_a_chunk_longer_than_a_step_is_priced_as_one_step_of_its_wall_time():
+def test_a_chunk_longer_than_a_step_is_priced_as_one_step_of_its_wall_time() -> None:
     profile = make_profile(
         {1: 10 * MS, 2: 10 * MS}, {"whole": [60 * MS], "cut": [60 * MS]}, {1: (2 * PPM, PPM), 2: (2 * PPM, PPM)}
     )
     planner = Planner(DecodeCosts(profile, "cut"), 8, 0)
     plan = planner.plan(2, [], 0, 1, 500_000, 0, 0)
+    assert plan is not None
     # 4 idle steps of 10 ms and one of 60 ms: 5 * 10 >= 0.5 * 100.
     assert plan.actions == ((0, False),) * 4 + ((1, False),)
     assert (plan.objective_ns, plan.elapsed_ns) == (100 * MS, 100 * MS)
 
 
-def test_costs_by_hand():
+def test_costs_by_hand() -> None:
     """c = 9 + 1 ms; s_u = 1.25, s_v = 2: wall 20 ms, progress 16 ms, lost 4 ms."""
     profile = make_profile(
         {1: 5 * MS, 2: 8 * MS},
@@ -176,7 +196,7 @@ def test_costs_by_hand():
 
 
 @pytest.mark.parametrize(("s_u", "s_v", "pays"), [(2_000_000, 2_000_000, True), (2_000_001, 2_000_000, False)])
-def test_the_break_even_point_is_exact(s_u, s_v, pays):
+def test_the_break_even_point_is_exact(s_u: int, s_v: int, pays: bool) -> None:
     """1/s_u + 1/s_v = 1 to the last digit, whatever the chunk's length."""
     for solo in (1, 3, 7_000_001):
         profile = make_profile({1: 5, 2: 9}, {"whole": [solo]}, {1: (s_u, s_v), 2: (s_u, s_v)})
@@ -184,12 +204,12 @@ def test_the_break_even_point_is_exact(s_u, s_v, pays):
         assert costs.overlap_pays(1, 0) is costs.overlap_pays(2, 0) is pays
 
 
-def test_lost_time_is_never_negative():
+def test_lost_time_is_never_negative() -> None:
     profile = make_profile({1: 50, 2: 90}, {"whole": [30]}, {1: (700_000, 900_000), 2: (700_000, 900_000)})
     assert DecodeCosts(profile, "whole").beside(1).lost == (0,)
 
 
-def test_default_chunking():
+def test_default_chunking() -> None:
     assert chosen_chunking(None, affine_profile()) == "c4"
     assert chosen_chunking(None, make_profile({1: 1, 2: 2}, {"whole": [1]})) == "whole"
     assert chosen_chunking("whole", affine_profile()) == "whole"

@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from policies.registry import build_policy
 from simulator import simulate
 from tests.builders import affine_profile, requests_at
@@ -13,8 +15,10 @@ from tests.builders import affine_profile, requests_at
 DOCUMENT = Path(__file__).parents[2] / "docs" / "writing-policies.md"
 
 
-def test_the_documented_policy_serves_a_trace(tmp_path, monkeypatch):
-    code = re.search(r"```python\n(from synerdiff.core.*?)```", DOCUMENT.read_text(), re.DOTALL).group(1)
+def test_the_documented_policy_serves_a_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = re.search(r"```python\n(from synerdiff.core.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    assert found is not None
+    code = found.group(1)
     body = [line for line in code.splitlines() if line.strip()]
     assert len(body) <= 22
     (tmp_path / "documented_policy.py").write_text(code)

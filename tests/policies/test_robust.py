@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from policies.registry import POLICIES, build_policy
 from simulator import simulate
-from synerdiff.core import CONDITIONAL, REUSE, Request, SkipBudget
+from synerdiff.core import CONDITIONAL, REUSE, Request, RunResult, SkipBudget, View, WorkerInfo
+from synerdiff.profile.tables import Profile
 from tests.builders import make_profile
 
 NAMES = ("step_dispatch", "chunk_dispatch", "decision_lead", "text_encode", "result_copy")
@@ -21,16 +23,16 @@ quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCh
 class Squeezed:
     """A policy whose view now and then has fewer rows, as after an out-of-memory error; they only go down."""
 
-    def __init__(self, inner, seed: int, least: int) -> None:
+    def __init__(self, inner: Any, seed: int, least: int) -> None:
         self.inner, self.draw, self.least = inner, random.Random(seed), least
         self.rows = 1 << 30
         self.NAME = inner.NAME
 
-    def reset(self, worker, profile) -> None:
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         self.inner.reset(worker, profile)
         self.chunking = self.inner.chunking
 
-    def decide(self, view):
+    def decide(self, view: View) -> Any:
         if self.draw.random() < 0.2:
             self.rows = max(self.least, min(self.rows, view.max_rows) - self.draw.randint(0, 4))
         view.max_rows = min(view.max_rows, self.rows)
@@ -41,7 +43,7 @@ times = st.integers(1, 300)
 
 
 @st.composite
-def profiles(draw):
+def profiles(draw: Any) -> Profile:
     """Buckets or eager; slowdowns below 1 up to severe; decodes from the shortest to longer than all steps."""
     rows = sorted(draw(st.sets(st.integers(2, 15), max_size=3)) | {1, 16})
     ppm = st.sampled_from((600_000, 999_999, 1_000_000, 1_000_001, 1_400_000, 2_000_000, 6_000_000))
@@ -55,7 +57,7 @@ def profiles(draw):
 
 
 @st.composite
-def traces(draw):
+def traces(draw: Any) -> Any:
     arrival, requests = 0, []
     for number in range(draw(st.integers(1, 12))):
         arrival += draw(st.sampled_from((0, 0, 1, 60, 400, 5_000)))
@@ -84,7 +86,7 @@ gpus = st.sampled_from(((0,), (0, 0), (1,), (1, 0), (0, 1), (1, 1)))
 batches = st.sampled_from((None, 1, 2, 8))
 
 
-def assert_whole_and_within_budget(requests, result, budget) -> None:
+def assert_whole_and_within_budget(requests: Any, result: RunResult, budget: SkipBudget) -> None:
     """Every image is done, in all its steps and chunks, and no sample skipped more, earlier or longer than allowed."""
     assert [record.status for record in result.requests] == ["done"] * len(requests)
     for request, record in zip(requests, result.requests, strict=True):
@@ -104,7 +106,9 @@ def assert_whole_and_within_budget(requests, result, budget) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 @quick
 @given(traces(), profiles(), gpus, budgets, batches)
-def test_every_run_ends_and_keeps_the_budget(name, requests, profile, decode_gpus, budget, batch):
+def test_every_run_ends_and_keeps_the_budget(
+    name: str, requests: Any, profile: Profile, decode_gpus: Any, budget: SkipBudget, batch: Any
+) -> None:
     policy = build_policy(name, {} if batch is None else {"batch": batch})
     result = simulate(requests, policy, profile, decode_gpus=decode_gpus, budget=budget)
     assert_whole_and_within_budget(requests, result, budget)
@@ -119,14 +123,16 @@ def test_every_run_ends_and_keeps_the_budget(name, requests, profile, decode_gpu
 @pytest.mark.parametrize("name", POLICIES)
 @quick
 @given(traces(), profiles(), gpus, budgets, st.integers(0, 10**6), st.integers(2, 5))
-def test_rows_may_be_lowered_at_any_time(name, requests, profile, decode_gpus, budget, seed, least):
+def test_rows_may_be_lowered_at_any_time(
+    name: str, requests: Any, profile: Profile, decode_gpus: Any, budget: SkipBudget, seed: int, least: Any
+) -> None:
     policy = Squeezed(build_policy(name), seed, least)
     result = simulate(requests, policy, profile, decode_gpus=decode_gpus, budget=budget)
     assert_whole_and_within_budget(requests, result, budget)
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_same_object_serves_a_second_run(name):
+def test_the_same_object_serves_a_second_run(name: str) -> None:
     """reset leaves nothing behind."""
     slowdowns = {1: (1_300_000, 1_500_000), 16: (1_600_000, 1_800_000)}
     profile = make_profile({1: 30, 16: 200}, {"whole": [90], "c4": [20, 25, 20, 25]}, slowdowns)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from policies.routers import AdapterAffinity, LeastWork, RoundRobin, ShortestQueue, WorkerState, build_router
@@ -60,10 +62,10 @@ def test_routers_see_queues_and_work_as_they_are_at_the_arrival() -> None:
     seen = []
 
     class Watch:
-        def reset(self, workers):
+        def reset(self, workers: Any) -> None:
             pass
 
-        def route(self, request, workers):
+        def route(self, request: Any, workers: Any) -> int:
             seen.append([(w.samples, w.steps_left, sorted(w.loras)) for w in workers])
             return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,21 +12,22 @@ from hypothesis import strategies as st
 from policies.registry import build_policy
 from policies.synerdiff import SynerDiff
 from simulator import simulate
-from synerdiff.core import PPM, Request, SkipBudget
+from synerdiff.core import PPM, Request, RunResult, SkipBudget
+from synerdiff.profile.tables import Profile
 from tests.builders import MS, affine_profile, make_profile, requests_at
 
 BETWEEN = {1: (1_200_000, 1_300_000), 32: (1_800_000, 1_900_000)}
 
 
-def steps_of(result):
+def steps_of(result: RunResult) -> list[Any]:
     return [w for w in result.work if w.kind == "step"]
 
 
-def chunks_of(result):
+def chunks_of(result: RunResult) -> list[Any]:
     return [w for w in result.work if w.kind == "chunk"]
 
 
-def price(profile, chunking, rows, chunks):
+def price(profile: Profile, chunking: str, rows: int, chunks: Any) -> Any:
     """What the plan must take a step with these chunks for, from the formulas."""
     step_ns = profile.step_ns(rows)
     wall = progress = 0
@@ -40,7 +42,7 @@ def price(profile, chunking, rows, chunks):
     return max(step_ns, wall)
 
 
-def assert_threshold_kept(profile, chunking, theta_ppm, result, guided_rows):
+def assert_threshold_kept(profile: Profile, chunking: str, theta_ppm: Any, result: RunResult, guided_rows: Any) -> Any:
     """Each launch beside a step that is not marked as forced was paid for by the credit of the steps before it."""
     theta = Fraction(theta_ppm, PPM)
     chunks = chunks_of(result)
@@ -69,7 +71,9 @@ def assert_threshold_kept(profile, chunking, theta_ppm, result, guided_rows):
     st.sampled_from((0, 300_000)),
     st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), min_size=1, max_size=14),
 )
-def test_the_threshold_is_kept_except_by_forced_launches(decode_ms, slowdown, theta, batch, skips, arrivals):
+def test_the_threshold_is_kept_except_by_forced_launches(
+    decode_ms: Any, slowdown: Any, theta: Any, batch: Any, skips: Any, arrivals: Any
+) -> None:
     profile = affine_profile(decode_ms=decode_ms, slowdowns={1: (slowdown, slowdown), 32: (slowdown, slowdown)})
     now, requests = 0, []
     for number, (gap, steps) in enumerate(arrivals):
@@ -80,7 +84,7 @@ def test_the_threshold_is_kept_except_by_forced_launches(decode_ms, slowdown, th
     assert_threshold_kept(profile, "c4", round(theta * PPM), result, 2)
 
 
-def test_the_check_of_the_threshold_sees_launches():
+def test_the_check_of_the_threshold_sees_launches() -> None:
     profile = affine_profile(slowdowns=BETWEEN)
     result = simulate(requests_at(*[0] * 12, steps=6), build_policy("synerdiff", {"theta": 0.6}), profile)
     assert assert_threshold_kept(profile, "c4", 600_000, result, 2) > 3
@@ -89,7 +93,7 @@ def test_the_check_of_the_threshold_sees_launches():
         assert_threshold_kept(profile, "c4", 970_000, naive, 2)
 
 
-def test_over_a_saturated_run_steps_keep_their_share():
+def test_over_a_saturated_run_steps_keep_their_share() -> None:
     profile = affine_profile(slowdowns=BETWEEN, decode_ms=40)
     for theta in (0.7, 0.85):
         policy = build_policy("synerdiff", {"theta": theta, "batch": 4})
@@ -101,7 +105,7 @@ def test_over_a_saturated_run_steps_keep_their_share():
         assert theta * took <= sum(profile.step_ns(2 * len(step.samples)) for step in full)
 
 
-def test_with_no_step_to_come_chunks_are_launched_one_by_one():
+def test_with_no_step_to_come_chunks_are_launched_one_by_one() -> None:
     """The step that an arrival starts at 50 ms meets one chunk of 25 ms; the next is planned at the step's end."""
     profile = affine_profile(decode_ms=100)
     result = simulate(requests_at(0, 50, steps=2), build_policy("synerdiff", {"theta": 0.5}), profile)
@@ -111,7 +115,7 @@ def test_with_no_step_to_come_chunks_are_launched_one_by_one():
     assert not any(c.exclusive or c.forced for c in chunks_of(result))
 
 
-def test_a_decode_is_forced_after_its_longest_wait():
+def test_a_decode_is_forced_after_its_longest_wait() -> None:
     """The decode costs 0.8 * 12 ms of credit; the first step earns 3.6 and each later one 2.8, so it waits for two."""
     profile = affine_profile(slowdowns={1: (2 * PPM, 2 * PPM), 32: (2 * PPM, 2 * PPM)}, decode_ms=12)
     requests = [Request(0, 0, 1), Request(1, 0, 20)]
@@ -124,7 +128,7 @@ def test_a_decode_is_forced_after_its_longest_wait():
 
 
 @pytest.mark.parametrize(("slowdown", "exclusive"), [(1_900_000, False), (2_100_000, True)])
-def test_without_a_feasible_plan_the_cheaper_of_beside_and_exclusive_is_forced(slowdown, exclusive):
+def test_without_a_feasible_plan_the_cheaper_of_beside_and_exclusive_is_forced(slowdown: int, exclusive: bool) -> None:
     profile = affine_profile(slowdowns={1: (slowdown, slowdown), 32: (slowdown, slowdown)})
     requests = [Request(0, 0, 2), Request(1, 0, 30)]
     result = simulate(requests, build_policy("synerdiff", {"theta": 1.0}), profile)
@@ -136,14 +140,14 @@ def test_without_a_feasible_plan_the_cheaper_of_beside_and_exclusive_is_forced(s
 class Indebted(SynerDiff):
     """In debt by 3 % of a step at first: an idle step at theta 0.98 repays 2 %."""
 
-    def account(self, now_ns):
+    def account(self, now_ns: Any) -> None:
         super().account(now_ns)
         if not hasattr(self, "lent"):
             self.lent = True
             self.credit_ns = -3 * self.step_full_ns // 100
 
 
-def test_a_debt_is_repaid_before_anything_is_forced():
+def test_a_debt_is_repaid_before_anything_is_forced() -> None:
     profile = affine_profile(slowdowns={1: (2 * PPM, 2 * PPM), 32: (2 * PPM, 2 * PPM)}, decode_ms=200)
     requests = [Request(0, 0, 1), Request(1, 0, 30)]
     lent = simulate(requests, Indebted(theta=0.98, horizon=1), profile)
@@ -154,7 +158,7 @@ def test_a_debt_is_repaid_before_anything_is_forced():
     assert first.start_ns == steps_of(lent)[1].end_ns
 
 
-def test_lanes_on_another_gpu_take_whole_decodes_at_once():
+def test_lanes_on_another_gpu_take_whole_decodes_at_once() -> None:
     profile = affine_profile(slowdowns={1: (3 * PPM, 3 * PPM), 32: (3 * PPM, 3 * PPM)})
     result = simulate(requests_at(0, 0, 0, steps=2), build_policy("synerdiff"), profile, decode_gpus=(1, 1))
     assert [c.lane for c in chunks_of(result) if c.chunk == 0] == ["decode0", "decode1", "decode0"]
@@ -162,7 +166,7 @@ def test_lanes_on_another_gpu_take_whole_decodes_at_once():
     assert not any(c.exclusive or c.forced for c in chunks_of(result))
 
 
-def test_a_plan_may_reach_into_the_second_image():
+def test_a_plan_may_reach_into_the_second_image() -> None:
     """Both decodes fit beside the long step that follows: the second one starts when the first one's chunks end."""
     profile = make_profile({1: 10 * MS, 8: 200 * MS}, {"whole": [20 * MS], "c4": [5 * MS] * 4})
     requests = [Request(0, 0, 1), Request(1, 0, 1), Request(2, 0, 3), Request(3, 0, 3)]
