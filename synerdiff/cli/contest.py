@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from synerdiff.cli.progress import progress
+
 
 def contest(
     file: Annotated[Path, typer.Argument(help="A contest file (YAML).")],
@@ -15,7 +17,6 @@ def contest(
     backend: Annotated[str, typer.Option(help="loky: this machine; ray: a Ray cluster.")] = "loky",
 ) -> None:
     """Compare policies cell by cell, each at its best batch size on the same requests; computes what is missing."""
-    from synerdiff.cli.sweep import _progress
     from synerdiff.config.contest import load_contest
     from synerdiff.experiments.backends import make_backend
     from synerdiff.experiments.contest import contest_tasks, run_contest
@@ -26,7 +27,7 @@ def contest(
     folder = Path("results") / found.name if out is None else out
     claim_folder(folder, f"contest {found.name}")
     tasks = contest_tasks(found, file.parent, folder)
-    with _progress(found.name) as on_progress:
+    with progress(found.name) as on_progress:
         rows = run_contest(tasks, make_backend(backend, jobs), on_progress)
     for line in write_report(found, rows, folder):
         typer.echo(line)

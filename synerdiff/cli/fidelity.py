@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from synerdiff.cli.image_progress import image_progress
+from synerdiff.cli.progress import image_progress
 
 if TYPE_CHECKING:
     from synerdiff.fidelity.study import Settings, Study, StudyResult

@@ -5,10 +5,12 @@ Exit codes: 0 done, 1 a check failed, 2 bad input, 130 interrupted. An error is 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,24 +21,39 @@ import typer.main
 
 from synerdiff import __version__
 from synerdiff.core import ContractError, InputError
-from synerdiff.files import install_hint
+from synerdiff.files import install_hint, shown
 
-COMMANDS = {
-    "profile": "synerdiff.cli.profile:profile",
-    "estimate": "synerdiff.cli.estimate:estimate",
-    "trace": "synerdiff.cli.trace:trace_app",
-    "policies": "synerdiff.cli.policies:policies",
-    "simulate": "synerdiff.cli.simulate:simulate",
-    "run": "synerdiff.cli.run:run",
-    "validate": "synerdiff.cli.validate:validate",
-    "sweep": "synerdiff.cli.sweep:sweep",
-    "contest": "synerdiff.cli.contest:contest",
-    "fidelity": "synerdiff.cli.fidelity:fidelity",
-    "adapter-fidelity": "synerdiff.cli.adapter_fidelity:adapter_fidelity",
-    "katz": "synerdiff.cli.katz:katz",
-    "swift": "synerdiff.cli.swift:swift",
+GROUPS = {
+    "Simulate": {
+        "simulate": "synerdiff.cli.simulate:simulate",
+        "sweep": "synerdiff.cli.sweep:sweep",
+        "contest": "synerdiff.cli.contest:contest",
+    },
+    "Inputs": {
+        "profile": "synerdiff.cli.profile:profile",
+        "estimate": "synerdiff.cli.estimate:estimate",
+        "trace": "synerdiff.cli.trace:trace_app",
+        "policies": "synerdiff.cli.policies:policies",
+    },
+    "Hardware": {
+        "run": "synerdiff.cli.run:run",
+        "validate": "synerdiff.cli.validate:validate",
+    },
+    "Studies": {
+        "fidelity": "synerdiff.cli.fidelity:fidelity",
+        "adapter-fidelity": "synerdiff.cli.adapter_fidelity:adapter_fidelity",
+        "katz": "synerdiff.cli.katz:katz",
+        "swift": "synerdiff.cli.swift:swift",
+    },
 }
-"""Command -> the function, or the typer app, that does it. Its module is imported when it is needed."""
+"""Group -> command -> the function, or the typer app, that does it. Its module is imported when it is needed."""
+COMMANDS = {name: place for group in GROUPS.values() for name, place in group.items()}
+EXAMPLES = {
+    "Simulate": "synerdiff simulate --profile digits-cpu --trace t.csv --policy synerdiff --out out",
+    "Inputs": "synerdiff trace generate poisson --requests 200 --rate 2 --out t.csv",
+    "Hardware": "synerdiff run --profile digits-cpu --trace t.csv --policy synerdiff --out real",
+    "Studies": "synerdiff fidelity --model digits --out fidelity",
+}
 
 EXTRAS = {
     "torch": "hardware",
@@ -55,6 +72,8 @@ EXTRAS = {
 
 PACKAGES = ("profiler", "simulator", "policies", "real_runner", "traces")
 """Our top-level packages with generic names; another distribution's package may shadow one."""
+
+DEBUG = "--debug"
 
 _PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -82,13 +101,26 @@ class _Commands(typer.core.TyperGroup):
         command.name = cmd_name
         return command
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each command with its whole first sentence, in groups; a line that is too long goes on below."""
+        for group, commands in GROUPS.items():
+            with formatter.section(group):
+                formatter.write_dl([(name, _first_sentence(self.get_command(ctx, name).help)) for name in commands])
+                formatter.write(f"  $ {EXAMPLES[group]}\n")
+
+
+def _first_sentence(text: str | None) -> str:
+    return " ".join((text or "").partition("\n\n")[0].split())
+
 
 app = typer.Typer(cls=_Commands, **_PLAIN)
 
 
 @app.callback(invoke_without_command=True)
 def synerdiff(
-    context: typer.Context, version: bool = typer.Option(False, "--version", help="Show the version and leave.")
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Show the version and leave."),
+    debug: bool = typer.Option(False, DEBUG, help="Show where an unexpected error arose."),
 ) -> None:
     """Profile a GPU once, replay arrival traces through scheduling policies, and check the prediction on hardware."""
     if version:
@@ -100,32 +132,54 @@ def synerdiff(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code; whatever goes wrong is one sentence on standard error."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = given[:1] == [DEBUG]
     try:
         _require_own_packages()
-        code = app(args=arguments, prog_name="synerdiff", standalone_mode=False)
-        sys.stdout.flush()
+        code = app(args=given, prog_name="synerdiff", standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         if code == 130:  # typer turns an interrupt into this code, and says nothing
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except InputError as error:
-        return _fail(str(error), 2)
-    except ContractError as error:
-        return _fail(str(error), 1)
-    except _USAGE_ERROR as error:
-        return _fail(error.format_message(), 2)
-    except ModuleNotFoundError as error:
-        library = (error.name or "").partition(".")[0]
-        if library not in EXTRAS:
-            raise
-        extra = EXTRAS[library]
-        return _fail(f"this needs the library {library}; install it with: {install_hint(extra)}", 2)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("Interrupted.", 130)
-    except BrokenPipeError:
-        # The reader left (``| head``). Python would complain again when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader left (``| head``)
+        _drop_output()
         return 0
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # typer's own way
+            _drop_output()
+            return 0
+        if debug:
+            traceback.print_exc()
+        return _fail(*_told(error))
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """An error as a sentence, and the exit code."""
+    match error:
+        case InputError():
+            return str(error), 2
+        case ContractError():
+            return str(error), 1
+        case _ if isinstance(error, _USAGE_ERROR):
+            return error.format_message(), 2
+        case ModuleNotFoundError() if (library := (error.name or "").partition(".")[0]) in EXTRAS:
+            return f"this needs the library {library}; install it with: {install_hint(EXTRAS[library])}", 2
+        case OSError() if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):
+            _drop_output()
+            return f"the output cannot be written ({error.strerror}).", 2
+        case OSError() if error.filename is not None:
+            return f"{shown(error.filename)}: {error.strerror or error}.", 2
+    problem = f"{type(error).__name__}: {error}".rstrip(": ")
+    return f"synerdiff met an error that it does not expect ({problem}); synerdiff {DEBUG} COMMAND shows where.", 1
+
+
+def _drop_output() -> None:
+    """Python would complain again when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _require_own_packages() -> None:
@@ -146,5 +200,6 @@ def _require_own_packages() -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(" ".join(message.split()), file=sys.stderr)
+    if sys.stderr is not None:
+        print(" ".join(message.split()), file=sys.stderr)
     return code

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from synerdiff.cli.progress import progress
 
 if TYPE_CHECKING:
     from synerdiff.profile.tables import Profile
@@ -47,7 +47,7 @@ def profile(
     from profiler.measure import measure_profile
 
     try:
-        with _progress() as on_progress:
+        with progress("loading") as on_progress:
             measured = measure_profile(settings, out, on_progress)
     except KeyboardInterrupt:
         typer.echo(f"{out}: what was measured is kept; the same command goes on from there.", err=True)
@@ -73,7 +73,7 @@ def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
     measured = load_profile(out)
     if measured.info.get("model") != model:
         raise InputError(f"{out}: this profile was made for the model {measured.info.get('model')}, not for {model}.")
-    with _progress() as on_progress:
+    with progress("loading") as on_progress:
         found = measure_adapters(measured, find_device(device), quick, on_progress)
     write_adapters(out, found)
     timed = [name for name, (at, unit, _) in QUANTITIES.items() if unit == "ns" and at != "constant"]
@@ -115,17 +115,3 @@ def report(measured: Profile) -> list[str]:
     )
     lines.append(f"  lookups against held-out cells: {errors or 'no cell was held out'}")
     return lines
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with the remaining time, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Drawing twice a second keeps the bar's own thread out of the measurement.
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, refresh_per_second=2, speed_estimate_period=120, transient=True) as bar:
-        task = bar.add_task("loading", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 import typer
 
 from synerdiff.cli import options
+from synerdiff.cli.progress import progress
 from synerdiff.core import InputError
 from synerdiff.files import claim_folder, require_writable_folder
-from synerdiff.results.folder import progress_bar
 
 
 def run(
@@ -99,7 +99,7 @@ def run(
     with (
         engine,
         stop_on_interrupt(engine.stop),
-        progress_bar("running", prepared.images) as on_progress,
+        progress("running", prepared.images) as on_progress,
     ):
         outcome = run.execute(prepared, engine, on_progress)
         outcome.write(out, timeline)

@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from synerdiff.cli import options
+from synerdiff.cli.progress import progress
 from synerdiff.core import InputError
 from synerdiff.files import claim_folder
-from synerdiff.results.folder import progress_bar
 
 
 def simulate(
@@ -70,7 +70,7 @@ def simulate(
     )
     claim_folder(out, "simulate")
     prepared = runs.prepare(spec)
-    with progress_bar("simulating", prepared.images) as on_progress:
+    with progress("simulating", prepared.images) as on_progress:
         outcome = runs.execute(prepared, runs.simulator, on_progress)
     outcome.write(out, timeline)
     where = "" if spec.cluster is None else f" behind {spec.router} on {len(spec.cluster.gpus)} GPUs"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from synerdiff.cli.progress import progress
 
 if TYPE_CHECKING:
     from synerdiff.experiments.sweep import Results
@@ -34,7 +34,7 @@ def sweep(
     folder = Path("results") / experiment.name if out is None else out
     claim(folder, experiment.name)
     grid = Grid(experiment, file.parent, folder)
-    with _progress(experiment.name) as on_progress:
+    with progress(experiment.name) as on_progress:
         results = run_sweep(grid, runner, on_progress)
     for line in [
         *batch_lines(results.batches),
@@ -54,15 +54,3 @@ def _finish(folder: Path, results: Results) -> None:
         f"{folder}: {len(results.rows)} runs, {results.computed} computed now and {results.found} found "
         "(those that compared batch sizes included)"
     )
-
-
-@contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the remaining time, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

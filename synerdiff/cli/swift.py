@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from synerdiff.cli.progress import progress
 
 
 def swift(
@@ -30,7 +30,7 @@ def swift(
 
     study = load_study(file)
     claim_folder(out, "swift")
-    with _progress() as on_progress:
+    with progress("strategies") as on_progress:
         rows = run_grid(study, LokyBackend(jobs), on_progress)
     ratios = speedups(rows)
     write_runs(out / "runs.csv", rows)
@@ -53,15 +53,3 @@ def swift(
         *save(cache_figure([asdict(point) for point in curves]), out, "swift-caches"),
     ]
     typer.echo(f"{out}: {len(rows)} runs, 4 tables, {len(written)} figure files")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar with the remaining time, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("strategies", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

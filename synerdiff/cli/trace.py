@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from synerdiff.cli.progress import print_table, progress
 from synerdiff.core import InputError
+from synerdiff.files import claim_folder
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from traces.describe import TraceSummary
 
 trace_app = typer.Typer(
@@ -33,22 +29,13 @@ def fetch(
     base_url: Annotated[str | None, typer.Option(help="Another address of the folder that holds the files.")] = None,
 ) -> None:
     """Fetch a published trace from its public address and check its SHA-256."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
     from traces.fetch import fetch as fetch_files
     from traces.fetch import published_trace
 
     published = published_trace(name)
     folder = Path(name) if out is None else out
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_stderr(), disable=not sys.stderr.isatty()) as bars:
-        tasks = {file.name: bars.add_task(file.name, total=None, start=False) for file in published.files}
-
-        def show(file: str, done: int, total: int) -> None:
-            bars.start_task(tasks[file])
-            bars.update(tasks[file], completed=done, total=total or None)
-
-        found = fetch_files(name, folder, base_url, show)
+    with progress(name) as update:
+        found = fetch_files(name, folder, base_url, lambda file, done, total: update(done, total, file))
     for path, fetched in found:
         typer.echo(f"{path}: {'fetched' if fetched else 'already there'}, SHA-256 as published")
     typer.echo(f"Please cite: {published.citation}.")
@@ -60,21 +47,18 @@ def describe(
     out: Annotated[Path | None, typer.Option(help=f"Folder for a picture, {_PICTURE}.png and .pdf.")] = None,
 ) -> None:
     """Show what a trace is like: load, mix, popularity and burstiness."""
-    from rich.console import Console
-
-    from synerdiff.files import claim_folder
     from traces.describe import describe as summarise
     from traces.native import read_trace
 
     if out is not None:
         claim_folder(out, "trace describe")
-    with _reading(file) as progress:
-        requests = read_trace(file, progress=progress)
+    with progress(f"Reading {file.name}") as update:
+        requests = read_trace(file, progress=update)
     summary = summarise(requests)
-    console = Console()
-    console.print(_overview(file, summary))
+    print_table((file.name, ""), _overview(summary))
     if summary.windows:
-        console.print(_windows(summary))
+        typer.echo("\narrivals counted in windows")
+        print_table(("window", "windows", "mean", "largest", "peak/mean", "index of dispersion"), _windows(summary))
     if out is not None:
         from synerdiff.figures.style import save
         from synerdiff.figures.workload import trace_picture
@@ -132,9 +116,8 @@ def generate(
     }
     spec = trace_spec({key: value for key, value in fields.items() if value is not None}, "trace generate")
     require_trace_target(out)
-    with _stderr().status("Generating"):
-        generated = generate_trace(spec)
-        write_trace(out, generated)
+    generated = generate_trace(spec)
+    write_trace(out, generated)
     typer.echo(f"{out}: {len(generated):,} requests, {_duration(generated[-1].arrival_ns / 1e9)}, seed {seed}")
 
 
@@ -168,10 +151,10 @@ def convert(
     if format == "katz" and all_types:
         raise InputError("--all-types belongs to --format gentd26; the Katz trace names no types.")
     require_trace_target(target)
-    with _reading(source) as progress:
+    with progress(f"Reading {source.name}") as update:
         if format == "gentd26":
             conversion = read_gentd26(
-                source, checkpoints=checkpoints, adapters=adapters, all_types=all_types, progress=progress
+                source, checkpoints=checkpoints, adapters=adapters, all_types=all_types, progress=update
             )
         else:
             conversion = read_katz(
@@ -182,7 +165,7 @@ def convert(
                 guidance_scale=7.5 if guidance is None else guidance,
                 checkpoints=checkpoints,
                 adapters=adapters,
-                progress=progress,
+                progress=update,
             )
     write_trace(target, conversion.requests)
     typer.echo(f"{source}: {conversion.rows:,} rows")
@@ -198,60 +181,34 @@ def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
         raise InputError(f"{flag} is {value!r}; allowed are {' and '.join(allowed)}.")
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error for a file that is being read."""
-    from rich.progress import Progress
-
-    with Progress(console=_stderr(), transient=True, disable=not sys.stderr.isatty()) as bars:
-        task = bars.add_task(f"Reading {path.name}", total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
-
-
-def _stderr() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _overview(file: Path, summary: TraceSummary) -> Table:
-    from rich.table import Table
-
-    table = Table(title=file.name, show_header=False)
-    table.add_column(style="bold")
-    table.add_column()
+def _overview(summary: TraceSummary) -> list[tuple[str, str]]:
     rate, cv = summary.rate_per_s, summary.gap_cv
-    table.add_row("requests", f"{summary.requests:,}")
-    table.add_row("span", _duration(summary.span_s))
-    table.add_row("rate", "undefined" if rate is None else f"{rate:.6g} requests/s ({rate * 3600:.4g}/h)")
-    table.add_row("gap CV", "undefined" if cv is None else f"{cv:.3f} (Poisson 1)")
-    table.add_row("samples", f"{summary.samples:,}")
-    table.add_row("sample-steps", f"{summary.sample_steps:,}")
-    table.add_row("steps", _listed(summary.steps))
-    table.add_row("images", _listed(summary.images))
-    table.add_row("guidance scale", f"{_listed(summary.guidance_scale)} (guided {summary.guided_share:.1%})")
+    rows = [
+        ("requests", f"{summary.requests:,}"),
+        ("span", _duration(summary.span_s)),
+        ("rate", "undefined" if rate is None else f"{rate:.6g} requests/s ({rate * 3600:.4g}/h)"),
+        ("gap CV", "undefined" if cv is None else f"{cv:.3f} (Poisson 1)"),
+        ("samples", f"{summary.samples:,}"),
+        ("sample-steps", f"{summary.sample_steps:,}"),
+        ("steps", _listed(summary.steps)),
+        ("images", _listed(summary.images)),
+        ("guidance scale", f"{_listed(summary.guidance_scale)} (guided {summary.guided_share:.1%})"),
+    ]
     for what, counts, used in (
         ("LoRAs", summary.loras_per_request, summary.loras),
         ("ControlNets", summary.controlnets_per_request, summary.controlnets),
     ):
         if used.draws:
             tops = ", ".join(f"top {rank} {share:.1%}" for rank, share in used.top_share.items())
-            table.add_row(f"{what} per request", _listed(counts))
-            table.add_row(f"{what} used", f"{used.distinct} distinct: {tops}")
+            rows += [(f"{what} per request", _listed(counts)), (f"{what} used", f"{used.distinct} distinct: {tops}")]
         else:
-            table.add_row(what, "none")
-    table.add_row("base models", str(summary.base_models.distinct))
-    return table
+            rows.append((what, "none"))
+    return [*rows, ("base models", str(summary.base_models.distinct))]
 
 
-def _windows(summary: TraceSummary) -> Table:
-    from rich.table import Table
-
-    table = Table(title="arrivals counted in windows")
-    for column in ("window", "windows", "mean", "largest", "peak/mean", "index of dispersion"):
-        table.add_column(column, justify="right")
-    for counts in summary.windows:
-        table.add_row(
+def _windows(summary: TraceSummary) -> list[tuple[str, ...]]:
+    return [
+        (
             _duration(counts.window_s),
             f"{counts.windows:,}",
             f"{counts.mean:.4g}",
@@ -259,7 +216,8 @@ def _windows(summary: TraceSummary) -> Table:
             f"{counts.peak_to_mean:.1f}",
             f"{counts.index_of_dispersion:.3f}",
         )
-    return table
+        for counts in summary.windows
+    ]
 
 
 def _listed(shares: dict[int, float] | dict[float, float]) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from synerdiff.cli import options
+from synerdiff.cli.progress import progress
 from synerdiff.cli.run import stop_on_interrupt
 from synerdiff.files import claim_folder
 
@@ -64,12 +63,12 @@ def validate(
     name = study.require(plan, model)
     claim_folder(out, "validate")
     with study.opened(plan, name, device) as hardware, stop_on_interrupt() as stop:
-        with _progress() as on_progress:
+        with progress("validating") as on_progress:
             session = study.measure_session(plan, hardware, stop, on_progress)
         if session.repeats == 0:
             print("Interrupted before the first repeat was complete; there is nothing to report.", file=sys.stderr)
             raise typer.Exit(130)
-        with _progress() as on_progress:
+        with progress("validating") as on_progress:
             study.predict(session, on_progress)
         text, passed = report.conclude(out, session, limits, study.facts(session, hardware))
     typer.echo(text, nl=False)
@@ -78,16 +77,3 @@ def validate(
         raise typer.Exit(130)
     if not passed:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with the remaining time, on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Drawing once a second keeps the bar's own thread out of the measurement.
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1, transient=True) as bar:
-        task = bar.add_task("validating", total=None)
-        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)

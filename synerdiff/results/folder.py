@@ -74,18 +74,3 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-@contextmanager
-def progress_bar(label: str, samples: int) -> Iterator[Callable[[int], None] | None]:
-    """A bar on standard error while somebody watches it; it is told how many samples have ended."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    # Drawing twice a second keeps the bar's own thread out of what is measured.
-    with Progress(console=Console(stderr=True), transient=True, refresh_per_second=2) as bar:
-        task = bar.add_task(label, total=samples)
-        yield lambda ended: bar.update(task, completed=ended)

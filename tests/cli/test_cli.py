@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from synerdiff import __version__, cli
+from synerdiff.cli.progress import progress, table_lines
 from synerdiff.core import NS_PER_S
 from synerdiff.files import MARK, install_hint
 from synerdiff.profile.folder import SHIPPED, write_profile
@@ -351,10 +352,77 @@ def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch, caps
     assert sentence(capsys) == f"this needs the library torch; install it with: {install_hint('hardware')}"
 
 
-def test_our_own_missing_module_is_not_taken_for_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.COMMANDS, "policies", "synerdiff.cli.nothing:policies")
-    with pytest.raises(ModuleNotFoundError, match="nothing"):
-        cli.main(["policies"])
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (ModuleNotFoundError("No module named 'synerdiff.nothing'", name="synerdiff.nothing"), "does not expect", 1),
+        (ZeroDivisionError("division\nby zero"), "(ZeroDivisionError: division by zero)", 1),
+        (RecursionError(), "(RecursionError); synerdiff --debug COMMAND shows where.", 1),
+        (SystemExit(0), "does not expect (SystemExit: 0)", 1),
+        (OSError(36, "File name too long", "x" * 300), "xxx...: File name too long.", 2),
+        (OSError(28, "No space left on device"), "the output cannot be written (No space left on device).", 2),
+    ],
+)
+def test_whatever_goes_wrong_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, said: str, code: int
+) -> None:
+    def policies() -> None:
+        raise error
+
+    monkeypatch.setattr("synerdiff.cli.policies.policies", policies)
+    monkeypatch.setattr(sys.modules["synerdiff.cli.main"], "_drop_output", lambda: None)
+    assert cli.main(["policies"]) == code
+    assert said in sentence(capsys)
+    assert cli.main(["--debug", "policies"]) == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("target", "code"), [("/dev/full", 2), ("&-", 0)])
+def test_an_output_that_cannot_be_written(target: str, code: int) -> None:
+    command = f"{sys.executable} -m synerdiff.cli policies >{target}"
+    found = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert found.returncode == code
+    assert found.stderr == ("the output cannot be written (No space left on device).\n" if code else "")
+
+
+def test_help_tells_every_command_in_full_and_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if line.endswith(":") and not line.startswith((" ", "Options"))] == [
+        "Simulate:",
+        "Inputs:",
+        "Hardware:",
+        "Studies:",
+    ]
+    assert "..." not in text.replace("[ARGS]...", "")
+    assert text.count("$ synerdiff") == 4
+    assert "Replay a trace through a policy on a profile, and write requests, work and metrics." in " ".join(
+        text.split()
+    )
+
+
+def test_a_table_never_wraps_inside_a_cell() -> None:
+    headers, rows = ("policy", "mean, s", "ratio"), [("static", "1.25", "1.00 (0.98-1.02)"), ("synerdiff", "10", "-")]
+    assert table_lines(headers, rows) == [
+        "policy     mean, s  ratio",
+        "static        1.25  1.00 (0.98-1.02)",
+        "synerdiff       10  -",
+    ]
+    assert table_lines(headers, rows, 20) == [
+        "policy     mean, s",
+        "static        1.25",
+        "synerdiff       10",
+        "",
+        "policy     ratio",
+        "static     1.00 (0.98-1.02)",
+        "synerdiff  -",
+    ]
+
+
+def test_without_a_terminal_no_bar_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("working", 10) as update:
+        update(3, 10, "half way")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
