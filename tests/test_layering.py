@@ -64,23 +64,14 @@ LATE: set[str] = {
     "synerdiff.experiments.one_run",
     "synerdiff.experiments.sweep_figures",
     "synerdiff.experiments.swift_grid",
-    "synerdiff.fidelity.calibration",
-    "synerdiff.fidelity.lora_bound",
-    "synerdiff.fidelity.outline",
-    "synerdiff.fidelity.report",
-    "synerdiff.fidelity.sampling",
-    "synerdiff.fidelity.scores",
-    "synerdiff.figures.trace",
     "synerdiff.results.folder",
     "synerdiff.validation.katz",
     "synerdiff.validation.report",
 }
 """Modules below the commands with an import of anything but a heavy library inside a function."""
 COMMANDS: set[str] = {
-    "synerdiff.cli.adapter_fidelity",
     "synerdiff.cli.contest",
     "synerdiff.cli.estimate",
-    "synerdiff.cli.fidelity",
     "synerdiff.cli.katz",
     "synerdiff.cli.profile",
     "synerdiff.cli.sweep",
@@ -93,21 +84,16 @@ TWICE: set[str] = {
     "Case",
     "Cell",
     "ChunkPiece",
-    "Comparison",
     "Link",
     "Piece",
     "Plan",
     "Replica",
     "Results",
-    "Rule",
-    "Settings",
     "Source",
     "StepPiece",
 }
 """Class names that stand for several things."""
-CIRCLES: set[str] = {
-    "synerdiff.fidelity, synerdiff.figures",
-}
+CIRCLES: set[str] = set()
 """Modules that import each other, and folders that do."""
 
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))

@@ -1,47 +1,50 @@
-"""``synerdiff fidelity``: what skipping guidance costs in images."""
+"""``synerdiff fidelity``: what levers cost in images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from synerdiff.cli.progress import image_progress
+from profiler.settings import make_settings
+from synerdiff.cli.progress import progress
+from synerdiff.core import InputError
+from synerdiff.files import claim_folder, finite, read_text
 
-if TYPE_CHECKING:
-    from synerdiff.fidelity.study import Settings, Study, StudyResult
-    from synerdiff.profile.tables import Profile
-
+_LEVERS = ("skips", "lora-bound", "controlnet")
 _PARTS = ("all", "core")
 
 
 def fidelity(
     model: Annotated[
-        str, typer.Option(help="digits, sd15, sdxl, tiny-sd, tiny-sdxl, a checkpoint folder or a hub name.")
+        str, typer.Option(help="digits, a checkpoint folder or a hub name; sd15, sdxl, ... with --random-weights.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the table and the pictures; finished parts are reused.")],
+    out: Annotated[Path, typer.Option(help="Folder for tables and pictures; finished parts are reused.")],
+    levers: Annotated[
+        str, typer.Option(help="What to judge: skips, lora-bound, controlnet; several separated by commas.")
+    ] = "skips",
     steps: Annotated[
         list[int] | None,
         typer.Option(
-            help="Steps to judge skipping at; may be repeated (default: the fewest whose SSIM against 4 times as many "
-            "is at least 0.99)."
+            help="Steps per image; may be repeated (default: for skips the fewest whose SSIM against 4 times as many "
+            "is at least 0.99, for the others 25)."
         ),
     ] = None,
-    guidance: Annotated[
+    guidance_scale: Annotated[
         list[float] | None, typer.Option(help="Guidance scale; may be repeated (default: 7.5).")
     ] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="ddim, euler, dpm++2m or a diffusers class (default: the model's own).")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Images per rule.")] = 256,
+    samples: Annotated[int, typer.Option(help="Images per rule or bound.")] = 256,
     batch: Annotated[int, typer.Option(help="Images computed at a time.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the first image; the next ones follow.")] = 1000,
     prompts: Annotated[
         Path | None, typer.Option(help="Text file, a prompt a line, used in turn (default: the model's own).")
     ] = None,
-    rules: Annotated[str, typer.Option(help="all, or core: the few that settle the ranking.")] = "all",
+    rules: Annotated[str, typer.Option(help="Of skips: all, or core: the few that settle the ranking.")] = "all",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 (default: float32 on a CPU, bfloat16 on a GPU).")
@@ -53,154 +56,108 @@ def fidelity(
         str | None,
         typer.Option(help="Profile of the model: also simulate what skips and fewer steps buy there in latency."),
     ] = None,
-    frechet: Annotated[
-        Path | None, typer.Option(help="Weights file of the Inception network: also the Frechet distance (FID).")
+    loras: Annotated[
+        Path | None, typer.Option(help="Folder of LoRAs, safetensors only (default: those that ship with digits).")
     ] = None,
-    clip: Annotated[Path | None, typer.Option(help="Folder of a CLIP model: also the CLIP score.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="LoRA file inside --loras, without its ending; may be repeated (default: all of them)."),
+    ] = None,
+    lora_scale: Annotated[float, typer.Option(help="Scale at which LoRAs are merged.")] = 1.0,
+    bound: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Steps without the LoRA; may be repeated (default: 0 1 2 3 5 8 12 16 20). All steps: always."
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Allow a built-in architecture, whose images mean nothing.")
+    ] = False,
 ) -> None:
-    """Compare images with skipped guidance to the same images with full guidance, and to fewer steps at equal cost.
+    """Judge levers by images of the same seeds: skipped guidance, beside fewer steps at equal cost; a LoRA that is
+    merged late; an outline that steers.
 
-    An interrupted study goes on where it stopped when the same command is given again; other settings of the same
-    model are added to the table.
+    An interrupted study of skips goes on where it stopped when the same command is given again; other settings of the
+    same model are added to the table.
     """
-    from profiler.settings import make_settings
-    from synerdiff.core import InputError
-    from synerdiff.files import claim_folder
-    from synerdiff.profile.folder import find_profile, load_profile
-
     chosen = make_settings(model, device, dtype, resolution)
-    settings = _settings(steps, guidance, samples, batch, seed, prompts, rules)
-    if (frechet or clip) and (missing := next((path for path in (frechet, clip) if path and not path.exists()), None)):
-        raise InputError(f"{missing}: there are no such weights; without them leave the option out.")
-    simulated = None if profile is None else load_profile(find_profile(profile))
+    picked = _levers(levers)
+    _check(steps, guidance_scale, samples, batch, seed, rules, lora_scale, bound, 5 if "skips" in picked else 1)
+    texts = _prompts(prompts)
     claim_folder(out, "fidelity")
 
-    import torch
+    from synerdiff.experiments import levers as studies
 
-    from synerdiff.diffusion.checkpoint import load_model
-    from synerdiff.fidelity.report import draw, lines
-    from synerdiff.fidelity.study import Study
-
-    wanted = None if chosen.dtype is None else getattr(torch, chosen.dtype)
-    loaded = load_model(model, device, wanted, chosen.resolution, scheduler)
-    if simulated is not None:
-        _require_profile_of(simulated, model, loaded.height, loaded.width)
-    own = loaded if scheduler is None else load_model(model, device, wanted, chosen.resolution)
-    head = _head(model, own.solver.scheduler_name, device)
-    with image_progress() as on_progress:
-        study = Study(loaded, settings, out, on_progress)
-        result = study.run(head)
-        extra = _extras(study, result, frechet, clip)
-        bought = [] if simulated is None else _trade_offs(result, simulated, out, on_progress)
-    for line in [*lines(result), *extra]:
+    wanted = studies.LeverStudy(
+        model=model,
+        levers=picked,
+        steps=tuple(dict.fromkeys(steps or ())),
+        guidance_scales=tuple(dict.fromkeys(guidance_scale or (7.5,))),
+        samples=samples,
+        batch=batch,
+        first_seed=seed,
+        prompts=texts,
+        rules=rules,
+        device=device,
+        dtype=chosen.dtype,
+        resolution=chosen.resolution,
+        scheduler=scheduler,
+        profile=profile,
+        random_weights=random_weights,
+        loras=loras,
+        lora_names=tuple(lora or ()),
+        lora_scale=lora_scale,
+        bounds=tuple(bound or ()),
+    )
+    with progress("loading", 1.0) as update:
+        lines = studies.study_levers(wanted, out, lambda what, share: update(share, 1.0, what))
+    for line in lines:
         typer.echo(line)
-    for path in [*draw(result, out), *bought]:
-        typer.echo(f"{path}")
 
 
-def _require_profile_of(profile: Profile, model: str, height: int, width: int) -> None:
-    """InputError for a profile of another model or resolution: what this study finds says nothing about its images."""
-    from synerdiff.core import InputError
-
-    own, sides = str(profile.info.get("model")), profile.info.get("resolution")
-    if own != model:
-        raise InputError(f"--profile: '{profile.name}' is of model '{own}'; the study is of '{model}'.")
-    if sides not in ([height, width], height if height == width else None):
-        raise InputError(f"--profile: '{profile.name}' is for {sides} pixels; the study is of {height}x{width}.")
+def _levers(text: str) -> tuple[str, ...]:
+    picked = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in picked if name not in _LEVERS]
+    if unknown:
+        raise InputError(f"--levers names '{unknown[0]}'; allowed are {', '.join(_LEVERS)}, separated by commas.")
+    return picked
 
 
-def _settings(
+def _check(
     steps: Sequence[int] | None,
-    guidance: Sequence[float] | None,
+    guidance_scales: Sequence[float] | None,
     samples: int,
     batch: int,
     seed: int,
-    prompts: Path | None,
     rules: str,
-) -> Settings:
-    from synerdiff.core import InputError
-    from synerdiff.fidelity.study import Settings
-    from synerdiff.files import finite, read_text
-
+    lora_scale: float,
+    bounds: Sequence[int] | None,
+    fewest_steps: int,
+) -> None:
     for name, value, low, high in (
-        *(("--steps", count, 5, 1000) for count in steps or ()),
+        *(("--steps", count, fewest_steps, 1000) for count in steps or ()),
         ("--samples", samples, 4, 1_000_000),
         ("--batch", batch, 1, 4096),
         ("--seed", seed, 0, 2**62),
+        *(("--bound", count, 0, 1000) for count in bounds or ()),
     ):
         if not low <= value <= high:
             raise InputError(f"{name} is {value}; {low} to {high} is allowed.")
-    for scale in guidance or ():
+    for scale in guidance_scales or ():
         if not finite(scale, lambda x: 1 < x <= 100):
             raise InputError(
-                f"--guidance is {scale:g}; above 1 (below that nothing is guided) and up to 100 is allowed."
+                f"--guidance-scale is {scale:g}; above 1 (below that nothing is guided) and up to 100 is allowed."
             )
+    if not finite(lora_scale, lambda x: abs(x) <= 100):
+        raise InputError(f"--lora-scale is {lora_scale:g}; numbers from -100 to 100 are allowed.")
     if rules not in _PARTS:
         raise InputError(f"--rules is '{rules}'; allowed are {' and '.join(_PARTS)}.")
-    texts: list[str] = []
-    if prompts is not None:
-        texts = [line.strip() for line in read_text(prompts, "file of prompts").splitlines() if line.strip()]
-        if len(texts) < 2:
-            raise InputError(f"{prompts}: at least 2 prompts are needed, one a line; found {len(texts)}.")
-    return Settings(
-        steps=tuple(dict.fromkeys(steps or ())),
-        guidance_scales=tuple(dict.fromkeys(guidance or (7.5,))),
-        samples=samples,
-        search_samples=min(samples, 64),
-        calibration_samples=min(samples, 64),
-        batch=batch,
-        first_seed=seed,
-        prompts=tuple(texts),
-        part=rules,
-    )
 
 
-def _head(model: str, solver: str, device: str) -> dict[str, Any]:
-    """Which model, on what and when; the study adds weights, resolution and measure."""
-    import datetime
-    from importlib.metadata import version
-
-    from synerdiff import __version__
-
-    libraries = ("torch", "diffusers", "torchmetrics")
-    return {
-        "model": model,
-        "solver": solver,
-        "device": device,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "versions": {"synerdiff": __version__, **{name: version(name) for name in libraries}},
-    }
-
-
-def _extras(study: Study, result: StudyResult, frechet: Path | None, clip: Path | None) -> list[str]:
-    if frechet is None and clip is None:
-        return []
-    from synerdiff.fidelity.extras import extra_scores
-
-    return extra_scores(study, result, frechet, clip)
-
-
-def _trade_offs(
-    result: StudyResult, profile: Profile, out: Path, on_progress: Callable[[str, float], None]
-) -> list[Path]:
-    """Per setting a table and a picture of simulated latency against fidelity; the paths of the pictures."""
-    from dataclasses import replace
-
-    from synerdiff.experiments.fidelity_tradeoff import trade_off
-    from synerdiff.figures.fidelity import latency_against_fidelity
-    from synerdiff.figures.style import save
-    from synerdiff.files import atomic
-
-    written = []
-    for setting in result.settings:
-        table = replace(result.table, head={**result.table.head, "solver": setting.solver})
-        frame = trade_off(profile, table, setting.steps, setting.guidance_scale, on_progress=on_progress)
-        name = f"fidelity-latency-{setting.short}"
-        with atomic(out / f"{name}.csv") as temporary:
-            frame.to_csv(temporary, index=False)
-        caption = (
-            f"{setting.label} on {profile.label}. Poisson arrivals, means over 3 seeds of 600 requests; load 1: full "
-            "guidance in all steps with serial decodes. All variants run load-skip's placement at its default batch."
-        )
-        written += save(latency_against_fidelity(frame, caption=caption), out, name)
-    return written
+def _prompts(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    texts = tuple(line.strip() for line in read_text(path, "file of prompts").splitlines() if line.strip())
+    if len(texts) < 2:
+        raise InputError(f"{path}: at least 2 prompts are needed, one a line; found {len(texts)}.")
+    return texts

@@ -41,7 +41,6 @@ GROUPS = {
     },
     "Studies": {
         "fidelity": "synerdiff.cli.fidelity:fidelity",
-        "adapter-fidelity": "synerdiff.cli.adapter_fidelity:adapter_fidelity",
         "katz": "synerdiff.cli.katz:katz",
         "swift": "synerdiff.cli.swift:swift",
     },

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -85,10 +85,3 @@ def _width() -> int | None:
     if "COLUMNS" in os.environ or (sys.stdout is not None and sys.stdout.isatty()):
         return shutil.get_terminal_size().columns
     return None
-
-
-@contextmanager
-def image_progress() -> Iterator[Callable[[str, float], None]]:
-    """The bar for studies that tell what runs and the share of it that is done."""
-    with progress("loading", 1.0) as update:
-        yield lambda what, share: update(share, 1.0, what)

@@ -38,7 +38,7 @@ class LoadedParts(NamedTuple):
 def load_model(
     name_or_path: str | Path,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     resolution: int | tuple[int, int] | None = None,
     scheduler: str | None = None,
 ) -> DiffusionModel:
@@ -46,8 +46,8 @@ def load_model(
 
     `name_or_path`: `digits` (trained, ships with the package), `sd15`, `sdxl`, `tiny-sd`, `tiny-sdxl` (true or tiny
     architectures, random weights), a folder that diffusers saved, or a hub name `owner/model`; a folder wins over a
-    name. `dtype`: by default float32 on a CPU and bfloat16 on a GPU. `resolution`: pixels, one side or (height,
-    width); by default the model's own. `scheduler`: `ddim`, `euler`, `dpm++2m` or the name of a diffusers class,
+    name. `dtype` (or its name): by default float32 on a CPU and bfloat16 on a GPU. `resolution`: pixels, one side or
+    (height, width); by default the model's own. `scheduler`: `ddim`, `euler`, `dpm++2m` or a diffusers class,
     made from the model's own schedule configuration; by default the model's own scheduler.
 
     Weights are read from safetensors files only, which hold no code. Raises InputError, one plain sentence, for
@@ -57,6 +57,9 @@ def load_model(
     name, place = str(name_or_path), find_device(device)
     if dtype is None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    elif isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    assert isinstance(dtype, torch.dtype)
     if (Path(name) / "unet").is_dir():
         parts = _read_checkpoint(name, place, dtype)
     elif name in SHIPPED:
@@ -79,6 +82,7 @@ def load_model(
         parts.prompts,
         _pair(sides),
         parts.weights,
+        type(parts.scheduler).__name__,
     )
 
 

@@ -89,7 +89,8 @@ class DiffusionModel:
 
     `row_buckets` (None = eager, any number of rows) pads each step up to a bucket; `denoise` may be replaced by a
     graph per bucket (`stages.GraphedDenoiser`); `split` is the same forward in two halves, always eager.
-    `controlnets`: by name, those that `step` runs itself. `weights`: `trained`, `checkpoint` or `random`. Work is
+    `controlnets`: by name, those that `step` runs itself. `weights`: `trained`, `checkpoint` or `random`;
+    `own_scheduler`: the class of the scheduler that the model came with, whichever `solver` runs. Work is
     enqueued on the current CUDA stream and never waited for. Steps of different samples and chunks of different decodes
     may run in different threads at once.
     """
@@ -103,9 +104,11 @@ class DiffusionModel:
         prompts: PromptEncoder,
         resolution: tuple[int, int],
         weights: str = "checkpoint",
+        own_scheduler: str | None = None,
     ) -> None:
         self.name = name
         self.weights = weights
+        self.own_scheduler = own_scheduler or solver.scheduler_name
         self.unet = unet
         self.vae = vae
         self.solver = solver

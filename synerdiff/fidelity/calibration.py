@@ -11,16 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy
+import torch
+
+from synerdiff.diffusion.model import DiffusionModel
+from synerdiff.diffusion.solvers import Coefficients, LinearProgress, LinearSolver
 from synerdiff.fidelity.sampling import Sampler, Subject
-
-if TYPE_CHECKING:
-    import numpy
-    import torch
-
-    from synerdiff.diffusion.model import DiffusionModel
-    from synerdiff.diffusion.solvers import Coefficients
 
 OLDEST = 4
 """Reuse errors are kept for a difference up to this many steps old."""
@@ -43,18 +41,11 @@ class Calibration:
 
 def can_calibrate(model: DiffusionModel) -> bool:
     """Whether the model runs DDIM, Euler or DPM-Solver++ 2M, whose steps are known linear functions of the noise."""
-    from synerdiff.diffusion.solvers import LinearSolver
-
     return isinstance(model.solver, LinearSolver)
 
 
 def calibrate(sampler: Sampler, steps: int, subjects: Sequence[Subject]) -> Calibration:
     """One pass with full guidance over the subjects. Only for schedulers that ``can_calibrate`` allows."""
-    import numpy
-    import torch
-
-    from synerdiff.diffusion.solvers import LinearProgress
-
     weight = sampler.guidance_scale - 1.0
     totals: dict[str, Any] = {}
     timesteps: list[float] = []
@@ -81,8 +72,6 @@ def calibrate(sampler: Sampler, steps: int, subjects: Sequence[Subject]) -> Cali
 
 def _batch(d: torch.Tensor, table: Sequence[Coefficients]) -> dict[str, Any]:
     """Sums over a batch of d = (w - 1) (eps_c - eps_u), of shape (steps, images, features)."""
-    import torch
-
     steps = len(d)
     x0 = torch.tensor([abs(row.x0_output) for row in table])
     gain = torch.tensor(end_gains(table), dtype=torch.float32)

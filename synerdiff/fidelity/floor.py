@@ -26,12 +26,12 @@ class UnreachedFloor(InputError):
 
 @dataclass(frozen=True, slots=True)
 class FloorChoice:
-    """The budget for a floor and, per step count, the row it came from and the cheaper rival if there is one."""
+    """The budget for a floor and, per step count, the row it came from, and fewer steps where these are cheaper."""
 
     budget: SkipBudget
     rules: dict[int, Score]
     """By step count; the row of the lowest SSIM when several guidance scales share the count."""
-    rivals: dict[int, Score]
+    fewer_steps: dict[int, Score]
     """By step count: full guidance in fewer steps that reaches the floor with fewer rows than the rule."""
 
     def lines(self) -> list[str]:
@@ -39,9 +39,9 @@ class FloorChoice:
         found = []
         for steps, row in sorted(self.rules.items()):
             text = f"{steps} steps: {row.rule}, {row.rows_share:.0%} of the rows, SSIM {row.ssim:.3f} (n = {row.n})"
-            if steps in self.rivals:
-                rival = self.rivals[steps]
-                text += f"; {rival.run_steps} steps with full guidance would do with {rival.rows_share:.0%}"
+            if steps in self.fewer_steps:
+                baseline = self.fewer_steps[steps]
+                text += f"; {baseline.run_steps} steps with full guidance would do with {baseline.rows_share:.0%}"
             found.append(text)
         return found
 
@@ -105,8 +105,8 @@ def budget_from_floor(
     # min() keeps the first of equals: reuse before conditional.
     mode = min(complete, key=lambda mode: sum(row.rows for row in complete[mode].values()))
     rules = complete[mode]
-    rivals = {steps: _rival(table, row, scales[steps], min_ssim) for steps, row in rules.items()}
-    return FloorChoice(_budget(mode, rules), rules, {steps: row for steps, row in rivals.items() if row is not None})
+    cheaper = {steps: _fewer_steps(table, row, scales[steps], min_ssim) for steps, row in rules.items()}
+    return FloorChoice(_budget(mode, rules), rules, {steps: row for steps, row in cheaper.items() if row is not None})
 
 
 def require_same_images(table: FidelityTable, model: str, resolution: object) -> None:
@@ -125,7 +125,7 @@ def image_ssim(table: FidelityTable, modes: str, guidance_scale: float, steps: i
 
     An image that skipped the steps of a rule, or some of them, has at least that rule's mean SSIM: the best rule that
     covers them counts. ``steps``: the step count that images are compared with, by default their own; an image of
-    fewer steps and full guidance is looked up among the rivals. 1 for an image that skipped nothing.
+    fewer steps and full guidance is looked up among the equal-cost baselines. 1 for an image that skipped nothing.
 
     Raises InputError when the table has no such rule.
     """
@@ -219,7 +219,7 @@ def _cheapest(table: FidelityTable, steps: int, scales: Collection[float], min_s
     return min(fitting, key=lambda row: (row.rows, -row.ssim), default=None)
 
 
-def _rival(table: FidelityTable, rule: Score, scales: Collection[float], min_ssim: float) -> Score | None:
+def _fewer_steps(table: FidelityTable, rule: Score, scales: Collection[float], min_ssim: float) -> Score | None:
     fitting = [
         rows[0]
         for rows in _common(table, rule.steps, scales)

@@ -1,17 +1,119 @@
-"""What a fidelity study found, as lines and as pictures."""
+"""What a fidelity study found: rows and paired comparisons per setting, as lines and as pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from synerdiff.fidelity.calibration import choose_skips
-from synerdiff.fidelity.results import SettingResult
-from synerdiff.fidelity.rules import skips_to_calibrate, spread
-from synerdiff.fidelity.study import StudyResult
-from synerdiff.fidelity.table import Score
+from synerdiff.fidelity.calibration import Calibration, choose_skips
+from synerdiff.fidelity.rules import SkipRule, skips_to_calibrate, spread
+from synerdiff.fidelity.sampling import Judged, interval_of, paired_difference
+from synerdiff.fidelity.table import FidelityTable, PairedScore, Score
+from synerdiff.figures import fidelity as pictures
+from synerdiff.figures.style import save
 
 _SHEET_RULES = 9
+
+
+def solver_name(scheduler: str) -> str:
+    """A scheduler's usual name from its class name."""
+    known = {"DPMSolverMultistepScheduler": "DPM++2M", "EulerDiscreteScheduler": "Euler"}
+    return known.get(scheduler, scheduler.removesuffix("Scheduler"))
+
+
+@dataclass(slots=True)
+class SettingResult:
+    """One solver, step count and guidance scale."""
+
+    solver: str
+    steps: int
+    guidance_scale: float
+    rules: list[SkipRule] = field(default_factory=list)
+    judged: dict[str, Judged] = field(default_factory=dict)
+    scores: list[Score] = field(default_factory=list)
+    comparisons: list[PairedScore] = field(default_factory=list)
+    calibration: Calibration | None = None
+
+    @property
+    def setting(self) -> tuple[str, int, float]:
+        return (self.solver, self.steps, self.guidance_scale)
+
+    @property
+    def label(self) -> str:
+        return f"{solver_name(self.solver)}, {self.steps} steps, guidance {self.guidance_scale:g}"
+
+    @property
+    def short(self) -> str:
+        """For file names."""
+        return f"{solver_name(self.solver)}-{self.steps}-{self.guidance_scale:g}"
+
+    def add(self, rule: SkipRule, judged: Judged, held_out: Sequence[int]) -> None:
+        """Keep a judged rule. A calibrated one counts only the images (``held_out``) that did not choose it."""
+        self.rules.append(rule)
+        self.judged[rule.name] = judged
+        only = rule.schedule == "calibrated"
+        chosen = list(held_out) if only else list(range(len(judged.ssim)))
+        ssim, psnr_db = interval_of(judged.ssim[chosen]), interval_of(judged.psnr_db[chosen])
+        score = Score(
+            solver=self.solver,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            rule=rule.name,
+            run_steps=rule.run_steps,
+            mode=rule.mode,
+            schedule=rule.schedule,
+            warmup_steps=rule.warmup_steps,
+            skipped_steps=None if rule.varies else tuple(sorted(rule.skipped)),
+            rows=float(judged.rows.mean()),
+            n=len(chosen),
+            ssim=ssim.value,
+            ssim_low=max(-1.0, ssim.low),
+            ssim_high=min(1.0, ssim.high),
+            psnr_db=psnr_db.value,
+            psnr_low_db=max(0.0, psnr_db.low),
+            psnr_high_db=psnr_db.high,
+            recognised=float(judged.recognised[chosen].mean()) if judged.recognised.size else None,
+            held_out=only,
+        )
+        self.scores.append(score)
+
+    def compare(self, held_out: Sequence[int]) -> list[PairedScore]:
+        """Every rule against full guidance in fewer steps at its cost, and every calibrated one against the spread one.
+
+        The equal-cost baseline has half of the rule's rows as steps, rounded down, so it never costs more.
+        """
+        found = []
+        tuned = sorted(set(range(len(self.judged[self.rules[0].name].ssim))) - set(held_out))
+        for rule in self.rules:
+            judged = self.judged[rule.name]
+            baseline = f"full-{int(judged.rows.mean()) // 2}"
+            pairs: list[tuple[str, str, Sequence[int] | None]] = []
+            if rule.schedule == "calibrated":
+                plain = spread(self.steps, len(rule.skipped)).name
+                pairs = [
+                    (plain, "held out", held_out),
+                    (plain, "tuned prompts", tuned),
+                    (baseline, "held out", held_out),
+                ]
+            elif rule.schedule != "full":
+                pairs = [(baseline, "all", None)]
+            for against, images, chosen in pairs:
+                if against in self.judged:
+                    difference = paired_difference(judged, self.judged[against], chosen)
+                    found.append(PairedScore.of(self.setting, rule.name, against, images, difference))
+        return found
+
+
+@dataclass(slots=True)
+class StudyResult:
+    """What a study judged now, and the whole table of its folder."""
+
+    settings: list[SettingResult]
+    converged: list[dict[str, Any]]
+    """Per guidance scale searched: the fewest sufficient steps and the SSIM of every count that was tried."""
+    table: FidelityTable
 
 
 def lines(result: StudyResult) -> list[str]:
@@ -29,17 +131,17 @@ def lines(result: StudyResult) -> list[str]:
 
 
 def _setting_lines(setting: SettingResult) -> list[str]:
-    table = [("rule", "rows", "n", "SSIM", "95%", "PSNR dB", "recognised", "minus equal-cost rival")]
-    rivals = {line.rule: line for line in setting.comparisons if line.against.startswith("full-")}
+    table = [("rule", "rows", "n", "SSIM", "95%", "PSNR dB", "recognised", "minus equal-cost baseline")]
+    baselines = {line.rule: line for line in setting.comparisons if line.against.startswith("full-")}
     for row in sorted(setting.scores, key=lambda row: -row.rows):
-        rival = ""
-        if row.rule in rivals:
-            line = rivals[row.rule]
-            rival = f"{line.difference:+.4f} ({line.low:+.4f} to {line.high:+.4f}) {line.against}"
+        against = ""
+        if row.rule in baselines:
+            line = baselines[row.rule]
+            against = f"{line.difference:+.4f} ({line.low:+.4f} to {line.high:+.4f}) {line.against}"
         recognised = "" if row.recognised is None else f"{row.recognised:.3f}"
         interval = f"{row.ssim_low:.4f}-{row.ssim_high:.4f}"
         numbers = (f"{row.rows_share:.0%}", str(row.n), f"{row.ssim:.4f}", interval, f"{row.psnr_db:.1f}")
-        table.append((row.rule, *numbers, recognised, rival))
+        table.append((row.rule, *numbers, recognised, against))
     widths = [max(len(cells[column]) for cells in table) for column in range(len(table[0]))]
     head = f"{setting.solver}, {setting.steps} steps, guidance {setting.guidance_scale:g}: against full guidance"
     found = [head]
@@ -56,11 +158,9 @@ def _setting_lines(setting: SettingResult) -> list[str]:
 def draw(result: StudyResult, folder: Path) -> list[Path]:
     """One picture of fidelity against rows for the whole table; per setting just judged a contact sheet, and how much
     guidance matters by step."""
-    from synerdiff.figures import fidelity as pictures
-    from synerdiff.figures.style import save
-
     head = result.table.head
-    device = f"{result.table.model} on {head['device']}, {head['dtype']}, {head['date']}."
+    random = ", RANDOM WEIGHTS" if head.get("weights") == "random" else ""
+    device = f"{result.table.model}{random} on {head['device']}, {head['dtype']}, {head['date']}."
     panels: dict[str, list[Score]] = {}
     for row in result.table.rows:
         label = SettingResult(row.solver, row.steps, row.guidance_scale).label

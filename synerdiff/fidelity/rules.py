@@ -14,8 +14,8 @@ WARMUP = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
-    """One way to run ``run_steps`` steps. Nothing skipped: full guidance, the reference or a rival of fewer steps."""
+class SkipRule:
+    """One way to run ``run_steps`` steps; where nothing is skipped, the reference or an equal-cost baseline."""
 
     name: str
     run_steps: int
@@ -47,11 +47,12 @@ class Rule:
         return frozenset(step for step in sorted(self.skipped) if draw.random() < 0.5)
 
 
-def full(steps: int) -> Rule:
-    return Rule(f"full-{steps}", steps)
+def full(steps: int) -> SkipRule:
+    """All steps guided."""
+    return SkipRule(f"full-{steps}", steps)
 
 
-def spread(steps: int, skips: int, warmup_steps: int = 0, mode: Mode = REUSE) -> Rule:
+def spread(steps: int, skips: int, warmup_steps: int = 0, mode: Mode = REUSE) -> SkipRule:
     """Guided steps at equal distances: the warm-up, then round(first + j * (steps - 1 - first) / (guided - 1)).
 
     "Every 2nd step", "every 3rd guided only" and so on are cases of it. The first and last step are guided.
@@ -65,48 +66,49 @@ def spread(steps: int, skips: int, warmup_steps: int = 0, mode: Mode = REUSE) ->
     return _fixed("spread", steps, mode, frozenset(range(steps)) - frozenset(guided), warmup_steps)
 
 
-def last(steps: int, skips: int, mode: Mode) -> Rule:
+def last(steps: int, skips: int, mode: Mode) -> SkipRule:
+    """The ``skips`` last steps without guidance."""
     return _fixed("last", steps, mode, frozenset(range(steps - skips, steps)), steps - skips)
 
 
-def first(steps: int, skips: int) -> Rule:
+def first(steps: int, skips: int) -> SkipRule:
     """Without guidance at the start there is no difference to reuse yet: conditional only."""
     return _fixed("first", steps, CONDITIONAL, frozenset(range(skips)), 0)
 
 
-def calibrated(steps: int, chosen: Collection[int]) -> Rule:
+def calibrated(steps: int, chosen: Collection[int]) -> SkipRule:
     """Steps that a calibration chose; ``reuse``."""
     return _fixed("calibrated", steps, REUSE, frozenset(chosen), min(chosen, default=0))
 
 
-def adaptive(steps: int, threshold: float, warmup_steps: int = WARMUP) -> Rule:
+def adaptive(steps: int, threshold: float, warmup_steps: int = WARMUP) -> SkipRule:
     """Sticky: guidance is dropped for good once the x0 predictions with and without the condition agree."""
     name = f"conditional-adaptive-{threshold:g}"
-    return Rule(name, steps, CONDITIONAL, "adaptive", warmup_steps, threshold=threshold)
+    return SkipRule(name, steps, CONDITIONAL, "adaptive", warmup_steps, threshold=threshold)
 
 
-def random_half(rule: Rule) -> Rule:
+def random_half(rule: SkipRule) -> SkipRule:
     """What a load-triggered policy does with a rule: it skips some of its steps, in our test each with probability
     one half."""
     return replace(rule, name=f"{rule.name}-random-half", schedule="random-half", drawn=True)
 
 
-def _fixed(schedule: str, steps: int, mode: Mode, skipped: frozenset[int], warmup_steps: int) -> Rule:
+def _fixed(schedule: str, steps: int, mode: Mode, skipped: frozenset[int], warmup_steps: int) -> SkipRule:
     # Spread rules start with a guided step anyway, so only a longer warm-up is part of the name.
     suffix = f"-w{warmup_steps}" if schedule == "spread" and warmup_steps else ""
     name = f"{mode}-{schedule}-{len(skipped)}of{steps}{suffix}"
-    return Rule(name, steps, mode, schedule, warmup_steps, skipped)
+    return SkipRule(name, steps, mode, schedule, warmup_steps, skipped)
 
 
-def rivals(steps: int, rules: Sequence[Rule], extra_shares: Sequence[float] = ()) -> list[Rule]:
-    """Full guidance in fewer steps at the cost of each rule (rounded down, so that the rival never costs more), and
-    at ``extra_shares`` of the steps."""
+def equal_cost_baselines(steps: int, rules: Sequence[SkipRule], extra_shares: Sequence[float] = ()) -> list[SkipRule]:
+    """Full guidance in fewer steps at the cost of each rule (rounded down, so that the baseline never costs more),
+    and at ``extra_shares`` of the steps."""
     counts = {rule.rows // 2 for rule in rules if not rule.varies}
     counts |= {round(steps * share) for share in extra_shares}
     return [full(count) for count in sorted(counts, reverse=True) if 2 <= count < steps]
 
 
-def rules_to_judge(steps: int, part: str) -> list[Rule]:
+def rules_to_judge(steps: int, part: str) -> list[SkipRule]:
     """The rules of a study without the calibrated ones: ``all`` of them, or the ``core`` that settles the ranking."""
     every_other = (steps - 1) // 2
     shares = [round(steps * share) for share in (0.64, 0.8)]
@@ -126,7 +128,7 @@ def rules_to_judge(steps: int, part: str) -> list[Rule]:
     return [rule for rule in dict.fromkeys(found) if rule.skipped or rule.threshold is not None]
 
 
-def skips_to_calibrate(rules: Sequence[Rule]) -> list[int]:
+def skips_to_calibrate(rules: Sequence[SkipRule]) -> list[int]:
     """The numbers of skips at which calibrated and spread schedules are compared: those of the spread reuse rules."""
     plain = {len(rule.skipped) for rule in rules if rule.schedule == "spread" and rule.mode is REUSE}
     return sorted(plain)

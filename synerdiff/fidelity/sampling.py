@@ -1,21 +1,51 @@
-"""Images by rule: the same seeds and prompts, in batches, so that memory does not grow with the number of images."""
+"""Images by rule: the same seeds and prompts, in batches, so that memory does not grow with the number of images; and
+how close two sets of images are, image by image."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy
+
 from synerdiff.core import CONDITIONAL, GUIDED, InputError, Mode
-from synerdiff.fidelity.rules import Rule
-from synerdiff.fidelity.scores import THUMBNAILS, Judged, psnr_db_of, ssim_of
+from synerdiff.diffusion import SHIPPED
+from synerdiff.diffusion.digits import SHIPPED_WEIGHTS, STYLES_WEIGHTS, load_classifier
+from synerdiff.fidelity.rules import SkipRule
 from synerdiff.files import atomic
+from synerdiff.results.intervals import Interval, t_interval
 
 if TYPE_CHECKING:
     import torch
 
     from synerdiff.diffusion.model import DiffusionModel, SampleState
+
+THUMBNAILS = 10
+LARGEST_PSNR_DB = 100.0
+"""Of equal images, whose PSNR is infinite."""
+MEASURE = {
+    "ssim": "Wang et al. 2004; Gaussian window of 11x11 pixels, sigma 1.5, K1 0.01, K2 0.03, images mirrored at their "
+    "borders, mean over pixels and channels; torchmetrics structural_similarity_index_measure",
+    "psnr": f"10 log10(1 / mean squared error) per image, at most {LARGEST_PSNR_DB:g} dB, then the mean over images",
+    "data_range": "images clamped to [0, 1]",
+    "interval": "95% Student t interval of the mean over images",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A rule's images against those of full guidance; arrays have one entry per image."""
+
+    ssim: numpy.ndarray[Any, Any]
+    psnr_db: numpy.ndarray[Any, Any]
+    recognised: numpy.ndarray[Any, Any]
+    """Bool, or empty where nothing can recognise them."""
+    rows: numpy.ndarray[Any, Any]
+    thumbnails: numpy.ndarray[Any, Any]
+    """uint8 (at most 10, height, width, channels): the first images."""
 
 
 class Subject(NamedTuple):
@@ -25,21 +55,41 @@ class Subject(NamedTuple):
     prompt: str
 
 
-OnRows = Callable[[int], None]
-"""Hears how many denoiser rows were just computed."""
+Gate = Callable[["torch.Tensor", Sequence[str]], Any]
+"""Images in [0, 1] and their prompts -> which of them (bool, n) show what their prompt names."""
+OnProgress = Callable[[str, float], None]
+"""Hears what runs and how much of it is done, 0 to 1."""
+
+
+class RowProgress:
+    """Counts denoiser rows and tells how much of the piece of work that was begun last is done."""
+
+    def __init__(self, report: OnProgress) -> None:
+        self._report, self._what, self._total, self._done = report, "", 1, 0
+
+    def begin(self, what: str, rows: int) -> None:
+        """A piece that will take so many rows."""
+        self._what, self._total, self._done = what, max(1, rows), 0
+
+    def __call__(self, rows: int) -> None:
+        """So many rows were just computed."""
+        self._done += rows
+        self._report(self._what, min(1.0, self._done / self._total))
 
 
 class Sampler:
-    """Runs rules on one model at one guidance scale, ``batch`` images at a time."""
+    """Runs rules on one model at one guidance scale, ``batch`` images at a time; ``on_rows`` hears the rows made."""
 
-    def __init__(self, model: DiffusionModel, guidance_scale: float, batch: int, on_rows: OnRows) -> None:
+    def __init__(
+        self, model: DiffusionModel, guidance_scale: float, batch: int, on_rows: Callable[[int], None]
+    ) -> None:
         self.model = model
         self.guidance_scale = guidance_scale
         self.batch = batch
         self._on_rows = on_rows
-        self._gate = _gate_of(model)
+        self._gate = gate_of(model)
 
-    def latents(self, rule: Rule, subjects: Sequence[Subject]) -> Iterator[tuple[torch.Tensor, list[int]]]:
+    def latents(self, rule: SkipRule, subjects: Sequence[Subject]) -> Iterator[tuple[torch.Tensor, list[int]]]:
         """Final latents (b, C, h, w) of each batch in order, and the rows that each of its images took."""
         import torch
 
@@ -71,10 +121,8 @@ class Sampler:
     def step(self, states: Sequence[SampleState], modes: Sequence[Mode] | None = None) -> None:
         self._on_rows(self.model.step(states, modes))
 
-    def reference(self, rule: Rule, subjects: Sequence[Subject], path: Path) -> None:
+    def reference(self, rule: SkipRule, subjects: Sequence[Subject], path: Path) -> None:
         """Compute the latents of a reference once and keep them on disk (float32, one image after the other)."""
-        import numpy
-
         shape = (len(subjects), *self.model.latent_shape[1:])
         if path.is_file() and _opened(path, shape) is not None:
             return
@@ -86,12 +134,11 @@ class Sampler:
                 position += len(latents)
             kept.flush()
 
-    def judge(self, rule: Rule, subjects: Sequence[Subject], reference: Path, is_reference: bool = False) -> Judged:
+    def judge(self, rule: SkipRule, subjects: Sequence[Subject], reference: Path, is_reference: bool = False) -> Judged:
         """Make the rule's images and compare each with the reference's of the same seed and prompt.
 
         The reference's own rule need not run again: its kept images are compared with themselves.
         """
-        import numpy
         import torch
 
         kept = _opened(reference, (len(subjects), *self.model.latent_shape[1:]))
@@ -112,8 +159,7 @@ class Sampler:
             if self._gate is not None:
                 parts["recognised"].append(self._gate(images, [subject.prompt for subject in subjects[chosen]]))
             if position < THUMBNAILS:
-                pixels = (images[: THUMBNAILS - position] * 255).round().to(torch.uint8)
-                parts["thumbnails"].append(pixels.permute(0, 2, 3, 1).cpu().numpy())
+                parts["thumbnails"].append(thumbnails(images[: THUMBNAILS - position]))
             position += len(latents)
         arrays = {name: numpy.concatenate(found) if found else numpy.zeros(0, bool) for name, found in parts.items()}
         return Judged(**arrays)
@@ -123,7 +169,7 @@ class Sampler:
         return (self.model.decode(latents).float() / 2 + 0.5).clamp(0, 1)
 
     @staticmethod
-    def _mode(rule: Rule, step: int, skips: frozenset[int], dropped: bool) -> Mode:
+    def _mode(rule: SkipRule, step: int, skips: frozenset[int], dropped: bool) -> Mode:
         if dropped:
             return CONDITIONAL
         return rule.mode if step in skips else GUIDED
@@ -145,8 +191,6 @@ def fingerprint(model: DiffusionModel, prompt: str) -> str:
 
 def _opened(path: Path, shape: Sequence[int]) -> Any:
     """The kept latents, read from disk as they are asked for; None when they are not whole or of other images."""
-    import numpy
-
     try:
         kept = numpy.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -154,22 +198,58 @@ def _opened(path: Path, shape: Sequence[int]) -> Any:
     return kept if kept.shape == tuple(shape) and kept.dtype == numpy.float32 else None
 
 
-def _gate_of(model: DiffusionModel) -> Callable[[torch.Tensor, Sequence[str]], Any] | None:
-    """Whether images in [0, 1] show the class that their prompt names; None for a model without a classifier."""
-    from synerdiff.diffusion import SHIPPED
+def subjects_of(model: DiffusionModel, prompts: Sequence[str], first_seed: int, count: int) -> list[Subject]:
+    """``count`` images from ``first_seed`` on; prompts in turn, or the model's own default of each seed."""
+    seeds = range(first_seed, first_seed + count)
+    return [
+        Subject(s, prompts[i % len(prompts)] if prompts else model.prompts.default_prompt(s))
+        for i, s in enumerate(seeds)
+    ]
 
-    weights = SHIPPED.get(model.name, Path(model.name)) / "classifier.safetensors"
+
+def thumbnails(images: torch.Tensor) -> Any:
+    """The first images of (n, channels, height, width) in [0, 1] as uint8 (at most 10, height, width, channels)."""
+    return (images[:THUMBNAILS] * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def gate_of(model: DiffusionModel, styled: bool = False) -> Gate | None:
+    """Whether images, ``styled`` ones too, show the class that their prompt names; None without a classifier."""
+    folder = SHIPPED.get(model.name, Path(model.name))
+    weights = folder / (STYLES_WEIGHTS if styled else SHIPPED_WEIGHTS).name
     if not weights.is_file():
         return None
     import torch
-
-    from synerdiff.diffusion.digits import load_classifier
 
     classifier = load_classifier(weights).to(model.device)
 
     @torch.inference_mode()
     def recognised(images: torch.Tensor, prompts: Sequence[str]) -> Any:
-        found = classifier(images * 2 - 1).argmax(dim=1).cpu()
-        return (found == torch.tensor([int(prompt) for prompt in prompts])).numpy()
+        most_likely = classifier(images * 2 - 1).argmax(dim=1).cpu()
+        return (most_likely == torch.tensor([int(prompt) for prompt in prompts])).numpy()
 
     return recognised
+
+
+def ssim_of(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """SSIM (n,) of images (n, channels, height, width) in [0, 1], both sets in the same order; see ``MEASURE``."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    found: Any = structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")
+    return found.reshape(len(images))  # type: ignore[no-any-return]
+
+
+def psnr_db_of(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """PSNR (n,) in dB of images (n, channels, height, width) in [0, 1]; see ``MEASURE``."""
+    error = (images - reference).square().mean(dim=(1, 2, 3))
+    return -10 * error.clamp(min=10 ** (-LARGEST_PSNR_DB / 10)).log10()
+
+
+def interval_of(values: numpy.ndarray[Any, Any]) -> Interval:
+    """Mean over images with its 95% t interval."""
+    return t_interval([float(value) for value in values])
+
+
+def paired_difference(a: Judged, b: Judged, chosen: Sequence[int] | None = None) -> Interval:
+    """Mean SSIM of a minus that of b on the same images (all, or the chosen ones), with its 95% t interval."""
+    difference = a.ssim - b.ssim
+    return interval_of(difference if chosen is None else difference[list(chosen)])

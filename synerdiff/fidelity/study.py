@@ -1,4 +1,4 @@
-"""What skipping guidance costs in images: every rule and its rivals on the same seeds and prompts, resumable by rule.
+"""What skipping guidance costs in images: rules and equal-cost baselines on the same seeds and prompts, resumable.
 
 A study works through settings (one solver; step counts x guidance scales). Each finished piece is a file in
 ``OUT/parts`` named by a hash of everything that it depends on, so a rerun computes only what is missing.
@@ -8,34 +8,47 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy
+import torch
+
 from synerdiff.core import InputError
 from synerdiff.fidelity.calibration import Calibration, calibrate, can_calibrate, choose_skips
-from synerdiff.fidelity.comparisons import read_comparisons, write_comparisons
-from synerdiff.fidelity.results import SettingResult
+from synerdiff.fidelity.report import SettingResult, StudyResult
 from synerdiff.fidelity.rules import (
     ALL_PARTS,
-    Rule,
+    SkipRule,
     calibrated,
+    equal_cost_baselines,
     full,
-    rivals,
     rules_to_judge,
     skips_to_calibrate,
 )
-from synerdiff.fidelity.sampling import Sampler, Subject, fingerprint
-from synerdiff.fidelity.scores import (
+from synerdiff.fidelity.sampling import (
     MEASURE,
     Judged,
+    OnProgress,
+    RowProgress,
+    Sampler,
+    Subject,
+    fingerprint,
     interval_of,
-    load_arrays,
-    save_arrays,
+    subjects_of,
 )
-from synerdiff.fidelity.table import HEAD, FidelityTable, Score, read_fidelity, write_fidelity
-from synerdiff.files import sha256_of_files
+from synerdiff.fidelity.table import (
+    HEAD,
+    Score,
+    read_comparisons,
+    read_fidelity,
+    write_comparisons,
+    write_fidelity,
+)
+from synerdiff.files import atomic, sha256_of_files
 
 if TYPE_CHECKING:
     from synerdiff.diffusion.model import DiffusionModel
@@ -44,7 +57,7 @@ _T = TypeVar("_T")
 
 _HERE = Path(__file__).parent
 IMAGE_SOURCES = tuple(
-    [_HERE / "sampling.py", _HERE / "scores.py"]
+    [_HERE / "sampling.py"]
     + [
         _HERE.parent / "diffusion" / f"{name}.py"
         for name in ("model", "rows", "solvers", "schedulers", "conditioning", "decoder", "denoisers/unet")
@@ -57,11 +70,11 @@ CONVERGED_SSIM = 0.99
 CONVERGED_FACTOR = 4
 CALIBRATION_SEEDS_FROM = 1_000_000
 """Calibration images take seeds this far beyond the judged ones, and prompts that no held-out image has."""
-EXTRA_RIVALS = (0.64, 0.48, 0.4)
+EXTRA_BASELINES = (0.64, 0.48, 0.4)
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class StudySettings:
     """What to judge, and on what. ``steps`` empty: the fewest whose SSIM against 4 times as many is 0.99."""
 
     steps: tuple[int, ...] = ()
@@ -76,34 +89,22 @@ class Settings:
     part: str = ALL_PARTS
 
 
-@dataclass(slots=True)
-class StudyResult:
-    settings: list[SettingResult]
-    converged: list[dict[str, Any]]
-    """Per guidance scale searched: the fewest sufficient steps and the SSIM of every count that was tried."""
-    table: FidelityTable
-
-
 class Study:
     """A study of one model in one folder. ``on_progress`` hears (what runs, share of it done)."""
 
-    def __init__(
-        self, model: DiffusionModel, settings: Settings, folder: Path, on_progress: Callable[[str, float], None]
-    ) -> None:
+    def __init__(self, model: DiffusionModel, settings: StudySettings, folder: Path, on_progress: OnProgress) -> None:
         self.model = model
         self.settings = settings
         self.folder = folder
-        self._report = on_progress
-        self._working_on = ("", 1)
-        self._rows_done = 0
+        self._rows = RowProgress(on_progress)
         self._hash_of_images = sha256_of_files(list(IMAGE_SOURCES))
         self._hash_of_calibration = sha256_of_files([_HERE / "calibration.py"])
         self._samplers: dict[float, Sampler] = {}
-        self.subjects = _subjects(model, settings, settings.first_seed, settings.samples)
+        self.subjects = subjects_of(model, settings.prompts, settings.first_seed, settings.samples)
         prompts = list(dict.fromkeys(subject.prompt for subject in self.subjects))
         self.tuned_prompts = frozenset(prompts[: len(prompts) // 2])
         seeds = settings.first_seed + CALIBRATION_SEEDS_FROM
-        candidates = _subjects(model, settings, seeds, 64 * settings.calibration_samples)
+        candidates = subjects_of(model, settings.prompts, seeds, 64 * settings.calibration_samples)
         tuned = [subject for subject in candidates if subject.prompt in self.tuned_prompts]
         # With a prompt of its own per seed no prompt repeats, and the seeds alone keep the two sets apart.
         self.tuning = (tuned or candidates)[: settings.calibration_samples]
@@ -191,7 +192,7 @@ class Study:
         else:
             # Nor can the x0 predictions be told from what such a scheduler keeps.
             rules = [rule for rule in rules if rule.threshold is None]
-        rules += rivals(steps, rules[1:], EXTRA_RIVALS)
+        rules += equal_cost_baselines(steps, rules[1:], EXTRA_BASELINES)
         for rule in rules:
             result.add(rule, self._judged(rule, reference, scale, self.subjects), self.held_out)
         result.comparisons = result.compare(self.held_out)
@@ -207,7 +208,7 @@ class Study:
             scale,
         )
 
-    def _judged(self, rule: Rule, reference: Rule, scale: float, subjects: Sequence[Subject]) -> Judged:
+    def _judged(self, rule: SkipRule, reference: SkipRule, scale: float, subjects: Sequence[Subject]) -> Judged:
         latents = self._reference(reference, scale, subjects)
         key = self._key("judged", rule.run_steps, scale, subjects, rule, reference)
         return self._part(
@@ -219,36 +220,30 @@ class Study:
             scale,
         )
 
-    def _reference(self, rule: Rule, scale: float, subjects: Sequence[Subject]) -> Path:
+    def _reference(self, rule: SkipRule, scale: float, subjects: Sequence[Subject]) -> Path:
         key = self._key("reference", rule.run_steps, scale, subjects)
         path = self.folder / "parts" / f"{key}.npy"
-        self._working_on = (f"{rule.name}, guidance {scale:g}", rule.rows * len(subjects))
-        self._rows_done = 0
-        self.sampler(scale).reference(rule, subjects, path)
+        self._rows.begin(f"{rule.name}, guidance {scale:g}", rule.rows * len(subjects))
+        self._sampler(scale).reference(rule, subjects, path)
         return path
 
     def _part(
         self, what: str, key: str, kind: type[_T], rows: int, compute: Callable[[Sampler], _T], scale: float
     ) -> _T:
         path = self.folder / "parts" / f"{key}.npz"
-        found = load_arrays(path, kind)
+        found = _load_arrays(path, kind)
         if found is None:
-            self._working_on, self._rows_done = (what, rows), 0
-            self._on_rows(0)
-            found = compute(self.sampler(scale))
-            save_arrays(path, found)
+            self._rows.begin(what, rows)
+            self._rows(0)
+            found = compute(self._sampler(scale))
+            _save_arrays(path, found)
         return found
 
-    def sampler(self, scale: float) -> Sampler:
+    def _sampler(self, scale: float) -> Sampler:
         """The one sampler of this guidance scale."""
         if scale not in self._samplers:
-            self._samplers[scale] = Sampler(self.model, scale, self.settings.batch, self._on_rows)
+            self._samplers[scale] = Sampler(self.model, scale, self.settings.batch, self._rows)
         return self._samplers[scale]
-
-    def _on_rows(self, rows: int) -> None:
-        self._rows_done += rows
-        what, total = self._working_on
-        self._report(what, min(1.0, self._rows_done / max(1, total)))
 
     def _key(
         self,
@@ -256,11 +251,9 @@ class Study:
         steps: int,
         scale: float,
         subjects: Sequence[Subject],
-        rule: Rule | None = None,
-        reference: Rule | None = None,
+        rule: SkipRule | None = None,
+        reference: SkipRule | None = None,
     ) -> str:
-        import torch
-
         own = {**self.identity, "resolution": [self.model.height, self.model.width]}
         what: list[Any] = [kind, steps, scale, own, self.model.solver.scheduler_name, torch.__version__]
         what.append([self._hash_of_images, self._hash_of_calibration if kind == "calibration" else ""])
@@ -274,10 +267,16 @@ def _row_key(row: Score) -> tuple[Any, ...]:
     return (row.solver, row.steps, row.guidance_scale, row.rule)
 
 
-def _subjects(model: DiffusionModel, settings: Settings, first_seed: int, count: int) -> list[Subject]:
-    found = []
-    for i in range(count):
-        seed = first_seed + i
-        prompt = settings.prompts[i % len(settings.prompts)] if settings.prompts else model.prompts.default_prompt(seed)
-        found.append(Subject(seed, prompt))
-    return found
+def _save_arrays(path: Path, kept: Any) -> None:
+    """Write a dataclass of arrays in one step."""
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        numpy.savez_compressed(file, **{field.name: getattr(kept, field.name) for field in fields(kept)})
+
+
+def _load_arrays(path: Path, kind: type[_T]) -> _T | None:
+    """What ``_save_arrays`` kept; None when it is missing or not whole, so that it is computed again."""
+    try:
+        with numpy.load(path, allow_pickle=False) as kept:
+            return kind(**{name: kept[name] for name in kept.files})
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 from synerdiff.core import GUIDED, InputError, Mode
 from synerdiff.diffusion import MODELS
 from synerdiff.files import atomic, read_text, read_yaml, write_yaml
+from synerdiff.results.intervals import Interval
 
 _T = TypeVar("_T", int, float)
 
 SCHEMA_VERSION = 1
-HEAD, ROWS = "fidelity.yaml", "fidelity.csv"
+HEAD, ROWS, COMPARISONS = "fidelity.yaml", "fidelity.csv", "comparisons.csv"
 VARIES = "varies"
 """Stands for the skipped steps of a rule that decides by image: a study measures it, a budget cannot name it."""
 
@@ -35,7 +36,7 @@ class Score(NamedTuple):
     guidance_scale: float
     rule: str
     run_steps: int
-    """Steps taken: fewer than ``steps`` for the rival that skips nothing and runs fewer steps."""
+    """Steps taken: fewer than ``steps`` for the equal-cost baseline, which skips nothing."""
     mode: Mode
     """What a skipped step does; guided when nothing is skipped."""
     schedule: str
@@ -62,6 +63,32 @@ class Score(NamedTuple):
     def rows_share(self) -> float:
         """Rows as a share of full guidance."""
         return self.rows / (2 * self.steps)
+
+
+class PairedScore(NamedTuple):
+    """Mean SSIM of a rule minus that of another on the same images, with its 95% t interval."""
+
+    solver: str
+    steps: int
+    guidance_scale: float
+    rule: str
+    against: str
+    images: str
+    """``all``, ``held out`` (prompts and seeds that chose nothing) or ``tuned prompts``."""
+    n: int
+    difference: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(
+        cls, setting: tuple[str, int, float], rule: str, against: str, images: str, difference: Interval
+    ) -> PairedScore:
+        return cls(*setting, rule, against, images, difference.n, difference.value, difference.low, difference.high)
+
+    @property
+    def setting(self) -> tuple[str, int, float]:
+        return (self.solver, self.steps, self.guidance_scale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +178,36 @@ def write_fidelity(folder: Path, head: Mapping[str, Any], rows: Iterable[Score])
     with atomic(folder / ROWS) as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8")
     write_yaml(folder / HEAD, {"schema_version": SCHEMA_VERSION, **head})
+
+
+def read_comparisons(folder: Path) -> list[PairedScore]:
+    """The comparisons of a study's folder, empty when it has none. InputError for a file that is none of ours."""
+    path = folder / COMPARISONS
+    if not path.is_file():
+        return []
+    reader = csv.reader(io.StringIO(read_text(path, "table of comparisons")))
+    if tuple(next(reader, ())) != PairedScore._fields:
+        raise InputError(f"{path}: the columns are not {', '.join(PairedScore._fields)}.")
+    found = []
+    for cells in reader:
+        try:
+            solver, steps, scale, rule, against, images, n, difference, low, high = cells
+            numbers = float(difference), float(low), float(high)
+            found.append(PairedScore(solver, int(steps), float(scale), rule, against, images, int(n), *numbers))
+        except ValueError:
+            raise InputError(f"{path}, line {reader.line_num}: this is no comparison of two rules.") from None
+    return found
+
+
+def write_comparisons(folder: Path, comparisons: Iterable[PairedScore]) -> None:
+    """Write ``comparisons.csv``, in the order of its columns."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(PairedScore._fields)
+    for line in sorted(comparisons):
+        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in line])
+    with atomic(folder / COMPARISONS) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8")
 
 
 def _cell(name: str, value: Any) -> str:

@@ -12,7 +12,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from synerdiff.fidelity.table import Score
 from synerdiff.figures.style import (
     PAGE_IN,
     SSIM_NOTE,
@@ -48,9 +47,9 @@ _JOINED = {("guided", "full"), ("reuse", "spread"), ("conditional", "last"), ("r
 
 @styled
 def fidelity_against_rows(
-    settings: Mapping[str, Sequence[Score]], *, title: str = "Fidelity against rows", caption: str = ""
+    settings: Mapping[str, Sequence[Any]], *, title: str = "Fidelity against rows", caption: str = ""
 ) -> Figure:
-    """One panel per setting (label -> its rows): mean SSIM with its interval over rows as a share of full guidance.
+    """One panel per setting (label -> rows of a fidelity table): mean SSIM with its interval over the share of rows.
 
     The SSIM axis is logarithmic in 1 - SSIM, upside down. Full guidance in all steps (SSIM 1) is left out.
     """
@@ -81,7 +80,7 @@ def fidelity_against_rows(
     return finish(figure, title, f"{note} {caption}")
 
 
-def _family(axis: Axes, rows: Sequence[Score], name: str, color: str, marker: str, joined: bool) -> Any:
+def _family(axis: Axes, rows: Sequence[Any], name: str, color: str, marker: str, joined: bool) -> Any:
     x = [row.rows_share for row in rows]
     error = [ssim_error(row.ssim) for row in rows]
     low = [max(0.0, e - ssim_error(row.ssim_high)) for e, row in zip(error, rows, strict=True)]

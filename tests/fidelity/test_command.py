@@ -118,8 +118,8 @@ def test_a_sweep_with_a_floor(world: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_the_trade_off_has_fidelity_as_its_third_axis(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a floor every run of the grid has its SSIM; fewer steps stand beside skipping, at full guidance."""
-    rival = "\n  - {policy: load-skip, label: fewer steps, steps_scale: 0.67, batch: 2}\nfigures"
-    text = (EXPERIMENT % "min_ssim: 0.965").replace("\nfigures", rival)
+    fewer = "\n  - {policy: load-skip, label: fewer steps, steps_scale: 0.67, batch: 2}\nfigures"
+    text = (EXPERIMENT % "min_ssim: 0.965").replace("\nfigures", fewer)
     (world / "e.yaml").write_text(text)
     assert cli.main(["sweep", "e.yaml", "--out", "results", "--jobs", "1"]) == 0
     runs = read_table(world / "results" / "runs.parquet", {})[0].to_pandas().set_index("policy")
@@ -179,7 +179,7 @@ def test_the_command_writes_table_and_pictures(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("3\n\n7\n")
     write_profile(tmp_path / "p", profile_of_digits())
-    arguments = ["--steps", "5", "--guidance", "3", "--samples", "4", "--batch", "4", "--rules", "core"]
+    arguments = ["--steps", "5", "--guidance-scale", "3", "--samples", "4", "--batch", "4", "--rules", "core"]
     assert fidelity(*arguments, "--prompts", "prompts.txt", "--profile", "p") == 0
     printed = capsys.readouterr().out
     assert "DDIMScheduler, 5 steps, guidance 3: against full guidance" in printed
@@ -199,13 +199,11 @@ def test_the_command_writes_table_and_pictures(
         (["--samples", "1"], "--samples is 1; 4 to 1000000 is allowed."),
         (["--batch", "0"], "--batch is 0; 1 to 4096 is allowed."),
         (["--seed", "-1"], "--seed is -1;"),
-        (["--guidance", "1"], "--guidance is 1; above 1"),
-        (["--guidance", "nan"], "--guidance is nan; above 1"),
+        (["--guidance-scale", "1"], "--guidance-scale is 1; above 1"),
+        (["--guidance-scale", "nan"], "--guidance-scale is nan; above 1"),
         (["--rules", "some"], "--rules is 'some'; allowed are all and core."),
         (["--prompts", "none.txt"], "none.txt: there is no such file of prompts."),
         (["--dtype", "int8"], "--dtype is 'int8'; allowed are float32, bfloat16, float16."),
-        (["--frechet", "weights.pth"], "weights.pth: there are no such weights; without them leave the option out."),
-        (["--clip", "folder"], "folder: there are no such weights"),
         (["--scheduler", "often"], "There is no scheduler often"),
         (["--profile", "nowhere"], "nowhere: there is no such profile folder"),
         (["--profile", "h200-sdxl-estimated"], "'h200-sdxl-estimated' is of model 'sdxl'; the study is of 'digits'."),
@@ -232,10 +230,6 @@ def test_bad_prompts_and_models(
     assert "one.txt: at least 2 prompts are needed, one a line; found 1." in sentence(capsys)
     assert fidelity(model="nothing") == 2
     assert "There is no model nothing" in sentence(capsys)
-    (tmp_path / "weights.pth").write_text("no weights")
-    small = ["--steps", "5", "--samples", "4", "--batch", "4", "--rules", "core"]
-    assert fidelity(*small, "--clip", "weights.pth") == 2
-    assert "weights.pth: this is no folder of a CLIP model and its processor" in capsys.readouterr().err
 
 
 def test_what_skips_and_fewer_steps_buy() -> None:

@@ -13,7 +13,7 @@ from synerdiff.core import CONDITIONAL, NO_SKIPS, REUSE, InputError, Request, Sa
 from synerdiff.fidelity.floor import budget_from_floor, floor_for_requests, image_ssim, run_ssim
 from synerdiff.fidelity.table import FidelityTable
 from tests.builders import affine_profile, requests_at
-from tests.fidelity.test_table import HEAD, rival, score
+from tests.fidelity.test_table import HEAD, fewer_steps, score
 
 ROWS = (
     score((1, 3), 0.99),
@@ -21,9 +21,9 @@ ROWS = (
     score((1, 2, 3, 4, 5), 0.90),
     score((4, 5), 0.985, CONDITIONAL),
     score(None, 0.999, CONDITIONAL, schedule="adaptive", rows=7.0),
-    rival(5, 0.98),
-    rival(4, 0.972),
-    rival(3, 0.95),
+    fewer_steps(5, 0.98),
+    fewer_steps(4, 0.972),
+    fewer_steps(3, 0.95),
     score((1, 3), 0.96, scale=7.5),
     score((1, 2, 4), 0.975, scale=7.5),
     score((2, 4), 0.98, steps=8),
@@ -98,11 +98,11 @@ def test_step_counts_share_the_mode_that_costs_less() -> None:
         chosen(0.9, (6, 4.0), (8, 4.0), table=apart)
 
 
-def test_a_cheaper_rival_is_named() -> None:
+def test_fewer_steps_that_are_cheaper_are_named() -> None:
     choice = chosen(0.965, (6, 4.0))
-    assert choice.rivals[6].run_steps == 4
+    assert choice.fewer_steps[6].run_steps == 4
     assert "4 steps with full guidance would do with 67%" in choice.lines()[0]
-    assert chosen(0.979, (6, 4.0)).rivals == {}
+    assert chosen(0.979, (6, 4.0)).fewer_steps == {}
 
 
 def test_unguided_requests_need_nothing() -> None:

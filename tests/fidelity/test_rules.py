@@ -1,4 +1,4 @@
-"""Skip schedules, their rivals, and the exact choice of steps from a calibration."""
+"""Skip schedules, their equal-cost baselines, and the exact choice of steps from a calibration."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from synerdiff.fidelity.calibration import choose_skips, end_gains
 from synerdiff.fidelity.rules import (
     adaptive,
     calibrated,
+    equal_cost_baselines,
     first,
     full,
     last,
     random_half,
-    rivals,
     rules_to_judge,
     skips_to_calibrate,
     spread,
@@ -79,10 +79,10 @@ def test_rules_to_judge_differ_and_can_run(part: str, steps: int) -> None:
     names = {rule.schedule for rule in rules}
     assert names == ({"spread", "last"} if part == "core" else {"spread", "last", "first", "adaptive", "random-half"})
     assert all(0 < skips < steps for skips in skips_to_calibrate(rules))
-    against = rivals(steps, rules, (0.4,))
-    assert all(rival.run_steps < steps and not rival.skipped for rival in against)
-    costs = {rival.rows for rival in against}
-    # The rival of a rule never costs more, and at most one row less.
+    against = equal_cost_baselines(steps, rules, (0.4,))
+    assert all(baseline.run_steps < steps and not baseline.skipped for baseline in against)
+    costs = {baseline.rows for baseline in against}
+    # The baseline of a rule never costs more, and at most one row less.
     assert all({rule.rows, rule.rows - 1} & costs for rule in rules if not rule.varies)
 
 

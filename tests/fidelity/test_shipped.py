@@ -14,8 +14,7 @@ from synerdiff.core import GUIDED, InputError
 from synerdiff.diffusion import MODELS
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.fidelity.floor import UnreachedFloor, budget_from_floor
-from synerdiff.fidelity.sampling import fingerprint
-from synerdiff.fidelity.scores import MEASURE
+from synerdiff.fidelity.sampling import MEASURE, fingerprint
 from synerdiff.fidelity.table import read_fidelity
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,16 +95,16 @@ def test_wins_and_losses_of_the_documentation() -> None:
     """Every setting is there, with the closest rule of its cost and its comparison on the same images."""
     shown = cells(section("The best rule at a given cost, against fewer steps"))[1:]
     settings = set()
-    for setting, rows, rule, ssim, rival, rival_ssim, difference, verdict in shown:
+    for setting, rows, rule, ssim, baseline, baseline_ssim, difference, verdict in shown:
         solver, steps, scale = setting.split(", ")
         key = (SOLVERS[solver], int(steps.removesuffix(" steps")), float(scale))
         settings.add(key)
-        row, against = SCORES[(*key, rule.strip("`"))], rival.strip("`")
+        row, against = SCORES[(*key, rule.strip("`"))], baseline.strip("`")
         same = [r for r in TABLE.rows if (*r[:3],) == key and r.skipped_steps and r.rows == row.rows]
         assert row == max(same, key=lambda r: r.ssim)
         assert rows == f"{row.rows_share:.0%}"
         assert 2 * SCORES[(*key, against)].run_steps <= row.rows
-        assert numbers(ssim) + numbers(rival_ssim) == [round(row.ssim, 4), round(SCORES[(*key, against)].ssim, 4)]
+        assert numbers(ssim) + numbers(baseline_ssim) == [round(row.ssim, 4), round(SCORES[(*key, against)].ssim, 4)]
         found = comparisons()[(*key, row.rule, against, "held out" if row.held_out else "all")]
         assert numbers(difference) == [round(value, 4) for value in found]
         assert verdict == ("wins" if found[1] > 0 else "loses" if found[2] < 0 else "level")
@@ -119,7 +118,7 @@ def test_dropping_guidance_loses_everywhere() -> None:
 
 
 def test_the_conventions_of_the_documentation() -> None:
-    with (ROOT / "docs" / "figures" / "ssim-conventions.csv").open() as file:
+    with (ROOT / "docs" / "data" / "ssim-conventions.csv").open() as file:
         kept = {line["rule"]: line for line in csv.DictReader(file)}
     shown = cells(section("Beside an earlier prototype"))[1:]
     assert len(shown) == len(kept) == 17
@@ -140,7 +139,7 @@ def test_the_second_training_seed_of_the_documentation() -> None:
     """The ranking of the rules, and calibrated reuse against fewer steps, on a model trained from another seed."""
     from scipy.stats import spearmanr
 
-    folder = ROOT / "docs" / "figures"
+    folder = ROOT / "docs" / "data"
     with (folder / "fidelity-second-seed.csv").open() as file:
         again = {line["rule"]: line for line in csv.DictReader(file)}
     with (folder / "fidelity-second-seed-comparisons.csv").open() as file:
@@ -155,8 +154,8 @@ def test_the_second_training_seed_of_the_documentation() -> None:
     assert max(abs(SCORES[(*setting, r)].ssim - float(again[r]["ssim"])) for r in rules) < 0.0115
     shown = cells(section("A second training seed"))[1:]
     assert len(shown) == 5
-    for rule, ssim, ssim_again, rival, difference, difference_again in shown:
-        pair = (rule.strip("`"), rival.strip("`"))
+    for rule, ssim, ssim_again, baseline, difference, difference_again in shown:
+        pair = (rule.strip("`"), baseline.strip("`"))
         assert numbers(ssim) == [round(SCORES[(*setting, pair[0])].ssim, 4)]
         assert float(ssim_again) == pytest.approx(float(again[pair[0]]["ssim"]), abs=0.000051)
         assert numbers(difference) == [round(value, 4) for value in comparisons()[(*setting, *pair, "held out")]]
@@ -173,7 +172,7 @@ def test_the_latencies_of_the_documentation() -> None:
             policy = "fewer steps, full guidance"
         variant = served.split(",")[0].strip("`")
         for place, (profile, cell) in enumerate(zip(("digits-cpu", "h200-sdxl-estimated"), by_profile, strict=True)):
-            with (ROOT / "docs" / "figures" / f"fidelity-latency-{profile}.csv").open() as file:
+            with (ROOT / "docs" / "data" / f"fidelity-latency-{profile}.csv").open() as file:
                 own = [line for line in csv.DictReader(file) if (line["policy"], line["variant"]) == (policy, variant)]
             own = [line for line in own if line["load"] == "1.1"]
             assert len(own) == 3

@@ -9,18 +9,16 @@ import torch
 from synerdiff.core import CONDITIONAL, GUIDED, REUSE, InputError
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.fidelity.calibration import calibrate, end_gains
-from synerdiff.fidelity.comparisons import read_comparisons
 from synerdiff.fidelity.rules import adaptive, full, last, random_half, spread
-from synerdiff.fidelity.sampling import Sampler, Subject, fingerprint
-from synerdiff.fidelity.scores import LARGEST_PSNR_DB, psnr_db_of, ssim_of
-from synerdiff.fidelity.study import Settings, Study
-from synerdiff.fidelity.table import read_fidelity
+from synerdiff.fidelity.sampling import LARGEST_PSNR_DB, Sampler, Subject, fingerprint, psnr_db_of, ssim_of
+from synerdiff.fidelity.study import Study, StudySettings
+from synerdiff.fidelity.table import read_comparisons, read_fidelity
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and badly so on a busy machine
 
 HEAD = {"model": "digits", "solver": "DDIMScheduler", "device": "cpu"}
 SUBJECTS = [Subject(500 + i, str(i % 10)) for i in range(5)]
-SMALL = Settings(
+SMALL = StudySettings(
     steps=(5,), guidance_scales=(4.0,), samples=6, search_samples=4, calibration_samples=3, batch=4, part="core"
 )
 
@@ -191,7 +189,7 @@ def test_an_interrupted_study_goes_on_and_a_torn_part_is_made_again(digits, tmp_
 def test_other_settings_join_the_table_and_other_models_do_not(digits, tmp_path) -> None:
     quiet = lambda what, share: None  # noqa: E731
     Study(digits, SMALL, tmp_path, quiet).run(HEAD)
-    wide = Settings(**{name: getattr(SMALL, name) for name in SMALL.__slots__} | {"guidance_scales": (7.5,)})
+    wide = StudySettings(**{name: getattr(SMALL, name) for name in SMALL.__slots__} | {"guidance_scales": (7.5,)})
     result = Study(digits, wide, tmp_path, quiet).run(HEAD)
     assert {row.guidance_scale for row in result.table.rows} == {4.0, 7.5}
     assert {line.guidance_scale for line in read_comparisons(tmp_path)} == {4.0, 7.5}
@@ -202,7 +200,7 @@ def test_other_settings_join_the_table_and_other_models_do_not(digits, tmp_path)
 
 def test_without_known_coefficients_calibrated_and_adaptive_rules_are_left_out(tmp_path) -> None:
     model = load_model("digits", scheduler="UniPCMultistepScheduler")
-    settings = Settings(steps=(5,), guidance_scales=(4.0,), samples=4, batch=4, part="all")
+    settings = StudySettings(steps=(5,), guidance_scales=(4.0,), samples=4, batch=4, part="all")
     result = Study(model, settings, tmp_path, lambda what, share: None).run(HEAD)
     schedules = {row.schedule for row in result.table.rows}
     assert "calibrated" not in schedules
@@ -213,7 +211,7 @@ def test_without_known_coefficients_calibrated_and_adaptive_rules_are_left_out(t
 
 def test_the_fewest_sufficient_steps_are_found_on_the_ladder(digits, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("synerdiff.fidelity.study.LADDER", (2, 4, 6, 8))
-    settings = Settings(
+    settings = StudySettings(
         guidance_scales=(4.0,), samples=4, search_samples=4, calibration_samples=2, batch=4, part="core"
     )
     result = Study(digits, settings, tmp_path, lambda what, share: None).run(HEAD)

@@ -37,7 +37,7 @@ def score(skipped=(1, 3), ssim=0.98, mode=REUSE, steps=6, scale=4.0, run_steps=N
     return Score(**(fields | more))
 
 
-def rival(run_steps: int, ssim: float, steps: int = 6, scale: float = 4.0) -> Score:
+def fewer_steps(run_steps: int, ssim: float, steps: int = 6, scale: float = 4.0) -> Score:
     return score((), ssim, GUIDED, steps, scale, run_steps, schedule="full")
 
 
@@ -46,7 +46,7 @@ def test_a_table_comes_back_as_written(tmp_path: Path) -> None:
         score(),
         score((2,), 0.99, CONDITIONAL, recognised=None, held_out=True),
         score(None, 0.9, CONDITIONAL, schedule="adaptive", rows=8.25),
-        rival(4, 0.97),
+        fewer_steps(4, 0.97),
         score((), 1.0, GUIDED, half=0.0),
     ]
     write_fidelity(tmp_path, HEAD, rows)

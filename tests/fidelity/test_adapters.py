@@ -14,10 +14,8 @@ from synerdiff.diffusion.controlnet import load_controlnet
 from synerdiff.diffusion.digits import digits_split
 from synerdiff.diffusion.lora import LoraFile, LoraLayer, random_lora, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
-from synerdiff.fidelity.lora_bound import bound_study
-from synerdiff.fidelity.outline import outline_study, overlap_of
-from synerdiff.fidelity.sampling import Subject
-from synerdiff.fidelity.scores import psnr_db_of, ssim_of
+from synerdiff.fidelity.adapters import bound_study, outline_study, overlap_of
+from synerdiff.fidelity.sampling import Subject, psnr_db_of, ssim_of
 from tools.training.digits_images import slanted
 
 torch.set_num_threads(1)
@@ -147,9 +145,10 @@ def test_overlap_is_intersection_over_union():
 def test_the_command_writes_table_and_pictures(tmp_path, capsys):
     save_lora(strong_lora(load_model("tiny-sd").unet), tmp_path / "loras" / "style.safetensors")
     out = tmp_path / "out"
-    common = ["adapter-fidelity", "--model", "tiny-sd", "--out", str(out), "--loras", str(tmp_path / "loras")]
-    few = ["--samples", "2", "--steps", "3", "--bound", "1"]
-    assert main([*common, *few]) == 0
+    common = ["fidelity", "--levers", "lora-bound", "--random-weights", "--model", "tiny-sd", "--out", str(out)]
+    few = ["--samples", "4", "--steps", "3", "--bound", "1"]
+    loras = ["--loras", str(tmp_path / "loras")]
+    assert main([*common, *few, *loras]) == 0
     printed = capsys.readouterr().out
     with (out / "lora-bound.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -160,16 +159,38 @@ def test_the_command_writes_table_and_pictures(tmp_path, capsys):
     ]
     assert 0 < float(rows[1]["ssim"]) < 1
     assert f"{float(rows[1]['ssim']):.3f}" in printed
-    for name in ("lora-bound.png", "lora-bound.pdf", "lora-bound-sheet-style.png"):
+    for name in ("lora-bound.png", "lora-bound.pdf", "lora-bound-sheet-style-DDIM-3-7.5.png"):
         assert (out / name).stat().st_size > 1000
     for options, message in (
         (["--lora", "other"], "other.safetensors: there is no such LoRA"),
-        (["--samples", "1"], "--samples is 1; 2 to 1000000 is allowed"),
-        (["--scale", "nan"], "--scale is nan; numbers from -100 to 100 are allowed"),
+        (["--samples", "1"], "--samples is 1; 4 to 1000000 is allowed"),
+        (["--lora-scale", "nan"], "--lora-scale is nan; numbers from -100 to 100 are allowed"),
         (["--bound", "-1"], "--bound is -1; 0 to 1000 is allowed"),
         (["--loras", str(tmp_path)], "this folder holds no LoRAs"),
+        (["--levers", "lora"], "--levers names 'lora'; allowed are skips, lora-bound, controlnet"),
+        (["--levers", "controlnet"], "lever 'controlnet' judges the outlines of digits; the model is 'tiny-sd'"),
     ):
-        assert main([*common, *few, *options]) == 2
+        assert main([*common, *few, *loras, *options]) == 2
         assert message in capsys.readouterr().err
-    assert main(["adapter-fidelity", "--model", "tiny-sd", "--out", str(out)]) == 2
+    assert main(common) == 2
     assert "no LoRAs ship for tiny-sd; name their folder with --loras" in capsys.readouterr().err
+    assert main([argument for argument in common if argument != "--random-weights"]) == 2
+    assert (
+        "model 'tiny-sd' is an architecture with random weights, whose images mean nothing" in capsys.readouterr().err
+    )
+
+
+def test_levers_of_digits_share_a_folder_and_their_options(tmp_path, capsys):
+    few = ["--samples", "4", "--steps", "2", "--guidance-scale", "3", "--guidance-scale", "4", "--bound", "1"]
+    assert (
+        main(["fidelity", "--levers", "controlnet,lora-bound", "--model", "digits", "--out", str(tmp_path), *few]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert printed.startswith("digits: weights trained\n")
+    assert printed.count("ControlNet outline at 1: overlap") == 2
+    with (tmp_path / "lora-bound.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["guidance_scale"], row["bound_steps"]) for row in rows] == [
+        (scale, bound) for scale in ("3.0", "4.0") for bound in "012"
+    ]
+    assert (tmp_path / "controlnet-outline-DDIM-2-4.png").stat().st_size > 1000

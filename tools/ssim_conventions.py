@@ -1,6 +1,6 @@
-"""Writes ssim-conventions.csv, beside docs/fidelity.md: the same images under three conventions of SSIM.
+"""Writes docs/data/ssim-conventions.csv: the same images under three conventions of SSIM.
 
-python docs/figures/ssim_conventions.py
+python -m tools.ssim_conventions
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ import torch.nn.functional as functional
 
 from synerdiff.core import CONDITIONAL
 from synerdiff.diffusion.checkpoint import load_model
-from synerdiff.fidelity.rules import adaptive, first, full, last, spread
-from synerdiff.fidelity.sampling import Sampler, Subject
-from synerdiff.fidelity.scores import ssim_of
+from synerdiff.fidelity.rules import SkipRule, adaptive, first, full, last, spread
+from synerdiff.fidelity.sampling import Sampler, Subject, ssim_of
 
-FOLDER = Path(__file__).resolve().parent
+DATA = Path(__file__).resolve().parent.parent / "docs" / "data"
 COLUMNS = ["rule", "gaussian_0_1", "gaussian_range_2", "uniform_range_2"]
 STEPS, GUIDANCE, IMAGES, FIRST_SEED = 25, 4.0, 128, 1000
 RULES = [
@@ -66,11 +65,11 @@ def main() -> None:
     subjects = [Subject(seed, model.prompts.default_prompt(seed)) for seed in range(FIRST_SEED, FIRST_SEED + IMAGES)]
     sampler = Sampler(model, GUIDANCE, 32, lambda rows: None)
 
-    def made(rule) -> torch.Tensor:
+    def made(rule: SkipRule) -> torch.Tensor:
         return torch.cat([model.decode(latents).float() for latents, _ in sampler.latents(rule, subjects)])
 
     reference = made(full(STEPS))
-    with (FOLDER / "ssim-conventions.csv").open("w", newline="") as file:
+    with (DATA / "ssim-conventions.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for rule in RULES:
