@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +18,7 @@ from synerdiff.core import PPM, InputError, Mode, SkipBudget
 from synerdiff.profile.folder import find_profile
 
 if TYPE_CHECKING:
-    from synerdiff.experiments.run import RunSpec
+    from synerdiff.experiments.run import Outcome, RunSpec
 
 ProfileName = Annotated[str, typer.Option("--profile", help="Folder of a profile, or the name of a shipped one.")]
 TraceFile = Annotated[Path, typer.Option("--trace", help="Trace file (CSV or parquet).")]
@@ -147,3 +149,19 @@ def run_spec(
         budget=budget,
         **fields,
     )
+
+
+def report(outcome: Outcome, title: str, more: Sequence[str] = ()) -> None:
+    """Print what came of a run."""
+    typer.echo(title)
+    for line in [*outcome.lines(), *more]:
+        typer.echo(line)
+
+
+def require_served(outcome: Outcome) -> None:
+    """Exit code 1 when no request was served."""
+    statuses = Counter(record.status for record in outcome.result.requests)
+    if not statuses["done"]:
+        how = ", ".join(f"{count} {status}" for status, count in sorted(statuses.items()))
+        print(f"No request was served: {how}.", file=sys.stderr)
+        raise typer.Exit(1)

@@ -104,9 +104,7 @@ def run(
         outcome = run.execute(prepared, engine, on_progress)
         outcome.write(out, timeline)
     facts = outcome.served.facts
-    typer.echo(f"{out}: {policy} on {facts['device']}, {trace.name}")
-    for line in [*outcome.lines(), *hardware.hardware_lines(facts)]:
-        typer.echo(line)
+    options.report(outcome, f"{out}: {policy} on {facts['device']}, {trace.name}", hardware.hardware_lines(facts))
     if engine.hung:
         print(engine.error, file=sys.stderr)
         if engine.device.startswith("cuda"):
@@ -120,6 +118,7 @@ def run(
         unfinished = outcome.summary["unfinished_count"]
         print(f"Interrupted: {unfinished} requests are unfinished; what was finished is written.", file=sys.stderr)
         raise typer.Exit(130)
+    options.require_served(outcome)
 
 
 def _require_empty(folder: Path) -> None:

@@ -74,6 +74,5 @@ def simulate(
         outcome = runs.execute(prepared, runs.simulator, on_progress)
     outcome.write(out, timeline)
     where = "" if spec.cluster is None else f" behind {spec.router} on {len(spec.cluster.gpus)} GPUs"
-    typer.echo(f"{out}: {policy}{where} on {prepared.profile.label}, {trace.name}")
-    for line in outcome.lines():
-        typer.echo(line)
+    options.report(outcome, f"{out}: {policy}{where} on {prepared.profile.label}, {trace.name}")
+    options.require_served(outcome)

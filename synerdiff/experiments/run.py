@@ -32,19 +32,23 @@ from synerdiff.diffusion import SCHEDULERS
 from synerdiff.experiments.sources import Source, arrivals
 from synerdiff.fidelity.floor import FloorChoice, floor_for_requests
 from synerdiff.profile.adapters import Adapters, load_adapters
-from synerdiff.profile.capacity import offered_load, solo_latency_ns
+from synerdiff.profile.capacity import default_batch, mix_of, offered_load, solo_latency_ns
 from synerdiff.profile.folder import load_profile
 from synerdiff.profile.scaling import scaled_profile
 from synerdiff.profile.tables import Profile
 from synerdiff.results import folder, records
-from synerdiff.results.metrics import summarize
-from traces.scaling import scaled, time_scale_for_rate
+from synerdiff.results.metrics import SLO_FACTOR, saturation_throughput, summarize
+from synerdiff.results.metrics import slo_s as limits_s
+from traces.scaling import check_time_scale, rate_per_s, scaled, time_scale_for_rate
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
 
 DEFAULT_ROUTER = "shortest-queue"
+CAPACITY_IMAGES = 200
+"""Per worker: how many wait from the start where a policy's capacity is asked for."""
+MOST_CAPACITY_IMAGES = 4000
 OnProgress = Callable[[int], None]
 """Hears how many samples have ended."""
 
@@ -106,8 +110,10 @@ class Prepared:
     budget: SkipBudget
     floor: FloorChoice | None
     window: tuple[float, float] | None
-    time_scale: float
-    load: float | None
+    slo_from: str
+    """Where the requests' latency limits come from."""
+    time_scale: float = 1.0
+    load: float | None = None
     """None when all requests arrive at once."""
 
     @property
@@ -117,6 +123,27 @@ class Prepared:
     @property
     def images(self) -> int:
         return sum(request.images for request in self.served)
+
+    @property
+    def rate_per_s(self) -> float | None:
+        """Requests a second that are offered; None when all arrive at once."""
+        if self.load is None:
+            return None
+        window = self.window
+        return (
+            rate_per_s(self.requests)
+            if window is None
+            else len(self.requests) / window_s(self.requests, window) / self.time_scale
+        )
+
+    def load_of(self, length_s: float) -> float:
+        """The load when the requests are offered within that time, over all workers (``capacity.offered_load``)."""
+        return offered_load(self.requests, self.profile, length_s, self.workers)
+
+    def solo_latencies_s(self) -> list[float]:
+        """Of each request, its latency alone with the steps that were asked for."""
+        solo: dict[tuple[int, int, bool], int] = {}
+        return [_solo_ns(request, self.profile, solo) / NS_PER_S for request in self.requests]
 
     def policy(self) -> Policy:
         """A fresh one: every worker has its own."""
@@ -150,6 +177,9 @@ class Prepared:
             "window_s": self.window,
             "time_scale": self.time_scale,
             "load": self.load,
+            "load_batch": default_batch(self.profile, mix_of(self.requests).sample_rows),
+            "rate_per_s": self.rate_per_s,
+            "slo": self.slo_from,
             "policy": spec.policy,
             "parameters": dict(spec.parameters),
             "skip_fraction_allowed": self.budget.fraction_ppm / PPM,
@@ -222,21 +252,35 @@ class Outcome:
     def summary(self) -> dict[str, Any]:
         """The metrics (``metrics.summarize``), ready for JSON."""
         prepared = self.prepared
-        return summarize(*self.frames, _solo_latencies_s(prepared.requests, prepared.profile), prepared.load)
+        return summarize(*self.frames, prepared.solo_latencies_s(), prepared.load)
 
+    @cached_property
     def described(self) -> dict[str, Any]:
-        """What was run and what came of it: the content of ``summary.json``."""
-        run = {**self.prepared.described(), "decisions": self.result.decisions, **self.served.facts}
+        """What was run, what the policy could sustain and what came of it: the content of ``summary.json``."""
+        prepared = self.prepared
+        ended = all(record.status != "unfinished" for record in self.result.requests)
+        capacity = capacity_per_s(prepared) if ended else None
+        rate = prepared.rate_per_s
+        limits = limits_s(self.frames[0], prepared.solo_latencies_s())
+        run = {
+            **prepared.described(),
+            "slo_lowest_s": float(limits.min()),
+            "slo_highest_s": float(limits.max()),
+            "policy_capacity_per_s": capacity,
+            "policy_load": None if capacity is None or rate is None else rate / capacity,
+            "decisions": self.result.decisions,
+            **self.served.facts,
+        }
         return {"run": run, **self.summary}
 
     def write(self, out: Path, timeline: bool = False) -> None:
         """The run's folder."""
-        folder.write_run(out, self.tables, self.frames, self.described(), timeline)
+        folder.write_run(out, self.tables, self.frames, self.described, timeline)
 
     def lines(self) -> list[str]:
         """The floor that was chosen and the metrics that matter most, for people."""
         floor = self.prepared.floor
-        return [*(floor.lines() if floor is not None else ()), *folder.summary_lines(self.described())]
+        return [*(floor.lines() if floor is not None else ()), *folder.summary_lines(self.described)]
 
 
 def prepare(spec: RunSpec) -> Prepared:
@@ -263,8 +307,7 @@ def prepare(spec: RunSpec) -> Prepared:
         budget=spec.budget if floor is None else floor.budget,
         floor=floor,
         window=window,
-        time_scale=1.0,
-        load=None,
+        slo_from=_slo_from(asked, spec),
     )
     scale, load = _stretch(prepared)
     requests = scaled(requests, scale)
@@ -274,6 +317,29 @@ def prepare(spec: RunSpec) -> Prepared:
 def execute(prepared: Prepared, engine: Engine | None = None, on_progress: OnProgress | None = None) -> Outcome:
     """Serve a prepared run, by default in simulation, with fresh policies."""
     return Outcome(prepared, (engine or simulator)(prepared, on_progress))
+
+
+def saturated(prepared: Prepared, images: int) -> tuple[Outcome, float | None]:
+    """A simulated run of so many images that all wait from the start, and its images a second at full batches.
+
+    Where decodes lag so far behind that too few end beside full steps, 4 and 16 times as many; then None.
+    """
+    for longer in (1, 4, 16):
+        outcome = execute(prepared.at_once(longer * images))
+        try:
+            return outcome, saturation_throughput(outcome.frames[1])
+        except InputError:
+            continue
+    return outcome, None
+
+
+def capacity_per_s(prepared: Prepared) -> float | None:
+    """Requests a second that the policy sustains at its batch, by a simulated backlog; None where it does not tell."""
+    try:
+        rate = saturated(prepared, min(CAPACITY_IMAGES * prepared.workers, MOST_CAPACITY_IMAGES))[1]
+    except Exception:  # a user's policy may raise anything; its own run says so, and this is only a number beside it
+        return None
+    return None if rate is None else rate * len(prepared.requests) / prepared.images
 
 
 def simulator(prepared: Prepared, on_progress: OnProgress | None = None, /) -> Served:
@@ -347,13 +413,15 @@ def fewer_steps(steps: int, scale: float) -> int:
 
 
 def window_s(requests: Sequence[Request], window: tuple[float, float] | None) -> float:
-    """Length of the stated window, else the time from 0 to the last arrival; InputError when that is nothing."""
+    """Length of the stated window, else requests times the mean gap between the first arrival and the last.
+
+    So a slice of a trace has the same load wherever it starts. InputError when all arrive at once.
+    """
     if window is not None:
         return window[1] - window[0]
-    last_s = requests[-1].arrival_ns / NS_PER_S
-    if last_s <= 0:
-        raise InputError("all requests arrive at 0 s, so the load is undefined; give a window or a time scale.")
-    return last_s
+    if requests[-1].arrival_ns == requests[0].arrival_ns:
+        raise InputError("all requests arrive at once, so the load is undefined; give a window or a time scale.")
+    return len(requests) / rate_per_s(requests)
 
 
 def _stretch(prepared: Prepared) -> tuple[float, float | None]:
@@ -366,14 +434,25 @@ def _stretch(prepared: Prepared) -> tuple[float, float | None]:
     if spec.load is not None:
         if not 0 < spec.load <= 100:
             raise InputError(f"--load is {spec.load:g}; a number above 0 and up to 100 is needed.")
-        offered = offered_load(requests, prepared.profile, window_s(requests, window), prepared.workers)
-        return offered / spec.load, spec.load
+        return prepared.load_of(window_s(requests, window)) / spec.load, spec.load
     scale = 1.0 if spec.time_scale is None else spec.time_scale
+    check_time_scale(scale)
     if spec.rate_per_s is not None:
         scale = time_scale_for_rate(requests, spec.rate_per_s)
-    if scale <= 0 or (window is None and requests[-1].arrival_ns <= 0):
+    if window is None and requests[-1].arrival_ns == requests[0].arrival_ns:
         return scale, None
-    return scale, offered_load(requests, prepared.profile, window_s(requests, window), prepared.workers) / scale
+    return scale, prepared.load_of(window_s(requests, window) * scale)
+
+
+def _slo_from(requests: Sequence[Request], spec: RunSpec) -> str:
+    own = sum(request.slo_ns is not None for request in requests)
+    if own == len(requests):
+        return "as the trace says"
+    if spec.slo_seconds is not None:
+        rest = "as was asked for"
+    else:
+        rest = f"{spec.slo_multiple or SLO_FACTOR:g} times the latency alone"
+    return f"as the trace says, else {rest}" if own else rest
 
 
 def _floor(spec: RunSpec, requests: Sequence[Request], profile: Profile) -> FloorChoice | None:
@@ -412,11 +491,6 @@ def _fewer(requests: list[Request], scale: float) -> list[Request]:
     if scale == 1:
         return requests
     return [replace(request, steps=fewer_steps(request.steps, scale)) for request in requests]
-
-
-def _solo_latencies_s(requests: Sequence[Request], profile: Profile) -> list[float]:
-    solo: dict[tuple[int, int, bool], int] = {}
-    return [_solo_ns(request, profile, solo) / NS_PER_S for request in requests]
 
 
 def _solo_ns(request: Request, profile: Profile, known: dict[tuple[int, int, bool], int]) -> int:

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from synerdiff.config.experiment import BatchSearch, Experiment, Workload
-from synerdiff.core import InputError, Request
+from synerdiff.core import NS_PER_S, InputError, Request
 from synerdiff.files import sha256_of_files
 from traces.generate import generate_trace
 from traces.gentd26 import read_gentd26
@@ -51,7 +51,7 @@ class Arrivals:
 
     requests: tuple[Request, ...]
     window: tuple[float, float] | None
-    """The stated window; None: from 0 to the last arrival."""
+    """The stated window; a generator's begins at 0. None: from the first arrival to the last."""
     dropped: Mapping[str, int]
     """What the trace file held and is not replayed, by reason."""
 
@@ -137,8 +137,9 @@ def arrivals(source: Source) -> Arrivals:
     window = source.window
     if source.requests is not None and len(requests) > source.requests:
         requests, window = requests[: source.requests], None
-    if source.generator is not None and source.requests is None:
-        window = (0.0, float(json.loads(source.parameters)["duration_s"]))
+    if source.generator is not None:
+        duration_s = json.loads(source.parameters).get("duration_s")
+        window = (0.0, requests[-1].arrival_ns / NS_PER_S if duration_s is None else float(duration_s))
     return Arrivals(requests, window, dropped)
 
 

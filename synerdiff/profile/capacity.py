@@ -121,9 +121,10 @@ def parallel_capacity_samples_per_s(
 
 
 def offered_load(
-    requests: Iterable[Request], profile: Profile, window_s: float, gpus: int = 1, batch: int | None = None
+    requests: Iterable[Request], profile: Profile, window_s: float, workers: int = 1, batch: int | None = None
 ) -> float:
-    """Offered sample-steps per second over the window / those that ``continuous-serial`` sustains on these GPUs.
+    """Offered sample-steps per second over the window / those that ``continuous-serial`` sustains on so many
+    workers.
 
     Full guidance and the trace's own mix, at its default batch unless ``batch`` is given. 1.0 is saturation. Slowing
     the arrivals down by a factor f divides it by f.
@@ -133,7 +134,7 @@ def offered_load(
         raise InputError(f"the window is {window_s:g} s long, so it has no load; it must be longer than 0.")
     size = default_batch(profile, mix.sample_rows) if batch is None else batch
     sustained = serial_capacity_samples_per_s(profile, mix.steps_mean, size, mix.two_row_share) * mix.steps_mean
-    return mix.sample_steps / window_s / (sustained * gpus)
+    return mix.sample_steps / window_s / (sustained * workers)
 
 
 def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None) -> int:

@@ -9,9 +9,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from synerdiff.results.intervals import BLOCKS, requests_for_p99_claim, requests_per_block
+
 if TYPE_CHECKING:
     import pandas
     import pyarrow
+
+NEAR_SATURATION = 0.9
+"""Share of what the policy sustains from which on small errors of the times move latencies much."""
+
 
 def write_run(
     out: Path,
@@ -49,12 +55,17 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"{name.replace('_', ' ')} {_number(summary[f'{name}_mean_s'])}"
         for name in ("queue", "denoise", "decode_wait", "decode")
     )
+    if not summary["p99_claimable"]:
+        latency += " (cannot be claimed)"
     lost = summary["error_request_count"]
+    measured, done = summary["measured_request_count"], summary["request_count"]
     lines = [
-        f"  requests    {summary['trace_request_count']}, of which {summary['measured_request_count']} measured"
+        f"  requests    {summary['trace_request_count']}, of which {measured} measured"
         f" and {lost} unfinished, rejected or failed",
-        f"  load        {_number(run['load'])}",
+        *_load_lines(run),
+        f"  SLO         {_span(run['slo_lowest_s'], run['slo_highest_s'])} s: {run['slo']}",
         f"  latency, s  {latency}",
+        *_claim_lines(summary, measured, done),
         f"  stages, s   {stages}",
         f"  throughput  {_number(summary['request_throughput'])} requests/s, "
         f"{_number(summary['image_throughput'])} images/s",
@@ -70,6 +81,58 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
             f"copied; {run['controlnet_loads']} ControlNets loaded",
         ]
     return lines
+
+
+def _load_lines(run: dict[str, Any]) -> list[str]:
+    """The load and what it is a share of, the rate beside it, and how far the trace was stretched."""
+    rate, load, scale = run["rate_per_s"], run["load"], run["time_scale"]
+    speed = "as written" if scale == 1 else f"{_number(max(scale, 1 / scale))} times as {'slow' if scale > 1 else 'fast'}"
+    lines = [f"  time scale  {_number(scale)}: the trace {speed}"]
+    if rate is None:
+        return [*lines, "  load        -: all requests arrive at once"]
+    lines.append(
+        f"  load        {_number(load)}: {_number(rate)} of the {_number(rate / load)} requests/s that continuous-serial "
+        f"sustains at batch {run['load_batch']}"
+    )
+    if run["policy_capacity_per_s"] is not None:
+        lines.append(
+            f"  capacity    {_number(run['policy_capacity_per_s'])} requests/s by {run['policy']} at its own batch, of "
+            f"which {_number(100 * run['policy_load'])}% are offered: {_state(run['policy_load'])}"
+        )
+    return lines
+
+
+def _state(policy_load: float) -> str:
+    return "saturated" if policy_load > 1 else "near saturation" if policy_load > NEAR_SATURATION else "stable"
+
+
+def _claim_lines(summary: dict[str, Any], measured: int, done: int) -> list[str]:
+    """What the run's length allows to say about its latencies."""
+    lines = []
+    low, high = summary["request_latency_mean_ci_low_s"], summary["request_latency_mean_ci_high_s"]
+    load = summary["run"]["load"]
+    if low is not None:
+        lines.append(f"  mean        95% interval {_span(low, high)} s, from blocks of this run")
+    elif load is not None:
+        block = requests_per_block(load)
+        why = "the load is not below 1" if block is None else f"{_trace_length(BLOCKS * block)} requests are needed at this load"
+        lines.append(f"  mean        no interval: {why}")
+    if not summary["p99_claimable"]:
+        needed = requests_for_p99_claim()
+        lines.append(
+            f"  P99         cannot be claimed from {done} of {measured} measured requests: {needed}, all done, are needed"
+            f" (a trace of {_trace_length(needed)})"
+        )
+    return lines
+
+
+def _trace_length(measured: int) -> int:
+    """Requests of a trace of which so many are measured (``metrics.measured``)."""
+    return next(count for count in range(measured, 2 * measured + 2) if count - count // 10 - count * 5 // 100 >= measured)
+
+
+def _span(low: float, high: float) -> str:
+    return _number(low) if low == high else f"{_number(low)} to {_number(high)}"
 
 
 def _number(value: float | None) -> str:

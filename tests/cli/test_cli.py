@@ -76,11 +76,11 @@ def test_simulate_at_a_load(world: Path) -> None:
     assert slow["run"]["load"] == 0.5
     assert again["run"]["load"] == pytest.approx(0.5)
     assert again["request_latency_p99_s"] == slow["request_latency_p99_s"]
-    # Offered over 3.9 s: 40 requests, 60 images; the profile and the formula as stated in docs/file-formats.md.
+    # 40 requests 0.1 s apart, 60 images: offered over 4 s; the formula is stated in docs/file-formats.md.
     steps = sum((2 + i % 3) * (1 + i % 2) for i in range(40))
     mean = steps / 60
     sustained = 1e9 / (mean * 42_000_000 / 8 + 30_000_000) * mean
-    assert slow["run"]["time_scale"] == pytest.approx(steps / 3.9 / sustained / 0.5)
+    assert slow["run"]["time_scale"] == pytest.approx(steps / 4.0 / sustained / 0.5)
 
 
 def test_a_window_is_cut_before_it_is_stretched(world: Path) -> None:
@@ -505,6 +505,32 @@ def test_a_cluster_is_simulated_by_the_same_command(
     arguments[2] = "h200-sdxl-estimated"
     assert cli.main(arguments) == 2
     assert "has no adapters.csv" in sentence(capsys)
+
+
+def test_a_run_that_serves_nothing_is_a_failed_check(
+    world: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (world / "my_refusal_cli.py").write_text(
+        "from synerdiff.core import Decision\n"
+        "class Refusal:\n"
+        "    chunking = 'whole'\n"
+        "    def reset(self, worker, profile): pass\n"
+        "    def decide(self, view): return Decision(reject=tuple(s.id for s in view.waiting))\n"
+    )
+    assert simulate(policy="my_refusal_cli:Refusal") == 1
+    assert capsys.readouterr().err == "No request was served: 40 rejected.\n"
+    assert set(read_requests(world / "out")["status"]) == {"rejected"}
+
+
+def test_rate_and_limit_are_options(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate("--rate", "2", "--slo", "0.5") == 0
+    printed = capsys.readouterr().out
+    assert "time scale  5: the trace 5 times as slow" in printed
+    assert "SLO         0.5 s: as was asked for" in printed
+    run = json.loads((world / "out" / "summary.json").read_text())["run"]
+    assert run["rate_per_s"] == pytest.approx(2)
+    assert read_requests(world / "out")["slo_s"].tolist() == [0.5] * 40
 
 
 def test_a_router_needs_a_cluster(world: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,7 +119,7 @@ def test_a_row_is_what_simulate_finds(world: Path) -> None:
     run = next(run for run in grid.runs({}) if run.key == row["key"])
     write_trace(world / "t.csv", arrivals(run.source).requests)
     settings = [f"--set={name}={value}" for name, value in run.setup.parameters.items()]
-    flags = ["--policy", run.setup.policy, *settings, "--load", str(run.load), "--out", "one"]
+    flags = ["--policy", run.setup.policy, *settings, "--time-scale", repr(row["time_scale"]), "--out", "one"]
     assert cli.main(["simulate", "--profile", "p", "--trace", "t.csv", *flags]) == 0
     summary = json.loads((world / "one" / "summary.json").read_text())
     del summary["run"]

@@ -93,7 +93,7 @@ def test_mix_and_load_by_hand(profile: Profile) -> None:
     assert (mix.two_row_share, mix.sample_rows) == (0.8, 2)
     # Batch 2; mean T = 0.64 * 40 + 0.32 * 30 + 0.04 * 20 = 36 ms; 10/3 steps * 36 / 2 + 8 = 68 ms a sample.
     assert offered_load(requests, profile, window_s=0.204) == pytest.approx(1.0)
-    assert offered_load(requests, profile, window_s=0.204, gpus=2) == pytest.approx(0.5)
+    assert offered_load(requests, profile, window_s=0.204, workers=2) == pytest.approx(0.5)
 
 
 def test_load_messages(profile: Profile) -> None:
