@@ -135,7 +135,7 @@ def paired_comparison(
         axes[0].set_ylim(len(policies) - 0.4, -0.8)
     for axis, measure in zip(grid[-1], measures, strict=True):
         own = ratios[ratios["measure"] == measure]
-        ratio_axis(axis, "x", own[["ratio", "low", "high"]].to_numpy(float).ravel().tolist(), f"against {baseline}", 5)
+        ratio_axis(axis, "x", own[["ratio", "low", "high"]].to_numpy(float).ravel().tolist(), f"against {baseline}", 4)
     looks = ((BLUE, "better"), (GREY, "a tie: the interval holds 0%"), (ORANGE, "worse"))
     legend_above(figure, [Line2D([], [], color=c, marker="o", label=label) for c, label in looks])
     note = "Geometric means over seeds of paired ratios, lines: 95% t intervals."

@@ -173,6 +173,7 @@ def latency_against_fidelity(
                 if policy == FEWER_STEPS and line == 0:
                     for name, x, y in zip(own.index, error, own[column], strict=True):
                         beside(axis, str(name).split()[0], x, y, (3, -8))
+            axis.margins(y=0.15)
             panel_title(axis, f"load {load:g}" if line == 0 else "", bool(at_load["estimated"].any()))
         axes[0].set_ylabel(label)
     plain_log_ticks(grid[0][0])

@@ -172,9 +172,9 @@ def beside(axis: Axes, text: str, x: float, y: float, offset: tuple[float, float
 
 
 def percent(ratio: float) -> str:
-    """A ratio as a change: 1.05 is +5%."""
+    """A ratio as a change: 1.05 is +5%, 1.004 is +0.4%."""
     change = 100 * (ratio - 1)
-    return f"{change:+.0f}%" if abs(change) >= 0.5 else "0%"
+    return f"{change:+.0f}%" if abs(change) >= 0.95 else f"{change:+.1f}%" if abs(change) >= 0.05 else "0%"
 
 
 LEAST_ERROR = 1e-4
