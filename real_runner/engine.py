@@ -1,8 +1,8 @@
 """The hardware engine: decide, execute, account, against the real clock.
 
-It drives the same ``Worker`` in the same rounds as the simulator. Everything that has happened since the last round is
-taken together in the contract's order, the policy is asked once, and what it wants is submitted to lanes. Times in
-records are those of the lanes on the monotonic clock, counted from the start of the trace.
+It drives the same ``Worker`` in the same ``Rounds`` as the simulator: what has happened since the last look is taken
+together, the policy is asked once, and what it wants is submitted to lanes. Times in records are those of the lanes on
+the monotonic clock, counted from the start of the trace.
 """
 
 from __future__ import annotations
@@ -18,12 +18,24 @@ from real_runner.dispatch import Dispatch
 from real_runner.execution import GPU, LOOK_EVERY_NS, Execution, OnImage
 from real_runner.faults import FAILED, STOPPED, Fault
 from real_runner.hardware import Hardware, chunking_of
-from real_runner.intake import Entry, Intake, no_controls
+from real_runner.intake import Intake, no_controls
 from real_runner.pieces import Image
-from synerdiff.core import NO_SKIPS, NS_PER_S, InputError, Request, RunResult, Sample, SkipBudget, WorkerInfo
+from synerdiff.core import (
+    NO_SKIPS,
+    NS_PER_S,
+    Decision,
+    InputError,
+    LaneView,
+    Request,
+    RunResult,
+    Sample,
+    SkipBudget,
+    WorkerInfo,
+)
 from synerdiff.diffusion.decoder import Chunking
+from synerdiff.engine.rounds import NEVER, Rounds
 from synerdiff.engine.samples import make_samples, request_records, sorted_work
-from synerdiff.engine.worker import Worker
+from synerdiff.engine.worker import Step, Worker
 from synerdiff.profile.tables import Profile
 
 HEAD_START_NS = 20_000_000
@@ -95,7 +107,7 @@ def run_real(
             work=sorted_work(execution.records),
             sample_names=[sample.name for sample in samples],
             end_ns=execution.now_ns(),
-            decisions=len(execution.dispatch.decide_ns),
+            decisions=run.rounds.decisions,
         ),
         execution.faults,
         execution.dispatch,
@@ -128,7 +140,7 @@ def require_served(requests: Sequence[Request], hardware: Hardware, serving: Ser
 
 
 class _Run:
-    """One run: who has arrived, when the policy is asked, and what is then started."""
+    """One run: who has arrived, when the engine looks, and what the policy's decisions start."""
 
     def __init__(
         self,
@@ -142,13 +154,15 @@ class _Run:
         watchdog_ns: int,
         serving: Serving | None,
     ) -> None:
-        self.policy, self.samples, self.device, self.serving = policy, samples, hardware.device, serving
-        # When a step with adapters ends cannot be told from the profile's times of plain steps.
-        self.lead_ns = profile.overhead_ns("decision_lead") if serving is None else 0
+        self.samples, self.device, self.serving = samples, hardware.device, serving
         chunks = [hardware.chunk_functions(lane, cut) for lane in range(len(hardware.decode))]
         name = getattr(policy, "NAME", "") or type(policy).__name__
         gpu = GPU if serving is None else serving.gpu
         self.worker = Worker(samples, name, len(cut), profile.max_rows, (gpu,) * len(hardware.decode))
+        # When a step with adapters ends cannot be told from the profile's times of plain steps.
+        lead_ns = profile.overhead_ns("decision_lead") if serving is None else 0
+        self.rounds = Rounds(self.worker, policy, self, lead_ns)
+        self.rounds.on_decision = self.decided
         self.samples_of: dict[int, list[Sample]] = {request.request_id: [] for request in requests}
         for sample in samples:
             self.samples_of[sample.request.request_id].append(sample)
@@ -176,9 +190,10 @@ class _Run:
                 worker.refuse_stall(execution.now_ns())
             self.device.wait_any(works, execution.zero_ns + self.due_ns())
             execution.require_alive()
-            cause_ns = self.happen()
+            cause_ns = self.rounds.take(execution.now_ns())
+            execution.take_copies()
             if cause_ns >= 0 and worker.ended < total:
-                self.decide(cause_ns)
+                self.rounds.decide(execution.now_ns(), cause_ns, self.entered == total)
             if on_progress is not None and worker.ended > reported:
                 reported = worker.ended
                 on_progress(reported)
@@ -190,60 +205,44 @@ class _Run:
 
     def due_ns(self) -> int:
         """When to look again although nothing has ended."""
-        due_ns = self.execution.now_ns() + LOOK_EVERY_NS
-        for instant_ns in (self.worker.wake_ns, self.early_ns()):
-            if instant_ns is not None:
-                due_ns = min(due_ns, instant_ns)
-        return due_ns
+        due_ns = min(self.execution.now_ns() + LOOK_EVERY_NS, self.rounds.early_ns())
+        return due_ns if self.worker.wake_ns is None else min(due_ns, self.worker.wake_ns)
 
-    def early_ns(self) -> int | None:
-        """When the decision that follows the running step closes; None without a lead or once it has."""
-        step = self.worker.step
-        if not self.lead_ns or step is None or step.shown_done:
-            return None
+    def decided(self, decision: Decision, now_ns: int, cause_ns: int) -> None:
+        """What follows a decision before its pieces start."""
+        execution = self.execution
+        execution.dispatch.decide_ns.append(execution.now_ns() - now_ns)
+        if self.serving is not None:
+            self.serving.follow(self.worker)
+        execution.commit_step(cause_ns)
+        for sample_id in decision.reject:
+            del execution.images[sample_id]
+
+    # --- lanes, as `Rounds` asks for them -----------------------------------------------------------------------
+
+    def end_step(self, now_ns: int) -> int:
+        step = self.execution.step
+        return self.execution.end_step() if step is not None and step.work.done() else -1
+
+    def end_chunks(self, now_ns: int) -> int:
+        return max([self.execution.end_chunk(lane) for lane in self.execution.ended_lanes()], default=-1)
+
+    def early_ns(self) -> int:
         end_ns = self.execution.predicted_step_end_ns()
-        return None if end_ns is None else end_ns - self.lead_ns
+        return NEVER if end_ns is None else end_ns - self.rounds.lead_ns
 
-    def happen(self) -> int:
-        """Everything since the last round, in the contract's order.
+    def start_step(self, step: Step, cause_ns: int) -> None:
+        self.execution.start_step(step, cause_ns)
 
-        Returns when the latest of what the policy is to be asked about happened, -1 when it is not to be asked.
-        """
-        worker, execution = self.worker, self.execution
-        step_ended = execution.step is not None and execution.step.work.done()
-        ended_lanes = execution.ended_lanes()
-        entries = self.intake.ready()
-        now_ns = execution.now_ns()
-        cause_ns = -1
-        if step_ended:
-            end_ns = execution.end_step(now_ns)
-            if worker.next_step is None and worker.exclusive_lane is None:
-                cause_ns = end_ns
-        for lane in ended_lanes:
-            cause_ns = max(cause_ns, execution.end_chunk(lane, now_ns))
-        if step_ended and self.lead_ns:
-            execution.start_committed(end_ns)
-        entered_ns = self.enter(entries, now_ns)
-        if entered_ns >= 0 and not worker.denoise_held:
-            cause_ns = max(cause_ns, entered_ns)
-        if worker.wake_ns is not None and worker.wake_ns <= now_ns:
-            cause_ns = max(cause_ns, worker.wake_ns)
-            worker.wake_ns = None
-        # A step that has only just started is shown as done in a round of its own.
-        early_ns = None if step_ended else self.early_ns()
-        if early_ns is not None and early_ns <= now_ns:
-            worker.show_step_done()
-            cause_ns = max(cause_ns, early_ns, 0)
-        execution.take_copies()
-        return cause_ns
+    def start_chunk(self, lane: LaneView, cause_ns: int) -> None:
+        self.execution.start_chunk(lane, cause_ns)
 
-    def enter(self, entries: Sequence[Entry], now_ns: int) -> int:
-        """Requests join waiting; returns when the last of them did, -1 without any."""
+    def enter(self, now_ns: int) -> int:
         execution, latest_ns = self.execution, -1
-        for entry in entries:
+        for entry in self.intake.ready():
             samples = self.samples_of[entry.request.request_id]
             self.entered += len(samples)
-            latest_ns = min(entry.entered_ns - execution.zero_ns, now_ns)
+            latest_ns = min(entry.entered_ns - execution.zero_ns, execution.now_ns())
             if entry.failure:
                 names = tuple(sample.name for sample in samples)
                 execution.faults.append(Fault(latest_ns, FAILED, names, entry.failure))
@@ -257,20 +256,3 @@ class _Run:
                 execution.images[sample.id] = Image(sample, state)
                 self.worker.enter(sample)
         return latest_ns
-
-    def decide(self, cause_ns: int) -> None:
-        """Ask the policy once and start what it wants now."""
-        worker, execution = self.worker, self.execution
-        now_ns = execution.now_ns()
-        decision = self.policy.decide(worker.look(now_ns, self.entered == len(self.samples)))
-        step_starts, starting = worker.apply(decision, now_ns)
-        execution.dispatch.decide_ns.append(execution.now_ns() - now_ns)
-        if self.serving is not None:
-            self.serving.follow(worker)
-        committed = worker.next_step is not None and execution.next_step is None
-        if step_starts or committed:
-            execution.start_step(cause_ns)
-        for lane in starting:
-            execution.start_chunk(lane, cause_ns)
-        for sample_id in decision.reject:
-            del execution.images[sample_id]

@@ -17,7 +17,7 @@ from real_runner.pieces import ChunkPiece, Image, Picture, StepPiece, picture_of
 from synerdiff.core import NS_PER_S, PPM, LaneView, Mode, Phase, Sample, SampleId, WorkRecord
 from synerdiff.device.lanes import Work
 from synerdiff.diffusion.model import SampleState
-from synerdiff.engine.worker import Worker
+from synerdiff.engine.worker import Step, Worker
 from synerdiff.profile.tables import Profile
 
 GPU = 0
@@ -101,28 +101,24 @@ class Execution:
 
     # --- starting -----------------------------------------------------------------------------------------------
 
-    def start_step(self, cause_ns: int) -> None:
-        """Submit the step just decided; a committed one waits in the lane's queue behind the running one."""
-        committed = self.worker.next_step
-        step = committed or self.worker.step
-        assert step is not None
+    def start_step(self, step: Step, cause_ns: int) -> None:
+        """Submit a step; one that was committed has been in the lane's queue since it was decided."""
+        if self.next_step is None:
+            self.step = self._submit(step, cause_ns)
+        else:
+            self.step, self.next_step = self.next_step, None
+            self.step.cause_ns = self.step.since_ns = cause_ns
+
+    def commit_step(self, cause_ns: int) -> None:
+        """A step decided early waits in the lane's queue behind the running one."""
+        if self.worker.next_step is not None and self.next_step is None:
+            self.next_step = self._submit(self.worker.next_step, cause_ns)
+
+    def _submit(self, step: Step, cause_ns: int) -> Running:
         images = [self.images[sample_id] for sample_id in step.ids]
         content = self.make_step(images, [MODES[letter] for letter in step.modes], step.pad_rows)
         work = self.hardware.denoise.submit(content.run)
-        running = Running(content, work, cause_ns, self.now_ns(), step.rows)
-        if committed is None:
-            self.step = running
-        else:
-            self.next_step = running
-
-    def start_committed(self, end_ns: int) -> None:
-        """The running step has ended: what was decided early starts, or has started already in the lane's queue."""
-        lanes = self.worker.start_committed()
-        self.step, self.next_step = self.next_step, None
-        if self.step is not None:
-            self.step.cause_ns = self.step.since_ns = end_ns
-        for lane in lanes:
-            self.start_chunk(lane, end_ns)
+        return Running(content, work, cause_ns, self.now_ns(), step.rows)
 
     def start_chunk(self, lane: LaneView, cause_ns: int) -> None:
         sample = lane.sample
@@ -146,13 +142,13 @@ class Execution:
             if (running := self.decodes[lane.index]) is not None and running.work.done()
         ]
 
-    def end_step(self, now_ns: int) -> int:
+    def end_step(self) -> int:
         """Account for the step that has ended; returns when it did."""
         running = self.step
         assert running is not None
         content = running.content
         assert isinstance(content, StepPiece)
-        start_ns, end_ns = self._times(running, now_ns)
+        start_ns, end_ns = self._times(running)
         content.check()
         step = self.worker.end_step(end_ns)
         self.step = None
@@ -168,14 +164,14 @@ class Execution:
                 self._fail(image, end_ns)
         return end_ns
 
-    def end_chunk(self, lane: LaneView, now_ns: int, go_on: bool = True) -> int:
+    def end_chunk(self, lane: LaneView, go_on: bool = True) -> int:
         """Account for the chunk that has ended on this lane, start the launch's next one; returns when it ended."""
         running, sample = self.decodes[lane.index], lane.sample
         assert running is not None
         assert sample is not None
         content = running.content
         assert isinstance(content, ChunkPiece)
-        start_ns, end_ns = self._times(running, now_ns)
+        start_ns, end_ns = self._times(running)
         self.decodes[lane.index] = None
         self.dispatch.chunk_ns.append(start_ns - running.cause_ns)
         self.records.append(
@@ -197,9 +193,9 @@ class Execution:
             self._copy_out(image, end_ns)
         return end_ns
 
-    def _times(self, running: Running, now_ns: int) -> tuple[int, int]:
+    def _times(self, running: Running) -> tuple[int, int]:
         """Start and end of what has ended; a GPU's clock may run a little ahead of the host's."""
-        end_ns = min(running.work.end_ns - self.zero_ns, now_ns)
+        end_ns = min(running.work.end_ns - self.zero_ns, self.now_ns())
         return min(running.work.start_ns - self.zero_ns, end_ns), end_ns
 
     def _lower_max_rows(self, content: StepPiece, rows: int, end_ns: int) -> None:
@@ -249,14 +245,13 @@ class Execution:
                 return
             self.hardware.device.wait_any(works, time.monotonic_ns() + LOOK_EVERY_NS)
             self.require_alive()
-            now_ns = self.now_ns()
             if self.step is not None and self.step.work.done():
-                self.end_step(now_ns)
+                self.end_step()
                 # A committed step is in the lane's queue and cannot be taken back.
                 self.worker.start_committed()
                 self.step, self.next_step = self.next_step, None
             for lane in self.ended_lanes():
-                self.end_chunk(lane, now_ns, go_on=False)
+                self.end_chunk(lane, go_on=False)
             self.take_copies()
 
     def require_alive(self) -> None:

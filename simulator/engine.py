@@ -16,7 +16,7 @@ import simpy
 from policies.base import Policy
 from policies.routers import RoundRobin, Router, WorkerState
 from simulator.adapters import ControlNetServices, Loader
-from simulator.pieces import NEVER, Draws
+from simulator.pieces import Draws
 from simulator.planned import PlannedStepper
 from simulator.step_plan import StepPlanner
 from simulator.worker_run import PROGRESS_EVERY, WorkerRun
@@ -32,6 +32,7 @@ from synerdiff.core import (
     WorkerInfo,
     WorkRecord,
 )
+from synerdiff.engine.rounds import NEVER
 from synerdiff.engine.samples import make_samples, request_records, sorted_work
 from synerdiff.profile.adapters import Adapters
 from synerdiff.profile.tables import Profile

@@ -12,11 +12,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from synerdiff.core import PPM, InputError
+from synerdiff.engine.rounds import NEVER
 from synerdiff.engine.worker import Step
 from synerdiff.profile.tables import Profile, Spread
-
-NEVER = 1 << 62
-"""Later than anything: the end of what has not been timed yet."""
 
 
 class Piece:

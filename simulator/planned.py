@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from simulator.pieces import NEVER, without_limit
+from simulator.pieces import without_limit
 from simulator.step_plan import Plan, Segment, StepPlanner
 from synerdiff.core import PPM, Sample, WorkRecord
 from synerdiff.engine.adapters import LoraUsers, idle_restores
+from synerdiff.engine.rounds import NEVER
 from synerdiff.engine.worker import Step, Worker
 
 

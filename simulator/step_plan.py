@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from simulator.adapters import ControlNetServices, Loader, transfer_ns
-from simulator.pieces import NEVER, Draws, Piece, Times
+from simulator.pieces import Draws, Piece, Times
 from synerdiff.config.cluster import Cluster, Link, WorkerEntry
 from synerdiff.core import NS_PER_S, LoraUse
 from synerdiff.engine.adapters import Restore, Wait, plan_weights
 from synerdiff.engine.caches import Cache
+from synerdiff.engine.rounds import NEVER
 from synerdiff.engine.worker import Step
 from synerdiff.profile.adapters import Adapters
 from synerdiff.profile.tables import Profile

@@ -11,9 +11,9 @@ from collections.abc import Callable, Generator, Mapping
 import simpy
 
 from policies.base import Policy
-from simulator.pieces import NEVER, Piece, PlainStepper, Stepper, Times
+from simulator.pieces import Piece, PlainStepper, Stepper, Times
 from synerdiff.core import PPM, LaneView, Sample, WorkerInfo, WorkRecord
-from synerdiff.engine.rounds import Rounds
+from synerdiff.engine.rounds import NEVER, Rounds
 from synerdiff.engine.worker import Step, Worker
 from synerdiff.profile.tables import Profile
 
@@ -102,8 +102,8 @@ class WorkerRun:
         if step is not None:
             if self.stepper.due_ns < due_ns:
                 due_ns = self.stepper.due_ns
-            if self.rounds.lead_ns and not step.shown_done:
-                due_ns = min(due_ns, self.early_ns())
+            if self.rounds.lead_ns:
+                due_ns = min(due_ns, self.rounds.early_ns())
         elif worker.exclusive_lane is None and self.entered < len(self.arrivals):
             due_ns = min(due_ns, self.arrivals[self.entered].entered_ns)
         wake_ns = worker.wake_ns

@@ -128,6 +128,11 @@ class LoraStore:
                 if not self._needed[file].users:
                     del self._needed[file]
 
+    def ready(self, file: str) -> bool:
+        """Whether loading a needed file has ended, well or not."""
+        with self._lock:
+            return self._needed[file].ended.is_set()
+
     def fetch(self, file: str) -> Loading:
         """Start to load a needed file, unless that has been done."""
         loading = self._start(file)

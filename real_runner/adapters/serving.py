@@ -27,12 +27,13 @@ from real_runner.hardware import Hardware
 from real_runner.intake import seed_of
 from real_runner.pieces import Image, StepPiece
 from synerdiff.config.cluster import Cluster
-from synerdiff.core import InputError, Mode, Phase, Request, Sample
+from synerdiff.core import InputError, Mode, Request, Sample
 from synerdiff.device.lanes import Work
 from synerdiff.diffusion.controlnet import read_control_image
 from synerdiff.diffusion.denoisers.controlnet import ControlUse
 from synerdiff.diffusion.model import PreparedStep
 from synerdiff.diffusion.rows import RowInputs, bucket_of, select_rows
+from synerdiff.engine.adapters import LoraUsers, Restore, Wait, idle_restores, plan_weights
 from synerdiff.engine.worker import Worker
 
 
@@ -69,9 +70,8 @@ class Serving:
         self.gpu = cluster.workers[0].denoise_gpu
         strategies = cluster.strategies
         self.asynchronous = strategies.loras == "asynchronous"
-        self.bound_steps = strategies.lora_bound_steps
-        self._asking: dict[int, Sample] = {}
-        """Samples that need LoRAs and have not been denoised, by id."""
+        self.bound_steps = strategies.lora_bound_steps if self.asynchronous else 0
+        self._lora_users = LoraUsers()
         self._restoring: Work[None] | None = None
         self._numbers = count()
         """Of conditioning images."""
@@ -100,18 +100,16 @@ class Serving:
     def begin(self) -> None:
         """A run begins: what the records hold is its own."""
         self.parts.ledger.clear()
-        self._asking.clear()
+        self._lora_users.clear()
 
     def finish(self) -> None:
         """A run has ended and its lanes are idle: the weights become the originals again."""
         if self._restoring is not None:
             self._restoring.result()
             self._restoring = None
-        for sample in self._asking.values():
-            self._release(sample)
-        self._asking.clear()
+        self._release(self._lora_users.clear())
         if self.parts.weights.held:
-            self.hardware.denoise.submit(lambda: self.parts.weights.restore(())).result()
+            self.hardware.denoise.submit(lambda: self.parts.weights.restore(self.parts.weights.held)).result()
 
     def close(self) -> None:
         if self.parts.loras is not None:
@@ -145,33 +143,24 @@ class Serving:
         store = self.parts.loras
         if store is None:
             return
-        for sample in [sample for sample in self._asking.values() if sample.phase is not Phase.ACTIVE]:
-            del self._asking[sample.id]
-            self._release(sample)
-        for sample in worker.active.values():
-            if sample.request.loras and sample.id not in self._asking:
-                self._asking[sample.id] = sample
-                files = [use.file for use in sample.request.loras]
-                store.need(files, sample.id)
-                if self.asynchronous:
-                    for file in files:
-                        store.fetch(file)
-        self._restore_while_idle(worker)
-
-    def _release(self, sample: Sample) -> None:
-        assert self.parts.loras is not None
-        self.parts.loras.release([use.file for use in sample.request.loras])
-
-    def _restore_while_idle(self, worker: Worker) -> None:
-        if worker.denoise_held or worker.next_step is not None:
-            return
+        self._release(self._lora_users.leaving())
+        for sample in self._lora_users.asking(worker.active.values()):
+            files = [use.file for use in sample.request.loras]
+            store.need(files, sample.id)
+            if self.asynchronous:
+                for file in files:
+                    store.fetch(file)
         if self._restoring is not None and not self._restoring.done():
             return
         weights = self.parts.weights
-        wanted = {use for sample in worker.active.values() for use in sample.request.loras}
-        keep = [file for file, scale in weights.held.items() if (file, scale) in wanted]
-        if len(keep) < len(weights.held):
-            self._restoring = self.hardware.denoise.submit(lambda: weights.restore(keep))
+        leaving = idle_restores(weights.held, worker)
+        if leaving:
+            self._restoring = self.hardware.denoise.submit(lambda: weights.restore(leaving))
+
+    def _release(self, samples: list[Sample]) -> None:
+        for sample in samples:
+            assert self.parts.loras is not None
+            self.parts.loras.release([use.file for use in sample.request.loras])
 
     # --- steps, on the denoise lane -----------------------------------------------------------------------------
 
@@ -179,35 +168,34 @@ class Serving:
         return AdaptedStep(self, images, modes, pad_rows)
 
     def make_weights_ready(self, images: Sequence[Image]) -> None:
-        """Take foreign LoRAs out, merge those that are there, and at the bound wait for the rest.
+        """Do what `plan_weights` says for a step of these images.
 
         All samples of a step ask for the same. A LoRA that cannot be had fails them.
         """
         weights, store = self.parts.weights, self.parts.loras
         wanted = images[0].sample.request.loras
         ids = tuple(image.sample.id for image in images)
-        held = weights.held
-        keep = [file for file, scale in held.items() if (file, scale) in wanted]
-        if len(keep) < len(held):
-            weights.restore(keep, ids)
-        must_wait = not self.asynchronous or max(image.state.step_index for image in images) >= self.bound_steps
-        for file, scale in wanted:
-            if file in keep:
-                continue
+        furthest = max(image.state.step_index for image in images)
+        actions = plan_weights(
+            weights.held, wanted, lambda file: store is not None and store.ready(file), furthest, self.bound_steps
+        )
+        leaving = [action.lora for action in actions if isinstance(action, Restore)]
+        if leaving:
+            weights.restore(leaving, ids)
+        for action in actions[len(leaving) :]:
             assert store is not None
+            (file, scale), failure = action.lora, ""
             loading = store.fetch(file) if self.asynchronous else store.load_now(file)
-            if not loading.ended.is_set():
-                if not must_wait:
-                    continue
+            if isinstance(action, Wait):
                 loading.ended.wait(self.timeout_s)
-            failure = loading.failure
-            if loading.lora is not None:
+            elif loading.lora is not None:
                 try:
                     weights.merge(loading.lora, scale, ids)
                 except InputError as error:
                     failure = str(error)
-            elif not failure:
-                failure = f"its LoRA {file}.safetensors has not been loaded after {self.timeout_s:g} s"
+            else:
+                failure = loading.failure
+                failure = failure or f"its LoRA {file}.safetensors has not been loaded after {self.timeout_s:g} s"
             if failure:
                 for image in images:
                     image.failure = failure

@@ -6,13 +6,13 @@ from collections.abc import Collection
 
 from real_runner.adapters.peer import GuidancePeer
 from real_runner.adapters.spans import Clock, Instant, Ledger
-from synerdiff.core import SampleId
+from synerdiff.core import LoraUse, SampleId
 from synerdiff.diffusion.lora import LoraFile
 from synerdiff.diffusion.merging import MergedWeights
 
 
 class Weights:
-    """Only the denoise lane calls it, between two forwards. ``held``: file -> scale."""
+    """Only the denoise lane calls it, between two forwards."""
 
     def __init__(
         self, merged: MergedWeights, gpu: int, clock: Clock, ledger: Ledger, second: GuidancePeer | None
@@ -21,8 +21,9 @@ class Weights:
         self._merged, self._gpu, self._clock, self._second = merged, gpu, clock, second
 
     @property
-    def held(self) -> dict[str, float]:
-        return dict(self._merged.held)
+    def held(self) -> list[LoraUse]:
+        """The LoRAs that are merged, in that order."""
+        return [LoraUse(file, scale) for file, scale in self._merged.held.items()]
 
     def merge(self, lora: LoraFile, scale: float, samples: tuple[SampleId, ...]) -> None:
         """Raises InputError, before any change, for a file that does not fit the model."""
@@ -33,8 +34,9 @@ class Weights:
         self._merged.merge(lora, scale)
         self._ended("merge", start, samples)
 
-    def restore(self, keep: Collection[str], samples: tuple[SampleId, ...] = ()) -> None:
-        """Take out all files but these."""
+    def restore(self, leaving: Collection[LoraUse], samples: tuple[SampleId, ...] = ()) -> None:
+        """Take these out of the weights."""
+        keep = [lora.file for lora in self.held if lora not in leaving]
         start = self._clock.now()
         if self._second is not None:
             self._second.restore(keep, samples)

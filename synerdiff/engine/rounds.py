@@ -13,6 +13,9 @@ from policies.base import Policy
 from synerdiff.core import Decision, LaneView
 from synerdiff.engine.worker import Step, Worker
 
+NEVER = 1 << 62
+"""Later than anything: when what has not been timed ends."""
+
 
 class Lanes(Protocol):
     """What an engine does with one worker's lanes. An end that it reports is accounted for by then."""
@@ -88,12 +91,15 @@ class Rounds:
             worker.wake_ns = None
             cause_ns = max(cause_ns, wake_ns)
         # A step that has only just started is shown as done in a round of its own.
-        if self.lead_ns and not self._step_ended and worker.step is not None and not worker.step.shown_done:
-            early_ns = self.lanes.early_ns()
-            if early_ns <= now_ns:
-                worker.show_step_done()
-                cause_ns = max(cause_ns, early_ns, 0)
+        if self.lead_ns and not self._step_ended and (early_ns := self.early_ns()) <= now_ns:
+            worker.show_step_done()
+            cause_ns = max(cause_ns, early_ns, 0)
         return cause_ns
+
+    def early_ns(self) -> int:
+        """When the decision that follows the running step closes; NEVER without a lead, a step, or once it has."""
+        step = self.worker.step
+        return self.lanes.early_ns() if self.lead_ns and step is not None and not step.shown_done else NEVER
 
     def decide(self, now_ns: int, cause_ns: int, closed: bool) -> None:
         """Ask the policy once and start what it wants now. Raises ContractError."""
