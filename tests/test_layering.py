@@ -65,14 +65,12 @@ LATE: set[str] = {
     "synerdiff.experiments.sweep_figures",
     "synerdiff.experiments.swift_grid",
     "synerdiff.results.folder",
-    "synerdiff.validation.katz",
     "synerdiff.validation.report",
 }
 """Modules below the commands with an import of anything but a heavy library inside a function."""
 COMMANDS: set[str] = {
     "synerdiff.cli.contest",
     "synerdiff.cli.estimate",
-    "synerdiff.cli.katz",
     "synerdiff.cli.profile",
     "synerdiff.cli.sweep",
     "synerdiff.cli.swift",
@@ -87,7 +85,6 @@ TWICE: set[str] = {
     "Link",
     "Piece",
     "Plan",
-    "Replica",
     "Results",
     "Source",
     "StepPiece",

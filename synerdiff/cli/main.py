@@ -41,7 +41,7 @@ GROUPS = {
     },
     "Studies": {
         "fidelity": "synerdiff.cli.fidelity:fidelity",
-        "katz": "synerdiff.cli.katz:katz",
+        "scorecard": "synerdiff.cli.scorecard:scorecard",
         "swift": "synerdiff.cli.swift:swift",
     },
 }

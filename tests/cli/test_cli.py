@@ -476,13 +476,13 @@ def test_times_of_the_trace_come_back_in_seconds(world: Path) -> None:
 def test_a_cluster_is_simulated_by_the_same_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["katz", "--profiles", str(tmp_path)]) == 0
+    assert cli.main(["scorecard", "--out", str(tmp_path / "card")]) == 0
     capsys.readouterr()
     trace = tmp_path / "t.csv"
     trace.write_text(
         "arrival_s,steps,loras,controlnets\n0,4,,canny\n0.5,4,style@0.8,canny;depth\n1,4,style@0.8,rare\n9,4,,\n"
     )
-    arguments = ["simulate", "--profile", str(tmp_path / "h800-sdxl-katz-estimated"), "--trace", str(trace)]
+    arguments = ["simulate", "--profile", str(tmp_path / "card" / "h800-sdxl-katz-estimated"), "--trace", str(trace)]
     arguments += ["--cluster", str(ROOT / "experiments" / "swift-cluster.yaml"), "--policy", "continuous-serial"]
     arguments += ["--set", "batch=1", "--out", str(tmp_path / "out"), "--timeline"]
     assert cli.main([*arguments, "--router", "adapter-affinity"]) == 0

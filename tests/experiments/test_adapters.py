@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from synerdiff.core import InputError
 from synerdiff.experiments.adapter_mix import FITTED, MIXES, adapter_sets, cache_curves, loads_per_request
-from synerdiff.experiments.h800 import COMPONENTS, h800_adapters, h800_profile
+from synerdiff.experiments.h800 import h800_adapters, h800_profile
 from synerdiff.experiments.layouts import SETS, STRATEGIES, Demand, ablation, divide, layout
 from synerdiff.experiments.swift_grid import (
     BASELINE,
@@ -25,87 +25,15 @@ from synerdiff.experiments.swift_grid import (
     run_point,
     speedups,
 )
-from synerdiff.validation import katz as swift_katz
-from synerdiff.validation.katz import compare, predict
 
 DATA = os.environ.get("SYNERDIFF_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="SYNERDIFF_DATA names no folder with the published latencies")
 
 
-def value(system: str, name: str) -> float:
-    return COMPONENTS[system][name].value / 1000
-
-
-@pytest.mark.parametrize("controlnets", [0, 1, 2, 4])
-@pytest.mark.parametrize("loras", [0, 1, 2])
-def test_diffusers_is_the_sum_of_its_parts(controlnets: int, loras: int) -> None:
-    load = {0: 0.0, 1: value("diffusers", "lora_load_1"), 2: value("diffusers", "lora_load_2")}[loras]
-    step = value("diffusers", "step") + controlnets * value("diffusers", "controlnet_forward")
-    assert predict("diffusers", controlnets, loras) == pytest.approx(
-        50 * step + load + value("diffusers", "text_vae_post"), abs=1e-6
-    )
-
-
-@pytest.mark.parametrize("controlnets", [0, 1, 2, 3])
-def test_katz_s_loras_cost_a_merge_each_and_hide_their_loads(controlnets: int) -> None:
-    without = predict("katz", controlnets, 0)
-    for loras in (1, 2):
-        assert predict("katz", controlnets, loras) == pytest.approx(
-            without + loras * value("katz", "lora_merge"), abs=1e-3
-        )
-
-
-def test_katz_s_decoder_waits_for_the_last_residuals() -> None:
-    parts = {name: part.value for name, part in COMPONENTS["katz"].items()}
-    encoder_ms = parts["step"] * parts["encoder_mid_share"] + parts["step_dispatch"]
-    for controlnets in (1, 3):
-        transfer_ms = parts["residual_bytes"] / parts["link_gb_per_s"] / 1e6 + parts["link_latency"]
-        sent_ms = parts["latent_bytes"] / parts["link_gb_per_s"] / 1e6 + parts["link_latency"]
-        residuals_ms = sent_ms + parts["controlnet_forward"] + controlnets * transfer_ms
-        step_ms = max(encoder_ms, residuals_ms) + parts["step"] * (1 - parts["encoder_mid_share"])
-        step_ms += controlnets * parts["residual_add"]
-        gather_ms = parts["prediction_bytes"] / parts["link_gb_per_s"] / 1e6 + parts["link_latency"]
-        # The unconditional half begins when its latents are there.
-        expected_s = 50 * (sent_ms + step_ms + gather_ms) / 1000 + parts["text_vae_post"] / 1000
-        assert predict("katz", controlnets, 0) == pytest.approx(expected_s, abs=1e-5)
-
-
-@needs_data
-def test_every_published_median_is_met_within_five_percent() -> None:
-    rows = compare(Path(str(DATA)))
-    assert len(rows) >= 9
-    assert {row.system for row in rows} == {"diffusers", "katz"}
-    off = {(row.system, row.n_controlnets, row.n_loras): round(row.error, 3) for row in rows if abs(row.error) > 0.05}
-    assert off == {}
-
-
-@needs_data
-def test_a_hundred_gigabytes_a_second_is_no_lucky_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The link's bandwidth is our estimate: half and twice as much stay within five percent too.
-    for factor in (0.5, 2.0):
-        part = COMPONENTS["katz"]["link_gb_per_s"]
-        changed = type(part)(part.value * factor, part.unit, part.source)
-        monkeypatch.setitem(COMPONENTS["katz"], "link_gb_per_s", changed)
-        predict.cache_clear()
-        assert max(abs(row.error) for row in compare(Path(str(DATA)))) < 0.05
-        monkeypatch.undo()
-    predict.cache_clear()
-
-
-def test_unknown_systems_and_counts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is no system 'nirvana'; known are diffusers, katz"):
-        predict("nirvana", 0, 0)
-    with pytest.raises(InputError, match="n_loras is -1; a whole number from 0 to 64 is needed"):
-        predict("katz", 0, -1)
-    with pytest.raises(InputError, match="there is no such table of published latencies"):
-        compare(tmp_path)
-
-
 def test_latency_and_gpu_seconds_of_every_strategy() -> None:
     cases = {case.name: case for case in ablation(3, 2)}
     full, base, old = cases["all three"], cases["compiled denoiser, direct merge"], cases["diffusers"]
-    assert full.latency_s == pytest.approx(predict("katz", 3, 2))
-    assert old.latency_s == pytest.approx(predict("diffusers", 3, 2))
+    assert (full.latency_s, old.latency_s) == pytest.approx((2.017, 14.500), abs=1e-3)
     assert (full.gpus, base.gpus, old.gpus) == (8, 1, 1)
     # Each strategy shortens the latency when it is added to nothing and lengthens it when it is taken away.
     for name in ("ControlNet service", "asynchronous LoRAs", "guidance on two GPUs"):
@@ -234,23 +162,6 @@ def run_command(function, *arguments: str):
     app = typer.Typer()
     app.command()(function)
     return CliRunner().invoke(app, list(arguments), env={"SYNERDIFF_DATA": None})
-
-
-def test_the_katz_command_prints_tables_and_writes_profiles(tmp_path: Path) -> None:
-    from synerdiff.cli.katz import katz
-
-    data = tmp_path / "data"
-    data.mkdir()
-    header = "system,n_controlnet,n_lora,n_gpus,e2e_p50_s,e2e_mean_s\n"
-    rows = "diffusers,0,0,1,2.0,2.0\nnirvana-skip10,0,0,1,2.0,2.0\n"
-    (data / swift_katz.FILE).write_text(header + rows)
-    result = run_command(katz, "--data", str(data), "--profiles", str(tmp_path / "profiles"))
-    assert result.exit_code == 0, result.output
-    assert "diffusers   0  0     1      2.000      2.890  +44.5%" in result.output
-    assert "largest error 44.5%" in result.output
-    assert "all three" in result.output
-    assert (tmp_path / "profiles" / "h800-sdxl-katz-estimated" / "adapters.csv").is_file()
-    assert "predictions only" in run_command(katz).output
 
 
 def test_the_swift_command_writes_tables_and_figures(tmp_path: Path) -> None:

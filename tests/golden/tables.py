@@ -22,7 +22,7 @@ from synerdiff.profile.folder import find_profile, load_profile
 from synerdiff.results.records import requests_table, work_table
 from synerdiff.validation.calibration import all_times_scaled
 from synerdiff.validation.errors import METRICS, TOLERANCES, case_errors, checks
-from synerdiff.validation.katz import compare, predict
+from synerdiff.validation.scorecard import katz_scores, predict
 from synerdiff.validation.session import SATURATION, Validation
 from tests.builders import requests_at
 from tests.golden.pins import Table
@@ -137,9 +137,10 @@ def katz() -> Table:
 
 
 def katz_published() -> Table:
-    """The predictions beside the published latencies, in the folder that SYNERDIFF_DATA names."""
-    rows = [{**asdict(row), "error": row.error} for row in compare(Path(os.environ["SYNERDIFF_DATA"]))]
-    return ("system", "n_controlnets", "n_loras"), rows
+    """The predictions beside the published medians, in the folder that SYNERDIFF_DATA names."""
+    scores = katz_scores(Path(os.environ["SYNERDIFF_DATA"]))
+    rows = [{**asdict(score), "error": score.error} for score in scores]
+    return ("case", "measure"), rows
 
 
 def adapters() -> Table:
