@@ -11,10 +11,10 @@ import typer
 from profiler.settings import make_settings
 from synerdiff.cli.progress import progress
 from synerdiff.core import InputError
+from synerdiff.fidelity.rules import ALL_PARTS, CORE_PARTS
 from synerdiff.files import claim_folder, finite, read_text
 
 _LEVERS = ("skips", "lora-bound", "controlnet")
-_PARTS = ("all", "core")
 
 
 def fidelity(
@@ -150,8 +150,8 @@ def _check(
             )
     if not finite(lora_scale, lambda x: abs(x) <= 100):
         raise InputError(f"--lora-scale is {lora_scale:g}; numbers from -100 to 100 are allowed.")
-    if rules not in _PARTS:
-        raise InputError(f"--rules is '{rules}'; allowed are {' and '.join(_PARTS)}.")
+    if rules not in (ALL_PARTS, CORE_PARTS):
+        raise InputError(f"--rules is '{rules}'; allowed are {ALL_PARTS} and {CORE_PARTS}.")
 
 
 def _prompts(path: Path | None) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from synerdiff.profile.tables import Profile
 if TYPE_CHECKING:
     import pandas
 
-RIVAL = "fewer steps, full guidance"
+FEWER_STEPS = "fewer steps, full guidance"
 PLACEMENT = "load-skip"
 """All variants run this policy, so that only skips and steps differ; without a budget it never skips."""
 ALWAYS, QUEUE = "skip always", "skip while samples wait"
@@ -37,15 +37,15 @@ class Variant(NamedTuple):
 
 
 def variants(table: FidelityTable, steps: int, guidance_scale: float, profile: Profile) -> list[Variant]:
-    """Full guidance, every rival of the table, and for each floor that a rule reaches skips always and under load.
+    """Full guidance, every equal-cost baseline, and for each floor that a rule reaches skips always and under load.
 
     Raises InputError for a table of another model or one that does not cover the setting.
     """
-    found = [Variant(RIVAL, f"{steps} steps", steps, NO_SKIPS, 0)]
+    found = [Variant(FEWER_STEPS, f"{steps} steps", steps, NO_SKIPS, 0)]
     for row in table.rows:
         own = row.solver == table.solver and row.steps == steps and row.guidance_scale == guidance_scale
         if own and row.mode == GUIDED and row.run_steps < steps:
-            found.append(Variant(RIVAL, f"{row.run_steps} steps", row.run_steps, NO_SKIPS, 0))
+            found.append(Variant(FEWER_STEPS, f"{row.run_steps} steps", row.run_steps, NO_SKIPS, 0))
     model, resolution = str(profile.info.get("model")), profile.info.get("resolution")
     budgets: list[SkipBudget] = []
     for floor in FLOORS:

@@ -7,7 +7,7 @@ and `controlnet` (an outline that steers `digits`).
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from synerdiff.diffusion.lora import LoraFile, read_lora
 from synerdiff.experiments.fidelity_tradeoff import trade_off
 from synerdiff.fidelity.adapters import BOUNDS, BoundRow, bound_lines, bound_study, outline_study, write_bounds
 from synerdiff.fidelity.report import SettingResult, StudyResult, draw, lines
-from synerdiff.fidelity.sampling import gate_of, subjects_of
+from synerdiff.fidelity.sampling import OnProgress, gate_of, subjects_of
 from synerdiff.fidelity.study import Study, StudySettings
 from synerdiff.figures.adapters import bound_curves
 from synerdiff.figures.fidelity import contact_sheet, latency_against_fidelity
@@ -34,10 +34,8 @@ from synerdiff.profile.tables import Profile
 if TYPE_CHECKING:
     from synerdiff.diffusion.model import DiffusionModel
 
-LEVERS = ("skips", "lora-bound", "controlnet")
 ADAPTER_STEPS = 25
 """Steps of the adapters' studies unless given: nothing is searched for them."""
-OnProgress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, slots=True)

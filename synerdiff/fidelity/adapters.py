@@ -7,7 +7,6 @@ that never have it.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import astuple, dataclass, fields, replace
@@ -33,7 +32,7 @@ from synerdiff.fidelity.sampling import (
     ssim_of,
     thumbnails,
 )
-from synerdiff.files import atomic
+from synerdiff.files import write_rows
 from synerdiff.results.intervals import Interval
 
 BOUNDS = (0, 1, 2, 3, 5, 8, 12, 16, 20)
@@ -147,10 +146,7 @@ def _rounded(name: str, values: torch.Tensor, digits: int) -> dict[str, float]:
 
 def write_bounds(path: Path, rows: Sequence[BoundRow]) -> None:
     """One line per bound and LoRA, columns as in ``BoundRow``."""
-    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in fields(BoundRow)])
-        writer.writerows(astuple(row) for row in rows)
+    write_rows(path, [field.name for field in fields(BoundRow)], (astuple(row) for row in rows))
 
 
 def bound_lines(rows: Sequence[BoundRow]) -> list[str]:

@@ -6,22 +6,18 @@ versions; ``fidelity.csv`` has one row per solver, step count, guidance scale an
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from synerdiff.core import GUIDED, InputError, Mode
 from synerdiff.diffusion import MODELS
-from synerdiff.files import atomic, read_text, read_yaml, write_yaml
+from synerdiff.files import Row, read_rows, read_yaml, shown, write_rows, write_yaml
 from synerdiff.results.intervals import Interval
 
-_T = TypeVar("_T", int, float)
-
 SCHEMA_VERSION = 1
+MOST_STEPS = 100_000
 HEAD, ROWS, COMPARISONS = "fidelity.yaml", "fidelity.csv", "comparisons.csv"
 VARIES = "varies"
 """Stands for the skipped steps of a rule that decides by image: a study measures it, a budget cannot name it."""
@@ -146,37 +142,35 @@ def read_fidelity(folder: Path) -> FidelityTable:
         if not isinstance(head.get(field), str):
             raise InputError(f"{head_path}: {field} is {head.get(field)!r}; a name is needed.")
     sides = head.get("resolution")
-    if not isinstance(sides, int) and not (isinstance(sides, list) and all(isinstance(side, int) for side in sides)):
+    pixels = sides if isinstance(sides, list) and len(sides) == 2 else [sides]
+    if not all(type(side) is int and side > 0 for side in pixels):
         raise InputError(f"{head_path}: resolution is {sides!r}; a number of pixels or [height, width] is needed.")
-    reader = csv.reader(io.StringIO(read_text(rows_path, "fidelity table")))
-    header = next(reader, [])
-    missing = [column for column in Score._fields if column not in header]
-    if missing:
-        raise InputError(
-            f"{rows_path}: the column {missing[0]} is missing; a fidelity table has {', '.join(Score._fields)}."
-        )
-    rows = []
-    for cells in reader:
-        if len(cells) != len(header):
-            raise InputError(
-                f"{rows_path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)}."
+    rows: dict[tuple[object, ...], Score] = {}
+    same_images: dict[tuple[object, ...], Score] = {}
+    for row in read_rows(rows_path, Score._fields, "fidelity table"):
+        score = _score(row)
+        if rows.setdefault(score[:4], score) is not score:
+            raise row.error(
+                "rule",
+                f"is '{shown(score.rule)}', which stands above already for {score.solver}, {score.steps} steps and "
+                f"guidance scale {score.guidance_scale:g}",
             )
-        rows.append(_Line(f"{rows_path}, line {reader.line_num}", dict(zip(header, cells, strict=True))).score())
+        images = (*score[:3], score.run_steps, score.mode, score.skipped_steps, score.n, score.held_out)
+        other = same_images.setdefault(images, score)
+        if score.skipped_steps is not None and other.ssim != score.ssim:
+            raise row.error(
+                "ssim", f"is {score.ssim:g}; '{shown(other.rule)}' above skips the same steps and has {other.ssim:g}"
+            )
     if not rows:
         raise InputError(f"{rows_path}: the fidelity table has no rows.")
-    return FidelityTable(folder, head, tuple(rows))
+    return FidelityTable(folder, head, tuple(rows.values()))
 
 
 def write_fidelity(folder: Path, head: Mapping[str, Any], rows: Iterable[Score]) -> None:
     """Write both files, the head last; rows in the order of their solver, steps, guidance, cost and rule."""
     ordered = sorted(rows, key=lambda row: (row.solver, row.steps, row.guidance_scale, -row.rows, row.rule))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Score._fields)
-    for row in ordered:
-        writer.writerow([_cell(name, value) for name, value in zip(Score._fields, row, strict=True)])
-    with atomic(folder / ROWS) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+    lines = ([_cell(name, value) for name, value in zip(Score._fields, row, strict=True)] for row in ordered)
+    write_rows(folder / ROWS, Score._fields, lines)
     write_yaml(folder / HEAD, {"schema_version": SCHEMA_VERSION, **head})
 
 
@@ -185,29 +179,30 @@ def read_comparisons(folder: Path) -> list[PairedScore]:
     path = folder / COMPARISONS
     if not path.is_file():
         return []
-    reader = csv.reader(io.StringIO(read_text(path, "table of comparisons")))
-    if tuple(next(reader, ())) != PairedScore._fields:
-        raise InputError(f"{path}: the columns are not {', '.join(PairedScore._fields)}.")
-    found = []
-    for cells in reader:
-        try:
-            solver, steps, scale, rule, against, images, n, difference, low, high = cells
-            numbers = float(difference), float(low), float(high)
-            found.append(PairedScore(solver, int(steps), float(scale), rule, against, images, int(n), *numbers))
-        except ValueError:
-            raise InputError(f"{path}, line {reader.line_num}: this is no comparison of two rules.") from None
-    return found
+    return [
+        PairedScore(
+            solver=row.name("solver"),
+            steps=row.integer("steps", 1),
+            guidance_scale=row.number("guidance_scale"),
+            rule=row.name("rule"),
+            against=row.name("against"),
+            images=row.name("images"),
+            n=row.integer("n", 2),
+            difference=row.number("difference", -2, 2),
+            low=row.number("low"),
+            high=row.number("high"),
+        )
+        for row in read_rows(path, PairedScore._fields, "table of comparisons")
+    ]
 
 
 def write_comparisons(folder: Path, comparisons: Iterable[PairedScore]) -> None:
     """Write ``comparisons.csv``, in the order of its columns."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(PairedScore._fields)
-    for line in sorted(comparisons):
-        writer.writerow([f"{value:.6g}" if isinstance(value, float) else value for value in line])
-    with atomic(folder / COMPARISONS) as temporary:
-        temporary.write_text(text.getvalue(), encoding="utf-8")
+    lines = (
+        [_cell(name, value) for name, value in zip(PairedScore._fields, row, strict=True)]
+        for row in sorted(comparisons)
+    )
+    write_rows(folder / COMPARISONS, PairedScore._fields, lines)
 
 
 def _cell(name: str, value: Any) -> str:
@@ -220,69 +215,55 @@ def _cell(name: str, value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-class _Line:
-    """One CSV line with the place it came from."""
+def _score(row: Row) -> Score:
+    """One line, checked by itself."""
+    steps = row.integer("steps", 1, MOST_STEPS)
+    run_steps = row.integer("run_steps", 1, steps)
+    if row.text("mode") not in list(Mode):
+        raise row.error("mode", f"is '{shown(row.text('mode'))}'; allowed are {', '.join(Mode)}")
+    mode = Mode(row.text("mode"))
+    skipped = _skipped(row, run_steps)
+    if (mode == GUIDED) != (skipped == ()):
+        raise row.error("mode", f"is {mode}, which contradicts its skipped_steps")
+    rows = row.number("rows", run_steps, 2 * run_steps)
+    if skipped is not None and rows != 2 * run_steps - len(skipped):
+        raise row.error("rows", f"is {rows:g}, which contradicts its skipped_steps: {2 * run_steps - len(skipped)}")
+    ssim = [row.number(name, -1, 1) for name in ("ssim", "ssim_low", "ssim_high")]
+    psnr = [row.number(name, 0) for name in ("psnr_db", "psnr_low_db", "psnr_high_db")]
+    for name, (middle, low, high) in (("ssim", ssim), ("psnr_db", psnr)):
+        if not low <= middle <= high:
+            raise row.error(name, f"is {middle:g}, outside its own interval {low:g} to {high:g}")
+    return Score(
+        row.name("solver"),
+        steps,
+        row.number("guidance_scale", 1),
+        row.name("rule"),
+        run_steps,
+        mode,
+        row.name("schedule"),
+        row.integer("warmup_steps", 0, run_steps),
+        skipped,
+        rows,
+        row.integer("n", 2),
+        ssim[0],
+        ssim[1],
+        ssim[2],
+        psnr[0],
+        psnr[1],
+        psnr[2],
+        row.number("recognised", 0, 1) if row.text("recognised") else None,
+        row.flag("held_out"),
+    )
 
-    def __init__(self, place: str, cells: Mapping[str, str]) -> None:
-        self.place, self.cells = place, cells
 
-    def score(self) -> Score:
-        steps = self._number("steps", int, 1)
-        mode = self.cells["mode"]
-        if mode not in list(Mode):
-            raise InputError(f"{self.place}: mode is '{mode}'; allowed are {', '.join(Mode)}.")
-        skipped = self._skipped(steps)
-        if (mode == GUIDED) != (skipped == ()):
-            raise InputError(f"{self.place}: mode is {mode}, which contradicts its skipped_steps.")
-        ssim = [self._number(name, float, -1.0, 1.0) for name in ("ssim_low", "ssim", "ssim_high")]
-        psnr = [self._number(name, float, 0.0) for name in ("psnr_low_db", "psnr_db", "psnr_high_db")]
-        for name, (low, middle, high) in (("ssim", ssim), ("psnr_db", psnr)):
-            if not low <= middle <= high:
-                raise InputError(f"{self.place}: {name} is {middle}, outside its own interval {low} to {high}.")
-        return Score(
-            solver=self.cells["solver"],
-            steps=steps,
-            guidance_scale=self._number("guidance_scale", float, 1.0),
-            rule=self.cells["rule"],
-            run_steps=self._number("run_steps", int, 1),
-            mode=Mode(mode),
-            schedule=self.cells["schedule"],
-            warmup_steps=self._number("warmup_steps", int, 0),
-            skipped_steps=skipped,
-            rows=self._number("rows", float, 1.0),
-            n=self._number("n", int, 2),
-            ssim=ssim[1],
-            ssim_low=ssim[0],
-            ssim_high=ssim[2],
-            psnr_db=psnr[1],
-            psnr_low_db=psnr[0],
-            psnr_high_db=psnr[2],
-            recognised=self._number("recognised", float, 0.0, 1.0) if self.cells["recognised"] else None,
-            held_out=self._number("held_out", int, 0, 1) == 1,
-        )
-
-    def _number(self, column: str, kind: type[_T], low: _T, high: _T | None = None) -> _T:
-        text = self.cells[column].strip()
-        try:
-            value = kind(text)
-        except ValueError:
-            what = "whole number" if kind is int else "number"
-            raise InputError(f"{self.place}: {column} is {text!r}; a {what} is needed.") from None
-        if not isfinite(value) or value < low or (high is not None and value > high):
-            allowed = f"at least {low} is needed" if high is None else f"{low} to {high} is allowed"
-            raise InputError(f"{self.place}: {column} is {text}; {allowed}.")
-        return value
-
-    def _skipped(self, steps: int) -> tuple[int, ...] | None:
-        text = self.cells["skipped_steps"].strip()
-        if text == VARIES:
-            return None
-        parts: Sequence[str] = text.split(";") if text else ()
-        if not all(part.isascii() and part.isdigit() for part in parts):
-            raise InputError(
-                f"{self.place}: skipped_steps is {text!r}; step indices separated by ; or {VARIES} are needed."
-            )
-        found = tuple(int(part) for part in parts)
-        if list(found) != sorted(set(found)) or (found and found[-1] >= steps):
-            raise InputError(f"{self.place}: skipped_steps must rise without repeats and lie below {steps}.")
-        return found
+def _skipped(row: Row, steps: int) -> tuple[int, ...] | None:
+    text = row.text("skipped_steps").strip()
+    if text == VARIES:
+        return None
+    parts = text.split(";") if text else []
+    if not all(part.isascii() and part.isdigit() and len(part) < 8 for part in parts):
+        raise row.error("skipped_steps", f"is {shown(repr(text))}; step indices separated by ; or {VARIES} are needed")
+    indices = tuple(int(part) for part in parts)
+    if list(indices) != sorted(set(indices)) or (indices and indices[-1] >= steps):
+        raise row.error("skipped_steps", f"must rise without repeats and lie below {steps}")
+    return indices

@@ -11,7 +11,7 @@ import torch
 
 from synerdiff import cli
 from synerdiff.core import InputError
-from synerdiff.experiments.fidelity_tradeoff import RIVAL, trade_off, variants
+from synerdiff.experiments.fidelity_tradeoff import FEWER_STEPS, trade_off, variants
 from synerdiff.fidelity.table import read_fidelity, write_fidelity
 from synerdiff.profile.folder import write_profile
 from synerdiff.results.records import read_requests, read_table
@@ -221,6 +221,17 @@ def test_bad_options(
     assert message in sentence(capsys)
 
 
+def test_a_folder_of_something_else_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "profile.yaml").write_text("mine")
+    monkeypatch.setattr("synerdiff.experiments.levers.load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert fidelity("--steps", "5") == 2
+    assert "f: this folder holds profile.yaml, which 'fidelity' did not write" in sentence(capsys)
+
+
 def test_bad_prompts_and_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,9 +249,14 @@ def test_what_skips_and_fewer_steps_buy() -> None:
     rows = tuple(row for row in ROWS if row.guidance_scale == 4.0)
     table = replace(TABLE, rows=rows)
     names = {(variant.policy, variant.name) for variant in variants(table, 6, 4.0, profile)}
-    assert {(RIVAL, "6 steps"), (RIVAL, "5 steps"), (RIVAL, "4 steps"), (RIVAL, "3 steps")} <= names
+    assert {
+        (FEWER_STEPS, "6 steps"),
+        (FEWER_STEPS, "5 steps"),
+        (FEWER_STEPS, "4 steps"),
+        (FEWER_STEPS, "3 steps"),
+    } <= names
     frame = trade_off(profile, table, 6, 4.0, loads=(1.2,), seeds=(1,), requests=150).set_index(["policy", "variant"])
-    full, fewer = frame.loc[(RIVAL, "6 steps")], frame.loc[(RIVAL, "4 steps")]
+    full, fewer = frame.loc[(FEWER_STEPS, "6 steps")], frame.loc[(FEWER_STEPS, "4 steps")]
     assert full["ssim"] == 1.0
     assert fewer["ssim"] == pytest.approx(0.972)
     assert fewer["request_latency_mean_s"] < full["request_latency_mean_s"]

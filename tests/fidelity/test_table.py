@@ -65,12 +65,16 @@ def test_a_table_comes_back_as_written(tmp_path: Path) -> None:
         ("1;3", "3;1", "line 2: skipped_steps must rise without repeats and lie below 6"),
         ("1;3", "1;6", "lie below 6"),
         ("1;3", "1;x", "skipped_steps is '1;x'; step indices separated by ; or varies are needed"),
-        (",0.98,", ",1.2,", "line 2: ssim is 1.2; -1.0 to 1.0 is allowed"),
-        (",0.98,", ",nan,", "line 2: ssim is nan; -1.0 to 1.0 is allowed"),
+        (",0.98,", ",1.2,", "line 2: ssim is 1.2; allowed are -1 to 1"),
+        (",0.98,", ",nan,", "line 2: ssim is 'nan'; a number from -1 to 1 is needed"),
         (",0.98,", ",0.5,", "line 2: ssim is 0.5, outside its own interval 0.975 to 0.985"),
-        (",64,", ",many,", "line 2: n is 'many'; a whole number is needed"),
+        (",64,", ",many,", "line 2: n is 'many'; a whole number of at least 2 is needed"),
         (",64,", ",1,", "line 2: n is 1; at least 2 is needed"),
-        (",64,", ",64,7,", "line 2: 20 cells where the header has 19"),
+        (",64,", ",64,7,", "line 2: the row has 20 cells and the header has 19"),
+        ('3)-6",6,', '3)-6",7,', "line 2: run_steps is 7; allowed are 1 to 6"),
+        ('"reuse-(1, 3)-6"', " ", "line 2: rule is ' '; a name is needed"),
+        ("DDIMScheduler,6", ",6", "line 2: solver is ''; a name is needed"),
+        (",10,64,", ",9,64,", "line 2: rows is 9, which contradicts its skipped_steps: 10"),
         ("psnr_low_db,", "", "the column psnr_low_db is missing; a fidelity table has solver, steps,"),
     ],
 )
@@ -91,6 +95,8 @@ def test_mistakes_in_the_rows(tmp_path: Path, old: str, new: str, message: str) 
     [
         ("schema_version: 1", "schema_version: 7", "schema_version is 7; this version of synerdiff reads 1"),
         ("model: digits", "model: [digits]", "model is ['digits']; a name is needed"),
+        ("resolution: 32", "resolution: 0", "resolution is 0; a number of pixels"),
+        ("resolution: 32", "resolution: [32, true]", "resolution is [32, True]; a number of pixels"),
         ("resolution: 32", "resolution: big", "resolution is 'big'; a number of pixels or [height, width] is needed"),
     ],
 )
@@ -101,6 +107,26 @@ def test_mistakes_in_the_head(tmp_path: Path, old: str, new: str, message: str) 
     with pytest.raises(InputError) as caught:
         read_fidelity(tmp_path)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("second", [score(), score(ssim=0.5, skipped=(2,), rule=score().rule)])
+def test_a_rule_that_stands_twice(tmp_path: Path, second: Score) -> None:
+    write_fidelity(tmp_path, HEAD, [score(), second])
+    with pytest.raises(InputError) as caught:
+        read_fidelity(tmp_path)
+    assert str(caught.value).endswith(
+        "line 3: rule is 'reuse-(1, 3)-6', which stands above already for DDIMScheduler, 6 steps and guidance scale 4."
+    )
+
+
+def test_rows_that_contradict_each_other(tmp_path: Path) -> None:
+    write_fidelity(tmp_path, HEAD, [score(), score(rule="the same")])
+    assert len(read_fidelity(tmp_path).rows) == 2
+    write_fidelity(tmp_path, HEAD, [score(), score(rule="the same", ssim=0.5)])
+    with pytest.raises(
+        InputError, match=r"line 3: ssim is 0\.5; 'reuse-\(1, 3\)-6' above skips the same steps and has 0\.98"
+    ):
+        read_fidelity(tmp_path)
 
 
 def test_a_table_without_rows_or_files(tmp_path: Path) -> None:
