@@ -118,7 +118,13 @@ def cache_figure(points: Sequence[dict[str, Any]]) -> Figure:
             axis.plot(sizes, loads, color=color, label=f"{rule.upper()}, model")
             known = [(p["size"], p["published"]) for p in chosen if p["published"] is not None]
             if known:
-                hollow: Any = {"color": color, "marker": marker, "markerfacecolor": "none", "linestyle": ""}
+                hollow: Any = {
+                    "color": color,
+                    "marker": marker,
+                    "markerfacecolor": "none",
+                    "linestyle": "",
+                    "clip_on": False,
+                }
                 axis.plot(*zip(*known, strict=True), label=f"{rule.upper()}, published", **hollow)
         panel_title(axis, f"{_TITLES[kind]}, service {service}")
         axis.set(xlabel="files in the cache", xticks=range(2, 11, 2))

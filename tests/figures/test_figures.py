@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from math import sqrt
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import pandas as pd
@@ -14,6 +16,7 @@ from matplotlib.text import Annotation, Text
 
 from profiler.estimate import estimate_profile
 from synerdiff.core import InputError
+from synerdiff.figures.adapters import strategy_map, strategy_steps
 from synerdiff.figures.comparison import best_policy_map, compare_at, gain_map, paired_ratios
 from synerdiff.figures.lanes import lane_chart, step_label, where_the_time_goes
 from synerdiff.figures.load import (
@@ -126,6 +129,16 @@ def test_the_mark_stands_on_the_panels_that_rest_on_an_estimate(
     assert len(list(tmp_path.glob("new/*"))) == (20 if estimated else 0)
 
 
+def test_strategies_rest_on_published_times_and_say_so() -> None:
+    cases = [SimpleNamespace(name=f"case {i}", gpus=i, latency_s=4 / i, gpu_seconds=4.0) for i in (1, 2, 3, 4)]
+    assert marked_panels(strategy_steps(cases)) == 2
+    places = list(product(("inline", "service"), (4, 8), (0.0, 0.5), (0.3, 0.0)))
+    ratios = [dict(zip(("strategies", "gpus", "lora_share", "load"), place, strict=True)) for place in places]
+    figure = strategy_map([row | {"speedup": 1.5} for row in ratios], "A", 300, 2)
+    assert marked_panels(figure) == 2, "the baseline has no panel; two numbers of GPUs"
+    assert sum(text.get_text() == "+50%" for axis in figure.axes for text in axis.texts) == 8
+
+
 def test_the_same_data_gives_the_same_bytes(requests: pd.DataFrame, tmp_path: Path) -> None:
     first = save(backlog_over_time({"auto": requests}, estimated=False), tmp_path / "a", "f")
     second = save(backlog_over_time({"auto": requests}, estimated=False), tmp_path / "b", "f")
@@ -150,9 +163,9 @@ def test_policies_differ_in_colour_and_marker() -> None:
 
 
 def test_styles_are_in_a_fixed_order_and_do_not_depend_on_what_else_is_drawn() -> None:
-    found = policy_styles(["mine", "auto", "static"])
-    assert list(found) == ["static", "auto", "mine"]
-    assert found["auto"] == POLICY_STYLES["auto"]
+    styles = policy_styles(["mine", "auto", "static"])
+    assert list(styles) == ["static", "auto", "mine"]
+    assert styles["auto"] == POLICY_STYLES["auto"]
 
 
 def test_latency_curves_are_geometric_means_with_hollow_saturated_points(runs: pd.DataFrame) -> None:
