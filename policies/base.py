@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from synerdiff.core import Decision, InputError, Mode, Sample, SampleId, View, WorkerInfo
+from synerdiff.profile.capacity import DEFAULT_BATCH, default_batch, most_samples
 from synerdiff.profile.tables import Profile
 
 
@@ -70,7 +71,6 @@ class Parameter:
         return words
 
 
-DEFAULT_BATCH = 8
 BATCH = Parameter(
     "batch",
     int,
@@ -109,9 +109,9 @@ def checked_parameters(owner: str, known: tuple[Parameter, ...], given: dict[str
 
 def batch_limit(owner: str, batch: int | None, worker: WorkerInfo) -> int:
     """Most samples in a step. Left open, the default shrinks to the rows there are; a larger wish is an error."""
-    most = max(1, worker.max_rows // worker.sample_rows)
+    most = most_samples(worker, worker.sample_rows)
     if batch is None:
-        return min(DEFAULT_BATCH, most)
+        return default_batch(worker, worker.sample_rows)
     if batch > most:
         raise InputError(
             f"policy '{owner}': batch is {batch}, but the profile's steps have at most {worker.max_rows} rows, "

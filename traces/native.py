@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.core import InputError, Request
 from synerdiff.files import Progress, csv_rows, write_rows
 from traces.columns import (
     COLUMNS,
@@ -19,52 +19,21 @@ from traces.columns import (
     texts_of,
 )
 from traces.parquet_rows import parquet_rows
-from traces.scaling import check_time_scale, scaled_ns
 
 WHAT = "trace"
 _ALWAYS_WRITTEN = ("arrival_s", "steps", "images", "guidance_scale")
 
 
-def read_trace(
-    path: Path,
-    time_scale: float = 1.0,
-    window: tuple[float, float] | None = None,
-    progress: Progress | None = None,
-) -> list[Request]:
-    """The requests of a trace file (``.csv``, gzipped or not, or ``.parquet``), in its order.
+def read_trace(path: Path, progress: Progress | None = None) -> list[Request]:
+    """The requests of a trace file (``.csv``, gzipped or not, or ``.parquet``), in its order, numbered from 0.
 
-    ``window`` (a, b) keeps arrivals with a <= arrival_s < b, in seconds of the unscaled trace, and shifts them so
-    that a becomes 0. Then arrival_ns = round(arrival_s * time_scale * 10^9). Requests are numbered from 0 in what is
-    returned. Raises InputError, with file and line, for anything that the format does not allow and when no request
-    is left.
+    arrival_ns = round(arrival_s * 10^9). Raises InputError, with file and line, for anything that the format does not
+    allow and when there is no request.
     """
-    check_time_scale(time_scale)
-    start_ns, end_ns = _window_ns(window)
-    requests: list[Request] = []
-    last_ns = -1
-    for arrival_ns, fields in _parsed(path, progress):
-        last_ns = arrival_ns
-        if arrival_ns < start_ns or (end_ns is not None and arrival_ns >= end_ns):
-            continue
-        requests.append(request_of(len(requests), scaled_ns(arrival_ns - start_ns, time_scale), fields))
-    if last_ns < 0:
-        raise InputError(f"{path}: the trace holds no requests.")
+    requests = [request_of(index, *row) for index, row in enumerate(_parsed(path, progress))]
     if not requests:
-        assert window is not None
-        raise InputError(
-            f"{path}: no request arrives in the window {window[0]:g}:{window[1]:g} s; "
-            f"the last one of the trace arrives at {seconds_text(last_ns)} s."
-        )
+        raise InputError(f"{path}: the trace holds no requests.")
     return requests
-
-
-def _window_ns(window: tuple[float, float] | None) -> tuple[int, int | None]:
-    if window is None:
-        return 0, None
-    start_s, end_s = window
-    if not 0 <= start_s < end_s < float("inf"):
-        raise InputError(f"The window {start_s:g}:{end_s:g} is not allowed; give 0 <= start < end, in seconds.")
-    return round(start_s * NS_PER_S), round(end_s * NS_PER_S)
 
 
 def _parsed(path: Path, progress: Progress | None) -> Iterator[tuple[int, Fields]]:

@@ -12,10 +12,7 @@ _MAX_NS = 2**63 - 1
 
 
 def scaled(requests: Sequence[Request], time_scale: float) -> list[Request]:
-    """Every arrival at round(arrival_s * time_scale * 10^9) ns; below 1 the trace gets faster.
-
-    The same result as reading the trace with that ``time_scale``.
-    """
+    """Every arrival at round(arrival_s * time_scale * 10^9) ns; below 1 the trace gets faster."""
     check_time_scale(time_scale)
     return [replace(request, arrival_ns=scaled_ns(request.arrival_ns, time_scale)) for request in requests]
 

@@ -23,6 +23,7 @@ from numpy import quantile
 from synerdiff.core import NS_PER_S, PPM, InputError, SkipBudget
 from synerdiff.experiments.run import Outcome, Prepared, RunSpec, Served, execute, prepare
 from synerdiff.files import atomic
+from synerdiff.profile.capacity import most_samples
 from synerdiff.profile.folder import find_profile, load_profile
 from synerdiff.results.intervals import (
     p99_upper_bound,
@@ -41,8 +42,8 @@ OURS = ("synerdiff-feedback", "auto")
 def best_batch(prepared: Prepared, kind: str) -> int:
     """Of 4, 8 and 16 as far as the row buckets allow: highest simulated rate, or least simulated mean latency."""
     rows = 2 if any(request.guidance_scale > 1 for request in prepared.requests) else 1
-    most = prepared.profile.max_rows
-    sizes = [size for size in BATCHES if size * rows <= most] or [max(1, most // rows)]
+    most = most_samples(prepared.profile, rows)
+    sizes = [size for size in BATCHES if size <= most] or [most]
 
     def cost_s(batch: int) -> float:
         latencies = latencies_s(execute(prepared.with_parameters(batch=batch)).result.requests)

@@ -100,9 +100,9 @@ def load(folder: Path) -> Profile:
 
 def capacity_per_s(profile: Profile, steps: float) -> float:
     """Images a second of serial continuous batching at its largest batch up to 8: what loads refer to."""
-    from synerdiff.profile.capacity import serial_capacity_samples_per_s
+    from synerdiff.profile.capacity import default_batch, serial_capacity_samples_per_s
 
-    return serial_capacity_samples_per_s(profile, steps, max(1, min(8, profile.max_rows // 2)))
+    return serial_capacity_samples_per_s(profile, steps, default_batch(profile))
 
 
 def requests_within(seconds: float, rate_per_s: float, loads: Sequence[float], runs: int, most: int) -> int:

@@ -84,7 +84,9 @@ def generate(
     ] = "gentd26",
     steps: Annotated[int | None, typer.Option(help="Steps per image; with --mix fixed (default 30).")] = None,
     images: Annotated[int | None, typer.Option(help="Images per request; with --mix fixed (default 1).")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; with --mix fixed (default 7.5).")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance scale; with --mix fixed (default 7.5).")
+    ] = None,
     cv: Annotated[float | None, typer.Option(help="gamma: standard deviation / mean of the gaps (default 2).")] = None,
     burst_ratio: Annotated[float | None, typer.Option(help="mmpp: rate in bursts / rate outside (default 5).")] = None,
     burst_share: Annotated[float | None, typer.Option(help="mmpp: share of time in bursts (default 0.2).")] = None,
@@ -107,7 +109,7 @@ def generate(
         "mix": mix,
         "steps": steps,
         "images": images,
-        "guidance_scale": guidance,
+        "guidance_scale": guidance_scale,
         "cv": cv,
         "burst_ratio": burst_ratio,
         "burst_share": burst_share,
@@ -136,7 +138,9 @@ def convert(
     service: Annotated[str | None, typer.Option(help="katz: only service A or B.")] = None,
     steps: Annotated[int | None, typer.Option(help="katz: steps per image, absent there (default 50).")] = None,
     images: Annotated[int | None, typer.Option(help="katz: images per request, absent there (default 1).")] = None,
-    guidance: Annotated[float | None, typer.Option(help="katz: guidance scale, absent there (default 7.5).")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="katz: guidance scale, absent there (default 7.5).")
+    ] = None,
 ) -> None:
     """Convert a published trace into synerdiff's format, and tell what was left out and why."""
     from traces.gentd26 import read_gentd26
@@ -145,7 +149,7 @@ def convert(
 
     _one_of("--format", format, ("gentd26", "katz"))
     _one_of("--service", service or "A", ("A", "B"))
-    for flag, value in (("service", service), ("steps", steps), ("images", images), ("guidance", guidance)):
+    for flag, value in (("service", service), ("steps", steps), ("images", images), ("guidance-scale", guidance_scale)):
         if format == "gentd26" and value is not None:
             raise InputError(f"--{flag} belongs to --format katz; GenTD26 is converted without it.")
     if format == "katz" and all_types:
@@ -162,7 +166,7 @@ def convert(
                 service=service,
                 steps=50 if steps is None else steps,
                 images=1 if images is None else images,
-                guidance_scale=7.5 if guidance is None else guidance,
+                guidance_scale=7.5 if guidance_scale is None else guidance_scale,
                 checkpoints=checkpoints,
                 adapters=adapters,
                 progress=update,

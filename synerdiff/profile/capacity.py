@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import comb
+from typing import Protocol
 
 from synerdiff.core import NS_PER_S, PPM, InputError, Request
 from synerdiff.profile.tables import Profile
@@ -55,9 +56,21 @@ def mix_of(requests: Iterable[Request]) -> Mix:
     return Mix(images, sample_steps, two_row_steps)
 
 
-def default_batch(profile: Profile, sample_rows: int = 2) -> int:
-    """Samples in a full step when nothing else is said: 8, or as many as the profile's rows allow."""
-    return min(DEFAULT_BATCH, max(1, profile.max_rows // sample_rows))
+class HasRows(Protocol):
+    """A profile, or a worker that serves one."""
+
+    @property
+    def max_rows(self) -> int: ...
+
+
+def most_samples(of: HasRows, sample_rows: int = 2) -> int:
+    """Samples of so many rows in the largest step that there is."""
+    return max(1, of.max_rows // sample_rows)
+
+
+def default_batch(of: HasRows, sample_rows: int = 2) -> int:
+    """Samples in a full step when nothing else is said: 8, or as many as the rows allow."""
+    return min(DEFAULT_BATCH, most_samples(of, sample_rows))
 
 
 def binomial_rows(batch: int, two_row_share: float) -> dict[int, float]:
@@ -144,7 +157,7 @@ def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None
     its decodes one after the other, then the next wave; at the end result_copy.
     """
     rows = 2 if request.guidance_scale > 1 else 1
-    most = default_batch(profile, rows) if batch is None else min(batch, max(1, profile.max_rows // rows))
+    most = default_batch(profile, rows) if batch is None else min(batch, most_samples(profile, rows))
     total = profile.overhead_ns("text_encode") + profile.overhead_ns("result_copy")
     left = request.images
     while left:

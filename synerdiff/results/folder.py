@@ -1,15 +1,17 @@
-"""What ``simulate`` and ``run`` share: the folder of a run, how its files are written, and the progress bar."""
+"""The folder of one run: how its files are written, and its summary for people."""
 
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from synerdiff.files import atomic
+from synerdiff.results import records
 from synerdiff.results.intervals import BLOCKS, requests_for_p99_claim, requests_per_block
+from synerdiff.results.metrics import measured_count
+from synerdiff.results.timeline import write_timeline
 
 if TYPE_CHECKING:
     import pandas
@@ -30,10 +32,6 @@ def write_run(
 
     All files are complete under temporary names before the first takes its place; the summary is the last.
     """
-    from synerdiff.results import records
-    from synerdiff.files import atomic
-    from synerdiff.results.timeline import write_timeline
-
     with ExitStack() as stack:
         text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
         stack.enter_context(atomic(out / "summary.json")).write_text(text, encoding="utf-8")
@@ -128,7 +126,7 @@ def _claim_lines(summary: dict[str, Any], measured: int, done: int) -> list[str]
 
 def _trace_length(measured: int) -> int:
     """Requests of a trace of which so many are measured (``metrics.measured``)."""
-    return next(count for count in range(measured, 2 * measured + 2) if count - count // 10 - count * 5 // 100 >= measured)
+    return next(count for count in range(measured, 2 * measured + 2) if measured_count(count) >= measured)
 
 
 def _span(low: float, high: float) -> str:

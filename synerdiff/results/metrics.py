@@ -36,8 +36,13 @@ def measured(requests: pd.DataFrame) -> pd.DataFrame:
     The first floor(10%) and the last floor(5%) are set aside.
     """
     ordered = requests.sort_values(["arrival_s", "request_id"], kind="stable")
-    count = len(ordered)
-    return ordered.iloc[count * WARMUP_PERCENT // 100 : count - count * TAIL_PERCENT // 100]
+    start = len(ordered) * WARMUP_PERCENT // 100
+    return ordered.iloc[start : start + measured_count(len(ordered))]
+
+
+def measured_count(count: int) -> int:
+    """How many of so many requests are measured."""
+    return count - count * WARMUP_PERCENT // 100 - count * TAIL_PERCENT // 100
 
 
 def latencies_s(records: Iterable[RequestRecord]) -> list[float]:

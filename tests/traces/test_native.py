@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from synerdiff.core import ControlNetUse, InputError, LoraUse, Request, controlnets_from, loras_from
+from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request, controlnets_from, loras_from
 from traces.columns import COLUMNS, MAX_ARRIVAL_S
 from traces.native import read_trace, write_trace
-from traces.scaling import rate_per_s, scale_to_rate, scaled, time_scale_for_rate
+from traces.scaling import cut_window, rate_per_s, scale_to_rate, scaled, time_scale_for_rate
 
 SLOW_DISK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -55,14 +55,6 @@ def test_writing_and_reading_gives_the_same_requests(tmp_path: Path, requests: l
     assert read_trace(path) == requests
 
 
-@SLOW_DISK
-@given(traces(), st.floats(1e-3, 5))
-def test_scaling_later_is_scaling_at_once(tmp_path: Path, requests: list[Request], time_scale: float) -> None:
-    path = tmp_path / "trace.csv"
-    write_trace(path, requests)
-    assert read_trace(path, time_scale) == scaled(requests, time_scale)
-
-
 def written(tmp_path: Path, text: str, name: str = "trace.csv") -> Path:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
@@ -103,13 +95,13 @@ def test_time_scale_follows_the_formula(tmp_path: Path) -> None:
     arrivals = [4704.0, 4756.25, 1989367.0]
     path = written(tmp_path, "arrival_s,steps\n" + "".join(f"{arrival!r},1\n" for arrival in arrivals))
     for scale in (0.0371, 0.5, 3.3):
-        found = [request.arrival_ns for request in read_trace(path, scale)]
+        found = [request.arrival_ns for request in scaled(read_trace(path), scale)]
         assert found == [round(arrival * scale * 10**9) for arrival in arrivals]
 
 
 def test_a_window_is_half_open_shifted_and_in_seconds_of_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, "arrival_s,steps\n0,1\n10,2\n15.5,3\n20,4\n")
-    found = read_trace(path, time_scale=2.0, window=(10, 20))
+    found = scaled(cut_window(tuple(read_trace(path)), (10, 20), "here"), 2.0)
     assert found == [Request(0, 0, 2), Request(1, 11_000_000_000, 3)]
 
 
@@ -226,18 +218,19 @@ def test_foreign_and_truncated_parquet(tmp_path: Path) -> None:
         read_trace(path)
 
 
-def test_bad_windows_and_scales(tmp_path: Path) -> None:
-    path = written(tmp_path, "arrival_s,steps\n0,1\n10,2\n")
-    with pytest.raises(InputError, match=r"no request arrives in the window 2:5 s; the last one .* arrives at 10 s"):
-        read_trace(path, window=(2, 5))
+def test_bad_windows_and_scales() -> None:
+    requests = (Request(0, 0, 1), Request(1, 10 * NS_PER_S, 2))
+    assert cut_window(requests, None, "here") is requests
+    with pytest.raises(InputError, match=r"^here: no request arrives in the window 2:5 s; the last .* at 10 s"):
+        cut_window(requests, (2, 5), "here")
     for window in ((5, 5), (-1, 5), (0, float("nan")), (0, float("inf"))):
         with pytest.raises(InputError, match="give 0 <= start < end"):
-            read_trace(path, window=window)
+            cut_window(requests, window, "here")
     for scale in (0, -1, float("nan"), float("inf")):
         with pytest.raises(InputError, match="a finite number above 0"):
-            read_trace(path, scale)
+            scaled(requests, scale)
     with pytest.raises(InputError, match="longer than 292 years"):
-        read_trace(path, 1e9)
+        scaled(requests, 1e9)
 
 
 def test_what_cannot_be_written_is_refused_and_leaves_the_old_file(tmp_path: Path) -> None:
