@@ -65,7 +65,6 @@ LATE: set[str] = {
     "synerdiff.experiments.sweep_figures",
     "synerdiff.experiments.swift_grid",
     "synerdiff.results.folder",
-    "synerdiff.validation.report",
 }
 """Modules below the commands with an import of anything but a heavy library inside a function."""
 COMMANDS: set[str] = {
@@ -75,11 +74,9 @@ COMMANDS: set[str] = {
     "synerdiff.cli.sweep",
     "synerdiff.cli.swift",
     "synerdiff.cli.trace",
-    "synerdiff.cli.validate",
 }
 """Commands with more than one import of ours inside a function."""
 TWICE: set[str] = {
-    "Case",
     "Cell",
     "ChunkPiece",
     "Link",

@@ -43,8 +43,7 @@ def validate(
 
     Exit code 1 when a tolerance is exceeded. Ctrl-C reports the repeats that are complete.
     """
-    from synerdiff.validation import errors, report
-    from synerdiff.validation import session as study
+    from synerdiff.validation import errors, report, session
 
     limits = errors.tolerance_of(tolerance or ("cpu" if device == "cpu" else "strict"))
     policies = tuple(dict.fromkeys(policy or DEFAULT_POLICIES))
@@ -58,22 +57,22 @@ def validate(
         decode_gpus="0",
         cluster=None,
     )
-    loads = (*dict.fromkeys(load or DEFAULT_LOADS), *([study.SATURATION] if saturation else []))
-    plan = study.ValidationPlan(spec, policies, loads, repeats, limits.range_factors)
-    name = study.require(plan, model)
+    loads = (*dict.fromkeys(load or DEFAULT_LOADS), *([session.SATURATION] if saturation else []))
+    plan = session.ValidationPlan(spec, policies, loads, repeats, limits.range_factors)
+    name = session.require(plan, model)
     claim_folder(out, "validate")
-    with study.opened(plan, name, device) as hardware, stop_on_interrupt() as stop:
+    with session.opened(plan, name, device) as hardware, stop_on_interrupt() as stop:
         with progress("validating") as on_progress:
-            session = study.measure_session(plan, hardware, stop, on_progress)
-        if session.repeats == 0:
+            measured = session.measure_session(plan, hardware, stop, on_progress)
+        if measured.repeats == 0:
             print("Interrupted before the first repeat was complete; there is nothing to report.", file=sys.stderr)
             raise typer.Exit(130)
         with progress("validating") as on_progress:
-            study.predict(session, on_progress)
-        text, passed = report.conclude(out, session, limits, study.facts(session, hardware))
+            session.predict(measured, on_progress)
+        text, passed = report.conclude(out, measured, limits, session.facts(measured, hardware))
     typer.echo(text, nl=False)
     if stop.is_set():
-        print(f"Interrupted: the report is over {session.repeats} complete repeats.", file=sys.stderr)
+        print(f"Interrupted: the report is over {measured.repeats} complete repeats.", file=sys.stderr)
         raise typer.Exit(130)
     if not passed:
         raise typer.Exit(1)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from profiler.sampling import spread_of
-from real_runner.engine import run_real
+from real_runner.engine import RealRun, run_real
+from real_runner.hardware import Hardware
 from synerdiff.core import (
     CONDITIONAL,
     GUIDED,
@@ -31,10 +32,6 @@ from synerdiff.core import (
 )
 from synerdiff.engine.samples import sorted_work
 from synerdiff.profile.tables import Corun, Profile, Spread
-
-if TYPE_CHECKING:
-    from real_runner.engine import RealRun
-    from real_runner.hardware import Hardware
 
 ROUNDS = 1
 """Visits of every cell in one pass."""

@@ -11,7 +11,7 @@ from synerdiff.core import NS_PER_S, InputError, WorkRecord
 from synerdiff.experiments.run import Outcome
 from synerdiff.profile.tables import Profile
 from synerdiff.results.intervals import Interval, percentile_interval
-from synerdiff.validation.session import Case, Observation, Validation
+from synerdiff.validation.session import Observation, Validation, ValidationCase
 
 RELATIVE, POINTS, OF_LATENCY = "relative", "points", "of latency"
 
@@ -82,7 +82,7 @@ class MetricError:
 class Check:
     """One tolerance applied to one case."""
 
-    case: Case
+    case: ValidationCase
     what: str
     found: str
     allowed: str
@@ -91,7 +91,7 @@ class Check:
 
 @dataclass(slots=True)
 class CaseErrors:
-    case: Case
+    case: ValidationCase
     metrics: dict[str, MetricError] = field(default_factory=dict)
     range_s: tuple[float, float] | None = None
     """The measured mean latency divided by the ends of the simulated range, median over repeats: (low, high)."""
@@ -103,7 +103,7 @@ class CaseErrors:
     """Per request: id, predicted and measured latency in seconds, medians over repeats."""
 
 
-def case_errors(session: Validation, case: Case) -> CaseErrors:
+def case_errors(session: Validation, case: ValidationCase) -> CaseErrors:
     """Compare the complete repeats of one case."""
     observed = session.observations[case][: session.repeats]
     found = CaseErrors(case)
@@ -158,7 +158,7 @@ def checks(errors: CaseErrors, tolerance: Tolerance) -> list[Check]:
     return found
 
 
-def _within(case: Case, errors: CaseErrors, key: str, limit: float) -> Check:
+def _within(case: ValidationCase, errors: CaseErrors, key: str, limit: float) -> Check:
     name = METRICS[key][0]
     metric = errors.metrics.get(key)
     if metric is None or metric.error is None:
@@ -167,7 +167,7 @@ def _within(case: Case, errors: CaseErrors, key: str, limit: float) -> Check:
     return Check(case, name, f"{value:+.1%}", f"within {limit:.0%}", abs(value) <= limit)
 
 
-def _in_range(case: Case, errors: CaseErrors, tolerance: Tolerance) -> Check:
+def _in_range(case: ValidationCase, errors: CaseErrors, tolerance: Tolerance) -> Check:
     assert errors.range_s is not None
     below, above = errors.range_s
     allowed = f"in the simulated range for all times -{tolerance.range_factor:.0%} to +{tolerance.range_factor:.0%}"

@@ -9,6 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from synerdiff.figures.lanes import lane_chart
+from synerdiff.figures.style import save
+from synerdiff.figures.validation import prediction_errors, request_scatter
 from synerdiff.files import atomic, write_rows
 from synerdiff.profile.folder import write_profile
 from synerdiff.profile.tables import Profile
@@ -221,10 +224,6 @@ def _draw(
     out: Path, session: Validation, cases: Sequence[CaseErrors], tolerance: Tolerance, facts: Mapping[str, Any]
 ) -> None:
     import pandas as pd
-
-    from synerdiff.figures.lanes import lane_chart
-    from synerdiff.figures.style import save
-    from synerdiff.figures.validation import prediction_errors, request_scatter
 
     made_on = f"{facts['model']} on {facts['device']}, {session.repeats} repeats."
     limits = {

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from policies.registry import build_policy
 from profiler.facts import device_name, software
-from real_runner.engine import run_real
-from real_runner.hardware import chunking_of, open_hardware
+from real_runner.engine import RealRun, run_real
+from real_runner.hardware import Hardware, chunking_of, open_hardware
 from synerdiff.core import NS_PER_S, InputError, WorkerInfo
 from synerdiff.experiments.run import Outcome, Prepared, RunSpec, Served, execute, prepare
 from synerdiff.experiments.sources import Source
@@ -34,10 +34,6 @@ from synerdiff.validation.calibration import (
     refreshed,
     take_pass,
 )
-
-if TYPE_CHECKING:
-    from real_runner.engine import RealRun
-    from real_runner.hardware import Hardware
 
 
 class BusyCores(NamedTuple):
@@ -87,7 +83,7 @@ between neighbouring passes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class ValidationCase:
     """One policy at one load."""
 
     policy: str
@@ -121,8 +117,8 @@ class ValidationPlan:
                 raise InputError(f"--load is {load:g}; a number above 0 and up to 2 is needed.")
 
     @property
-    def cases(self) -> list[Case]:
-        return [Case(policy, load) for load in self.loads for policy in self.policies]
+    def cases(self) -> list[ValidationCase]:
+        return [ValidationCase(policy, load) for load in self.loads for policy in self.policies]
 
 
 @dataclass
@@ -157,7 +153,7 @@ class Validation:
     """Load -> by what the arrivals are stretched."""
     passes: list[CellTimes]
     """Some before the first run, one after each run."""
-    observations: dict[Case, list[Observation]] = field(default_factory=dict)
+    observations: dict[ValidationCase, list[Observation]] = field(default_factory=dict)
     load: BusyCores = UNKNOWN
     """What else kept the machine busy meanwhile."""
 
@@ -176,7 +172,7 @@ class Validation:
         around = self.passes[max(0, observed.place - PASSES_AROUND) : observed.place + PASSES_AROUND]
         return refreshed(self.profile, around, self.passes)
 
-    def prepared(self, case: Case, times: Profile, planning: Profile) -> Prepared:
+    def prepared(self, case: ValidationCase, times: Profile, planning: Profile) -> Prepared:
         """The case's run on an engine with these times, under a policy that plans with others."""
         scale = None if case.saturated else self.time_scales[case.load]
         spec = replace(self.plan.spec, profile=times, planning=planning, policy=case.policy, time_scale=scale)

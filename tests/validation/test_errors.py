@@ -18,7 +18,7 @@ from synerdiff.profile.tables import Profile
 from synerdiff.validation.calibration import CellTimes, Overlap, all_times_scaled, cells_for, handed_over, refreshed
 from synerdiff.validation.errors import TOLERANCES, case_errors, checks
 from synerdiff.validation.report import as_json, write_report
-from synerdiff.validation.session import SATURATION, Case, MachineLoad, Validation, ValidationPlan
+from synerdiff.validation.session import SATURATION, MachineLoad, Validation, ValidationCase, ValidationPlan
 from tests.builders import affine_profile, requests_at
 from tests.validation.recorded import DISPATCH_NS, contended, recorded, recorded_session, times_of
 
@@ -106,7 +106,7 @@ def test_slower_steps_are_found_named_and_judged() -> None:
     truth = contended()
     truth.steps = all_times_scaled(truth, 1.1).steps
     session = make_session(truth)
-    found = case_errors(session, Case("continuous-serial", 0.5))
+    found = case_errors(session, ValidationCase("continuous-serial", 0.5))
     assert found.metrics["step_time_s"].error.value == pytest.approx(0.1, abs=0.002)
     assert found.metrics["decode_time_s"].error.value == 0
     assert found.metrics["request_latency_mean_s"].error.value > 0.05
@@ -121,27 +121,27 @@ def test_slower_steps_are_found_named_and_judged() -> None:
     }
     assert found.range_s[1] > 1, "beyond what 2% slower times explain"
     wide = make_session(truth, range_factor=0.15)
-    found = case_errors(wide, Case("continuous-serial", 0.5))
+    found = case_errors(wide, ValidationCase("continuous-serial", 0.5))
     assert all(check.passed for check in checks(found, TOLERANCES["cpu"]))
 
 
 def test_slower_decodes_are_named() -> None:
     truth = contended()
     truth.chunks = all_times_scaled(truth, 1.5).chunks
-    found = case_errors(make_session(truth), Case("continuous-parallel", 0.5))
+    found = case_errors(make_session(truth), ValidationCase("continuous-parallel", 0.5))
     assert found.metrics["decode_time_s"].error.value == pytest.approx(0.5, abs=0.05)
     assert "most of it in the stage decode" in found.blame
 
 
 def test_the_mix_of_steps_that_was_measured_weighs_both_runs() -> None:
     """Twice as fast hardware makes other batches; equal steps are still compared with equal steps."""
-    found = case_errors(make_session(all_times_scaled(contended(), 0.5)), Case("continuous-serial", 0.8))
+    found = case_errors(make_session(all_times_scaled(contended(), 0.5)), ValidationCase("continuous-serial", 0.8))
     assert found.metrics["step_time_s"].error.value == pytest.approx(-0.5, abs=0.02)
 
 
 def test_faults_fail_a_case() -> None:
     session = make_session(contended())
-    case = Case("continuous-serial", 0.5)
+    case = ValidationCase("continuous-serial", 0.5)
     session.observations[case][1].run.faults.append("x")
     failed = [check.what for check in checks(case_errors(session, case), TOLERANCES["strict"]) if not check.passed]
     assert failed == ["faults"]
@@ -149,9 +149,9 @@ def test_faults_fail_a_case() -> None:
 
 def test_only_complete_repeats_count() -> None:
     session = make_session(contended())
-    session.observations[Case("continuous-parallel", 0.8)].pop()
+    session.observations[ValidationCase("continuous-parallel", 0.8)].pop()
     assert session.repeats == 2
-    assert len(case_errors(session, Case("continuous-serial", 0.5)).metrics["step_time_s"].repeats) == 2
+    assert len(case_errors(session, ValidationCase("continuous-serial", 0.5)).metrics["step_time_s"].repeats) == 2
 
 
 def test_the_report_says_what_failed_and_where(tmp_path: Path) -> None:
