@@ -68,12 +68,10 @@ def measure_adapters(
 
 def settings_of(profile: Profile, device: torch.device, quick: bool) -> Settings:
     """The settings under which the profile was measured."""
-    info = profile.info
-    if info.get("model") is None or profile.row_buckets is None:
+    head = profile.head
+    if not head.model or profile.row_buckets is None:
         raise InputError(f"profile '{profile.name}' does not name its model or its row buckets; measure it again.")
-    sides = info.get("resolution")
-    resolution = (sides, sides) if isinstance(sides, int) else tuple(sides) if isinstance(sides, list) else None
-    return Settings(str(info["model"]), str(device), profile.row_buckets, info.get("dtype"), resolution, quick)
+    return Settings(head.model, str(device), profile.row_buckets, head.dtype or None, head.size, quick)
 
 
 @contextmanager

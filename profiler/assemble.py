@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from profiler.bench import Bench, lane_cores
 from profiler.facts import GpuWatch, code_version, device_name, host, software
@@ -13,7 +13,7 @@ from profiler.findings import findings
 from profiler.plan import Plan
 from profiler.sampling import spread_of
 from profiler.settings import command_line
-from synerdiff.profile.tables import OVERHEADS, Corun, Profile, Spread
+from synerdiff.profile.tables import OVERHEADS, Corun, Head, Profile, Spread, Weights
 
 Tables = Mapping[str, Mapping[str, Any]]
 """``atoms``: name -> spread; ``solo``: point -> columns of samples; ``corun``: cell -> samples of step and chunk."""
@@ -36,14 +36,13 @@ def assemble(plan: Plan, tables: Tables, bench: Bench, watch: GpuWatch | None, s
         corun=corun,
         overheads={name: _overhead(name, solo) for name in OVERHEADS},
     )
-    facts = _facts(plan, tables, bench, watch)
-    made = {
+    notes = {
+        **_notes(plan, tables, bench),
         "command": command_line(settings, out),
-        "commit": code_version(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "measured_for_s": round(spent_s, 1),
+        **findings(profile, settings.corun_rows),
     }
-    profile.info = {**facts, **made, **findings(profile, settings.corun_rows)}
+    profile.head = _head(plan, bench, watch, notes)
     return profile
 
 
@@ -55,25 +54,36 @@ def _overhead(name: str, solo: Mapping[str, Any]) -> Spread:
     return Spread(found.p90, found.p10, found.p90, found.n) if name == "decision_lead" else found
 
 
-def _facts(plan: Plan, tables: Tables, bench: Bench, watch: GpuWatch | None) -> dict[str, Any]:
-    model, rule = bench.model, bench.rule
-    found: dict[str, Any] = {"device": device_name(bench.device.torch_device), **host(), **software()}
-    if watch is not None:
-        found |= {"driver": watch.driver, "clocks": watch.summary()}
-    else:
-        found["lanes"] = "one thread each, pinned to cores {} (denoise) and {} (decode)".format(*lane_cores())
+def _head(plan: Plan, bench: Bench, watch: GpuWatch | None, notes: dict[str, Any]) -> Head:
+    model = bench.model
+    return Head(
+        device=device_name(bench.device.torch_device),
+        driver="" if watch is None else watch.driver,
+        clocks={} if watch is None else watch.summary(),
+        model=model.name,
+        weights=cast(Weights, model.weights),
+        resolutions=((model.height, model.width),),
+        dtype=str(model.dtype).removeprefix("torch."),
+        execution="CUDA graphs" if bench.on_gpu else "eager, rows padded to a bucket",
+        cuts={cut.name: cut.cuts for cut in plan.chunkings},
+        commit=code_version() or "",
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        notes=notes,
+    )
+
+
+def _notes(plan: Plan, tables: Tables, bench: Bench) -> dict[str, Any]:
+    """What only people read about the measurement."""
+    rule, notes = bench.rule, {**host(), **software()}
+    if not bench.on_gpu:
+        notes["lanes"] = "one thread each, pinned to cores {} (denoise) and {} (decode)".format(*lane_cores())
     return {
-        **found,
-        "model": model.name,
-        "resolution": model.height if model.height == model.width else [model.height, model.width],
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "execution": "CUDA graphs" if bench.on_gpu else "eager, rows padded to a bucket",
+        **notes,
         "quick": plan.settings.quick,
         "sampling": (
             f"{rule.least} to {rule.most} samples a point until the 95% interval of the median is below "
             f"{100 * rule.width:g}%; a pair of step and chunk about {rule.cap_s:g} s at most"
         ),
-        "cuts": {cut.name: list(cut.cuts) for cut in plan.chunkings},
         "atoms_ns": {name: numbers[0] for name, numbers in tables["atoms"].items()},
         "unguided_step": _unguided_step(tables["solo"]),
     }

@@ -34,7 +34,7 @@ from typing import Any
 
 from profiler.hardware_facts import Gpu, Model, decoder_atoms, find_gpu, find_model
 from synerdiff.core import NS_PER_S, PPM, InputError
-from synerdiff.profile.tables import Corun, Profile, Spread
+from synerdiff.profile.tables import Corun, Head, Profile, Spread
 
 ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CORUN_ROWS = (1, 2, 4, 8, 16, 32)
@@ -112,7 +112,7 @@ def estimate_profile(
         chunks={name: tuple(_exactly(piece.seconds) for piece in pieces) for name, pieces in chunks.items()},
         corun=corun,
         overheads={key: _exactly(value) for key, value in _overheads(device, network).items()},
-        info=_info(gpu, model, device, network, severity, decode_scale),
+        head=_head(gpu, model, device, network, severity, decode_scale),
     )
 
 
@@ -211,18 +211,13 @@ def _overheads(gpu: Gpu, model: Model) -> dict[str, float]:
     }
 
 
-def _info(gpu: str, model: str, device: Gpu, network: Model, contention: float, decode_scale: float) -> dict[str, Any]:
+def _head(gpu: str, model: str, device: Gpu, network: Model, contention: float, decode_scale: float) -> Head:
     def assumption(value: float, unit: str, source: str) -> dict[str, Any]:
         return {"value": value, "unit": unit, "source": source}
 
     own = "our assumption; no measurement"
-    return {
-        "device": device.title,
-        "gpu": gpu,
-        "model": model,
+    notes = {
         "model_title": network.title,
-        "resolution": network.resolution,
-        "dtype": "bfloat16",
         "n_meaning": "n is 0 in every cell: nothing was measured, and p10 = p90 = median",
         "assumptions": {
             "peak_tflops": assumption(device.peak_flops / 1e12, "TFLOP/s, dense 16 bit", device.source),
@@ -271,3 +266,11 @@ def _info(gpu: str, model: str, device: Gpu, network: Model, contention: float, 
             ),
         },
     }
+    return Head(
+        device=device.title,
+        gpu=gpu,
+        model=model,
+        resolutions=((network.resolution, network.resolution),),
+        dtype="bfloat16",
+        notes=notes,
+    )

@@ -146,19 +146,18 @@ def open_hardware(
 
     Raises InputError when profile and model do not belong together or something cannot be loaded.
     """
-    made_for = profile.info.get("model")
-    if made_for is not None and str(made_for) != model_name:
+    made_for = profile.head.model
+    if made_for and made_for != model_name:
         raise InputError(f"profile '{profile.name}' was made for the model {made_for}, not for {model_name}.")
-    wanted = dtype or profile.info.get("dtype")
+    wanted = dtype or profile.head.dtype or None
     if wanted is not None and wanted not in DTYPES:
         raise InputError(f"the dtype is {wanted!r}; allowed are {', '.join(DTYPES)}.")
-    sides = profile.info.get("resolution")
     device = open_device(device_name)
     model = load_model(
         model_name,
         device.torch_device,
         None if wanted is None else DTYPES[wanted],
-        tuple(sides) if isinstance(sides, list) else sides,
+        profile.head.size,
         scheduler,
     )
     return Hardware(model, device, decode_lanes, profile.row_buckets)
@@ -168,9 +167,9 @@ def chunking_of(profile: Profile, name: str) -> Chunking:
     """Where the profile's chunking cuts the decode; InputError when the profile does not say."""
     if name == WHOLE.name:
         return WHOLE
-    cuts = dict(profile.info.get("cuts") or {}).get(name)
+    cuts = profile.head.cuts.get(name)
     if cuts is None:
         raise InputError(
             f"profile '{profile.name}' does not say where its chunking {name} cuts the decode, so it cannot be run."
         )
-    return Chunking(name, tuple(int(cut) for cut in cuts))
+    return Chunking(name, cuts)

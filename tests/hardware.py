@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from real_runner.hardware import Hardware, open_hardware
-from synerdiff.profile.tables import Profile
+from synerdiff.profile.tables import Head, Profile
 from tests.builders import affine_profile
 
 CUTS = {"c4": [3, 6, 9]}
@@ -14,7 +14,7 @@ CUTS = {"c4": [3, 6, 9]}
 def digits_profile(**more: Any) -> Profile:
     """Times of about the right size; only a validation needs true ones."""
     profile = affine_profile(5, 1.5, 4, **more)
-    profile.info = {"model": "digits", "resolution": 32, "dtype": "float32", "cuts": CUTS}
+    profile.head = Head(model="digits", resolutions=((32, 32),), dtype="float32", cuts=CUTS)
     return profile
 
 

@@ -76,13 +76,13 @@ def fidelity_figures() -> None:
     table = read_fidelity(MODELS / "digits")
     for name in ("digits-cpu", "h200-sdxl-estimated"):
         profile = load_profile(find_profile(name))
-        model, caption = str(profile.info["model"]), ""
+        model, caption = profile.head.model, ""
         if model != table.model:
             # Only here, where the picture says so: budgets and studies refuse the table of another model.
             caption = (
                 f"LATENCY OF {model.upper()}, FIDELITY OF DIGITS: how far {model}'s own images change is not known. "
             )
-        used = replace(table, head={**table.head, "model": model, "resolution": profile.info["resolution"]})
+        used = replace(table, head={**table.head, "model": model, "resolution": list(profile.head.size or ())})
         kept = DATA / f"fidelity-latency-{name}.csv"
         if not kept.is_file():
             trade_off(profile, used, STEPS, GUIDANCE, LOADS)[COLUMNS].round(5).to_csv(kept, index=False)

@@ -10,6 +10,7 @@ from typing import Any
 
 from profiler.hardware_facts import GPUS, MODELS, decoder_atoms
 from synerdiff.core import NS_PER_S
+from synerdiff.profile.folder import fields_of
 from synerdiff.profile.tables import Profile
 
 REACHED_FLOPS = {"h200": 790e12}
@@ -53,10 +54,10 @@ def beside_floor(ns: float, flops: float, moved: float, least_bytes: float, gpu:
 
 def profile_table(profile: Profile) -> dict[str, Any]:
     """Every solo time of a profile, beside its floor where model, resolution and device are known."""
-    info = profile.info
-    model = str(info.get("model"))
-    known = model in MODELS and info.get("resolution") == MODELS[model].resolution
-    gpu = gpu_key(str(info.get("device", "")))
+    info = fields_of(profile.head)
+    model = profile.head.model
+    known = model in MODELS and profile.head.size == (MODELS[model].resolution, MODELS[model].resolution)
+    gpu = gpu_key(profile.head.device)
     steps = []
     for rows, spread in profile.steps.items():
         row: dict[str, Any] = {"rows": rows, "ms": spread.median / 1e6}

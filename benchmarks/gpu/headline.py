@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> None:
         for kind, runs in offered[: 2 if arguments.backlog else 1]
         for policy, prepared in runs.items()
     }
-    with open_hardware(str(profile.info["model"]), arguments.device, profile) as hardware:
+    with open_hardware(profile.head.model, arguments.device, profile) as hardware:
         for turn, (kind, runs) in enumerate(offered):
             number = turn // (2 if arguments.backlog else 1)
             first = turn % len(arguments.policy)

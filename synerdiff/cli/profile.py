@@ -57,9 +57,10 @@ def profile(
     from synerdiff.figures.profile import profile_picture
     from synerdiff.figures.style import save
 
-    info = measured.info
-    save(profile_picture(measured, caption=f"{info['model']} on {info['device']}, {info['date']}."), out, "profile")
-    typer.echo(f"{out}: tables, profile.yaml and the picture profile.png, measured in {info['measured_for_s']:.0f} s")
+    head = measured.head
+    save(profile_picture(measured, caption=f"{head.model} on {head.device}, {head.date}."), out, "profile")
+    spent_s = head.notes["measured_for_s"]
+    typer.echo(f"{out}: tables, profile.yaml and the picture profile.png, measured in {spent_s:.0f} s")
 
 
 def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
@@ -71,8 +72,8 @@ def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
     from synerdiff.profile.folder import load_profile
 
     measured = load_profile(out)
-    if measured.info.get("model") != model:
-        raise InputError(f"{out}: this profile was made for the model {measured.info.get('model')}, not for {model}.")
+    if measured.head.model != model:
+        raise InputError(f"{out}: this profile was made for the model {measured.head.model}, not for {model}.")
     with progress("loading") as on_progress:
         found = measure_adapters(measured, find_device(device), quick, on_progress)
     write_adapters(out, found)
@@ -92,7 +93,7 @@ def report(measured: Profile) -> list[str]:
     """What a measurement found, in a few lines."""
     from synerdiff.core import NS_PER_S
 
-    info, ms = measured.info, NS_PER_S / 1000
+    notes, ms = measured.head.notes, NS_PER_S / 1000
     times = "  ".join(f"{rows}: {spread.median / ms:.2f}" for rows, spread in measured.steps.items())
     decodes = "  ".join(f"{name}: {measured.decode_ns(name) / ms:.2f}" for name in measured.chunkings)
     overheads = "  ".join(f"{name}: {measured.overhead_ns(name) / ms:.3f}" for name in measured.overheads)
@@ -102,16 +103,16 @@ def report(measured: Profile) -> list[str]:
         f"  overheads, ms      {overheads}",
         "  1/s_u + 1/s_v of a decode by rows (above 1, running it beside steps pays)",
     ]
-    for name, by_rows in info["overlap"].items():
+    for name, by_rows in notes["overlap"].items():
         lines.append(f"    {name:<16} " + "  ".join(f"{rows}: {value:.2f}" for rows, value in by_rows.items()))
     lines.append("  kappa, slowdown with chunks / with the whole decode, by rows: step side, chunk side")
-    for name, by_row in info["kappa"].items():
+    for name, by_row in notes["kappa"].items():
         pairs = "  ".join(f"{rows}: {pair['step']:.2f} {pair['chunk']:.2f}" for rows, pair in by_row.items())
         lines.append(f"    {name:<16} {pairs}")
     errors = ", ".join(
         f"{name.replace('_', ' ')} {100 * error['mean']:.1f}% (worst {100 * error['worst']:.1f}%, "
         f"{error['cells']} cells)"
-        for name, error in info["held_out_error"].items()
+        for name, error in notes["held_out_error"].items()
     )
     lines.append(f"  lookups against held-out cells: {errors or 'no cell was held out'}")
     return lines

@@ -46,7 +46,7 @@ def variants(table: FidelityTable, steps: int, guidance_scale: float, profile: P
         own = row.solver == table.solver and row.steps == steps and row.guidance_scale == guidance_scale
         if own and row.mode == GUIDED and row.run_steps < steps:
             found.append(Variant(FEWER_STEPS, f"{row.run_steps} steps", row.run_steps, NO_SKIPS, 0))
-    model, resolution = str(profile.info.get("model")), profile.info.get("resolution")
+    model, resolution = profile.head.model, profile.head.size
     budgets: list[SkipBudget] = []
     for floor in FLOORS:
         try:

@@ -6,12 +6,10 @@ Nothing here was measured by this project, and nothing was fitted to an end-to-e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from synerdiff.profile.adapters import Adapters
-from synerdiff.profile.tables import Corun, Profile, Spread
+from synerdiff.profile.tables import Corun, Head, Profile, Spread
 
 MS = 1_000_000
 MIB = 1 << 20
@@ -99,7 +97,7 @@ def h800_profile(system: str) -> Profile:
             "text_encode": _exact(round(rest_ns * TEXT_SHARE)),
             "result_copy": _exact(round(rest_ns) - round(rest_ns * VAE_SHARE) - round(rest_ns * TEXT_SHARE)),
         },
-        info=_head(system),
+        head=_head(system),
     )
 
 
@@ -135,21 +133,23 @@ def h800_adapters(system: str) -> Adapters:
     return Adapters(profile.name, tables)
 
 
-def _head(system: str) -> Mapping[str, Any]:
+def _head(system: str) -> Head:
     """What profile.yaml says besides the tables: device, model and every assumption."""
-    return {
-        "device": "NVIDIA H800 SXM 80 GB",
-        "gpu": "h800",
-        "model": "sdxl",
-        "model_title": "Stable Diffusion XL, 1024x1024",
-        "resolution": 1024,
-        "dtype": "float16",
-        "n_meaning": "n is 0 in every cell: nothing was measured by this project, and p10 = p90 = median",
-        "assumptions": {
-            name: {"value": part.value, "unit": part.unit, "source": part.source}
-            for name, part in COMPONENTS[system].items()
+    return Head(
+        device="NVIDIA H800 SXM 80 GB",
+        gpu="h800",
+        model="sdxl",
+        resolutions=((1024, 1024),),
+        dtype="float16",
+        notes={
+            "model_title": "Stable Diffusion XL, 1024x1024",
+            "n_meaning": "n is 0 in every cell: nothing was measured by this project, and p10 = p90 = median",
+            "assumptions": {
+                name: {"value": part.value, "unit": part.unit, "source": part.source}
+                for name, part in COMPONENTS[system].items()
+            },
         },
-    }
+    )
 
 
 def _exact(value: int) -> Spread:

@@ -61,11 +61,11 @@ class HardwareEngine:
         if set(prepared.spec.decode_gpus) != {0}:
             gpus = ",".join(str(gpu) for gpu in prepared.spec.decode_gpus)
             raise InputError(f"--decode-gpus {gpus}: a run uses one GPU, so every decode lane is on GPU 0.")
-        model = self.model or prepared.profile.info.get("model")
-        if model is None:
+        model = self.model or prepared.profile.head.model
+        if not model:
             name = prepared.profile.name
             raise InputError(f"profile '{name}' does not say for which model it was made; give --model.")
-        return str(model)
+        return model
 
     def __call__(self, prepared: Prepared, on_progress: OnProgress | None = None, /) -> Served:
         model = self.require(prepared)

@@ -136,12 +136,12 @@ def _head(model: DiffusionModel, device: str) -> dict[str, Any]:
 
 def _require_profile_of(profile: Profile, model: DiffusionModel) -> None:
     """InputError for a profile of another model or resolution: what this study finds says nothing about its images."""
-    own, sides = str(profile.info.get("model")), profile.info.get("resolution")
-    if own != model.name:
-        raise InputError(f"--profile: '{profile.name}' is of model '{own}'; the study is of '{model.name}'.")
-    if sides not in ([model.height, model.width], model.height if model.height == model.width else None):
+    head = profile.head
+    if head.model != model.name:
+        raise InputError(f"--profile: '{profile.name}' is of model '{head.model}'; the study is of '{model.name}'.")
+    if head.size != (model.height, model.width):
         raise InputError(
-            f"--profile: '{profile.name}' is for {sides} pixels; the study is of {model.height}x{model.width}."
+            f"--profile: '{profile.name}' is for {head.pixels} pixels; the study is of {model.height}x{model.width}."
         )
 
 

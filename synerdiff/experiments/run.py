@@ -389,21 +389,21 @@ def fitted(
     A request without an SLO of its own gets ``slo_seconds``, or ``slo_multiple`` times its solo latency; when both are
     None it has none, and policies see no deadline.
     """
-    side = profile.info.get("resolution")
+    size = profile.head.size
     solo: dict[tuple[int, int, bool], int] = {}
     ready = []
     for request in requests:
-        if (request.height, request.width) not in ((None, None), (side, side)):
+        if (request.height, request.width) not in ((None, None), size):
             raise InputError(
                 f"request {request.request_id} asks for {request.height}x{request.width} pixels; profile "
-                f"'{profile.name}' was made for {f'{side}x{side}' if side else 'a resolution that it does not name'}."
+                f"'{profile.name}' was made for {profile.head.pixels}."
             )
         slo_ns = request.slo_ns
         if slo_ns is None and slo_seconds is not None:
             slo_ns = round(slo_seconds * NS_PER_S)
         elif slo_ns is None and slo_multiple is not None:
             slo_ns = round(slo_multiple * _solo_ns(request, profile, solo))
-        ready.append(replace(request, height=side, width=side, slo_ns=slo_ns))
+        ready.append(replace(request, height=size and size[0], width=size and size[1], slo_ns=slo_ns))
     return ready
 
 

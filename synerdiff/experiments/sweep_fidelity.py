@@ -25,9 +25,9 @@ def tables_of(
     given = None if section.fidelity is None else base / section.fidelity
     found = {}
     for name, (folder, profile) in profiles.items():
-        model = str(profile.info.get("model"))
+        model = profile.head.model
         found[name] = read_fidelity(find_fidelity(given, folder, model))
-        require_same_images(found[name], model, profile.info.get("resolution"))
+        require_same_images(found[name], model, profile.head.size)
     return found
 
 

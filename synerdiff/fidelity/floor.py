@@ -55,10 +55,10 @@ def floor_for_requests(
     solver: str | None = None,
 ) -> FloorChoice:
     """``budget_from_floor`` for what a trace asks for on a profile, by the table given or found (``find_fidelity``)."""
-    model = str(profile.info.get("model"))
+    model = profile.head.model
     found = read_fidelity(find_fidelity(table, profile_folder, model))
     kinds = {(request.steps, request.guidance_scale) for request in requests}
-    return budget_from_floor(found, min_ssim, kinds, model, profile.info.get("resolution"), solver)
+    return budget_from_floor(found, min_ssim, kinds, model, profile.head.size, solver)
 
 
 def budget_from_floor(
@@ -113,7 +113,7 @@ def require_same_images(table: FidelityTable, model: str, resolution: object) ->
     """InputError for a table of another model or resolution: its SSIM says nothing about these images."""
     if table.model != model:
         raise InputError(f"{table.path}: this fidelity table is of model '{table.model}'; the profile is of '{model}'.")
-    if table.resolution != resolution:
+    if _sides(table.resolution) != _sides(resolution):
         raise InputError(
             f"{table.path}: this fidelity table is for {_sides(table.resolution)} pixels; the profile is for "
             f"{_sides(resolution)}."
@@ -268,4 +268,6 @@ def _no_rule(table: FidelityTable, scales: dict[int, set[float]], min_ssim: floa
 
 
 def _sides(resolution: object) -> str:
+    if resolution is None:
+        return "unknown"
     return "x".join(map(str, resolution)) if isinstance(resolution, list | tuple) else f"{resolution}x{resolution}"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from synerdiff.core import PPM, InputError
-from synerdiff.files import Row, read_rows, read_yaml, sha256_of_files, write_rows, write_yaml
+from synerdiff.files import Row, read_rows, read_yaml, sha256_of_files, shown, write_rows, write_yaml
 from synerdiff.profile.tables import (
     CHUNK_COLUMNS,
     CORUN_COLUMNS,
@@ -16,12 +16,16 @@ from synerdiff.profile.tables import (
     SCHEMA_VERSION,
     STEP_COLUMNS,
     Corun,
+    Head,
     Profile,
     Spread,
 )
+from synerdiff.schema import validated
 
 SHIPPED = Path(__file__).resolve().parents[2] / "profiler" / "profiles"
-PROVENANCES = ("measured", "estimated")
+PROVENANCES = ("measured", "imported", "estimated")
+_OWN = ("schema_version", "name", "provenance", "row_buckets")
+"""Fields of profile.yaml that are not of the head."""
 _MOST_ROWS, _MOST_CHUNKS = 100_000, 10_000
 
 
@@ -57,11 +61,11 @@ def load_profile(folder: Path) -> Profile:
         )
     provenance = head.get("provenance")
     if provenance not in PROVENANCES:
-        raise InputError(f"{head_path}: provenance is {provenance!r}; allowed are {' and '.join(PROVENANCES)}.")
+        raise InputError(f"{head_path}: provenance is {provenance!r}; allowed are {', '.join(PROVENANCES)}.")
     steps, held_out = _read_steps(folder / "steps.csv")
     chunks = _read_chunks(folder / "chunks.csv")
     return Profile(
-        name=str(head.get("name") or folder.name),
+        name=_name(head_path, head.get("name", folder.resolve().name)),
         provenance=provenance,
         row_buckets=_row_buckets(head_path, head, steps),
         steps=steps,
@@ -69,9 +73,47 @@ def load_profile(folder: Path) -> Profile:
         corun=_read_corun(folder / "corun.csv", chunks),
         overheads=_read_overheads(folder / "overheads.csv"),
         held_out_steps=held_out,
-        info=head,
+        head=head_of(head, str(head_path)),
         content_hash=profile_hash(folder),
     )
+
+
+def head_of(fields: Mapping[str, Any], where: str) -> Head:
+    """The head in the fields of profile.yaml; what it does not know is a note. InputError names the field."""
+    known = {name for name in Head.model_fields if name not in ("resolutions", "notes")}
+    head = {name: value for name, value in fields.items() if name in known}
+    head["notes"] = {name: value for name, value in fields.items() if name not in (*known, *_OWN, "resolution")}
+    if "resolution" in fields:
+        sides = fields["resolution"]
+        square = isinstance(sides, int) and not isinstance(sides, bool)
+        pair = [sides, sides] if square else sides
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and 8 <= n <= 16384 for n in pair)):
+            allowed = "a side of 8 to 16384 pixels, or [height, width], is needed"
+            raise InputError(f"{where}: resolution is {shown(repr(sides))}; {allowed}.")
+        head["resolutions"] = [pair]
+    return validated(Head, head, where)
+
+
+def fields_of(head: Head) -> dict[str, Any]:
+    """The head as profile.yaml holds it: what is empty is left out, notes come last."""
+    fields: dict[str, Any] = {}
+    for name in Head.model_fields:
+        value = getattr(head, name)
+        if name == "resolutions":
+            for height, width in value:
+                fields["resolution"] = height if height == width else [height, width]
+        elif name == "cuts":
+            fields |= {"cuts": {cut: list(places) for cut, places in value.items()}} if value else {}
+        elif name != "notes" and value not in (None, "", {}):
+            fields[name] = value
+    return {**fields, **head.notes}
+
+
+def _name(path: Path, name: Any) -> str:
+    """A profile's name stands in tables, figures and file names."""
+    if isinstance(name, str) and 1 <= len(name.strip()) <= 200 and name.isprintable() and not set(name) & set("/\\"):
+        return name
+    raise InputError(f"{path}: name is {shown(repr(name))}; a text of 1 to 200 characters without slashes is needed.")
 
 
 def profile_hash(folder: Path) -> str:
@@ -178,15 +220,13 @@ def _read_overheads(path: Path) -> dict[str, Spread]:
 
 
 def write_profile(folder: Path, profile: Profile) -> None:
-    """Write all tables of a profile; ``profile.info`` becomes profile.yaml."""
-    head = {
-        **profile.info,
+    """Write all tables of a profile; its head becomes profile.yaml."""
+    own = {
         "schema_version": SCHEMA_VERSION,
         "name": profile.name,
         "provenance": profile.provenance,
         "row_buckets": None if profile.row_buckets is None else list(profile.row_buckets),
     }
-    first = ("schema_version", "name", "provenance", "row_buckets")
     write_rows(folder / "steps.csv", STEP_COLUMNS, _step_rows(profile))
     chunk_rows = [
         (chunking, i, s.median, s.p10, s.p90, s.n)
@@ -197,7 +237,7 @@ def write_profile(folder: Path, profile: Profile) -> None:
     write_rows(folder / "corun.csv", CORUN_COLUMNS, _corun_rows(profile))
     overheads = [(name, s.median, s.p10, s.p90, s.n) for name, s in profile.overheads.items()]
     write_rows(folder / "overheads.csv", OVERHEAD_COLUMNS, overheads)
-    write_yaml(folder / "profile.yaml", {key: head[key] for key in [*first, *(k for k in head if k not in first)]})
+    write_yaml(folder / "profile.yaml", {**own, **fields_of(profile.head)})
 
 
 def _step_rows(profile: Profile) -> list[tuple[int, ...]]:

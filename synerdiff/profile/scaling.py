@@ -36,9 +36,6 @@ def scaled_profile(base: Profile, contention: float = 1.0, decode: float = 1.0) 
             for place, cells in base.corun.items()
         },
         content_hash=f"{base.content_hash}+{contention!r}+{decode!r}",
-        _bucket_memo={},
-        _step_memo={},
-        _slowdown_memo={},
     )
 
 

@@ -9,13 +9,18 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, Strict
 
 from synerdiff.core import InputError
+from synerdiff.schema import Listed, Section
 
 _T = TypeVar("_T")
 
 SCHEMA_VERSION = 1
+Weights = Literal["checkpoint", "trained", "random"]
+Side = Annotated[int, Field(ge=8, le=16384)]
 OVERHEADS = ("step_dispatch", "chunk_dispatch", "decision_lead", "text_encode", "result_copy")
 STEP_COLUMNS = ("rows", "median_ns", "p10_ns", "p90_ns", "n", "held_out")
 CHUNK_COLUMNS = ("chunking", "chunk", "median_ns", "p10_ns", "p90_ns", "n")
@@ -59,6 +64,44 @@ def interpolate(low: int, high: int, position: int, span: int) -> int:
     return low + (2 * (high - low) * position + span) // (2 * span)
 
 
+class Head(Section):
+    """Where a profile's times come from and what they hold for; empty is what is not known."""
+
+    device: str = ""
+    """Its title, for people."""
+    gpu: str = ""
+    """Its key in the project's tables: h100, h200, ..."""
+    driver: str = ""
+    clocks: dict[str, Any] = {}
+    """Seen while measuring: lowest, median and highest, MHz, and why they were lowered."""
+    model: str = ""
+    """Name, checkpoint folder or hub name."""
+    weights: Weights | None = None
+    """Times do not depend on them, images do."""
+    resolutions: Listed[Annotated[tuple[Side, Side], Strict(False)]] = Field(default=(), max_length=1)
+    """(height, width) in pixels. Tables hold for one."""
+    dtype: str = ""
+    execution: str = ""
+    cuts: dict[str, Listed[Annotated[int, Field(ge=1)]]] = {}
+    """Chunking -> where it cuts the decoder's atoms, rising."""
+    commit: str = ""
+    date: str = ""
+    source: str = ""
+    """Imported times: who published them, and where."""
+    notes: dict[str, Any] = {}
+    """What only people read."""
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels, None when the profile does not say."""
+        return self.resolutions[0] if self.resolutions else None
+
+    @property
+    def pixels(self) -> str:
+        """``HEIGHTxWIDTH``, for sentences."""
+        return "x".join(map(str, self.resolutions[0])) if self.resolutions else "a resolution that it does not name"
+
+
 @dataclass(slots=True)
 class Profile:
     """Times of one model on one device.
@@ -76,15 +119,17 @@ class Profile:
     corun: Mapping[tuple[str, int], Mapping[int, Corun]]
     overheads: Mapping[str, Spread]
     held_out_steps: Mapping[int, Spread] = field(default_factory=dict)
-    info: Mapping[str, Any] = field(default_factory=dict)
+    head: Head = field(default_factory=Head)
     content_hash: str = ""
-    _bucket_memo: dict[int, int] = field(default_factory=dict, repr=False)
-    _step_memo: dict[int, int] = field(default_factory=dict, repr=False)
-    _slowdown_memo: dict[tuple[int, str, int], tuple[int, int]] = field(default_factory=dict, repr=False)
+    _bucket_memo: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _step_memo: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _slowdown_memo: dict[tuple[int, str, int], tuple[int, int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def estimated(self) -> bool:
-        return self.provenance != "measured"
+        return self.provenance == "estimated"
 
     @property
     def label(self) -> str:

@@ -289,11 +289,8 @@ def refreshed(profile: Profile, times: Sequence[CellTimes], ratios: Sequence[Cel
         chunks=dict(profile.chunks) | chunks,
         corun=corun,
         overheads=dict(profile.overheads) | overheads,
-        info=dict(profile.info) | {"measured_again": again},
+        head=profile.head.model_copy(update={"notes": {**profile.head.notes, "measured_again": again}}),
         content_hash="",
-        _bucket_memo={},
-        _step_memo={},
-        _slowdown_memo={},
     )
 
 
@@ -326,7 +323,4 @@ def all_times_scaled(profile: Profile, factor: float) -> Profile:
         chunks={name: tuple(map(scaled, spreads)) for name, spreads in profile.chunks.items()},
         overheads={name: scaled(spread) if spread.median else spread for name, spread in profile.overheads.items()},
         content_hash="",
-        _bucket_memo={},
-        _step_memo={},
-        _slowdown_memo={},
     )

@@ -188,7 +188,7 @@ def require(plan: ValidationPlan, model: str | None) -> str:
     profile = prepare(plan.spec).profile
     if profile.estimated:
         raise InputError(f"profile '{profile.name}' is estimated; only a measured one can be validated.")
-    name = str(model or profile.info.get("model") or "")
+    name = model or profile.head.model
     if not name:
         raise InputError(f"profile '{profile.name}' does not say for which model it was made; give --model.")
     return name

@@ -56,7 +56,7 @@ def test_estimated_profiles_say_so_and_come_back_from_their_folder(tmp_path: Pat
         again = load_profile(folder)
         assert again.estimated
         assert {rows: again.step_ns(rows) for rows in (1, 2, 16)} == {r: profile.step_ns(r) for r in (1, 2, 16)}
-        assert all(part["source"] for part in again.info["assumptions"].values())
+        assert all(part["source"] for part in again.head.notes["assumptions"].values())
         assert load_adapters(folder, profile.name) == adapters
 
 

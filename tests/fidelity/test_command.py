@@ -14,6 +14,7 @@ from synerdiff.core import InputError
 from synerdiff.experiments.fidelity_tradeoff import FEWER_STEPS, trade_off, variants
 from synerdiff.fidelity.table import read_fidelity, write_fidelity
 from synerdiff.profile.folder import write_profile
+from synerdiff.profile.tables import Head
 from synerdiff.results.records import read_requests, read_table
 from tests.builders import affine_profile
 from tests.fidelity.test_floor import ROWS, TABLE
@@ -24,7 +25,7 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and badly 
 
 def profile_of_digits():
     profile = affine_profile()
-    profile.info.update({"model": "digits", "resolution": 32})
+    profile.head = Head(model="digits", resolutions=((32, 32),))
     return profile
 
 
@@ -207,7 +208,7 @@ def test_the_command_writes_table_and_pictures(
         (["--scheduler", "often"], "There is no scheduler often"),
         (["--profile", "nowhere"], "nowhere: there is no such profile folder"),
         (["--profile", "h200-sdxl-estimated"], "'h200-sdxl-estimated' is of model 'sdxl'; the study is of 'digits'."),
-        (["--profile", "large"], "--profile: 'test' is for 64 pixels; the study is of 32x32."),
+        (["--profile", "large"], "--profile: 'test' is for 64x64 pixels; the study is of 32x32."),
     ],
 )
 def test_bad_options(
@@ -215,7 +216,7 @@ def test_bad_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     large = profile_of_digits()
-    large.info["resolution"] = 64
+    large.head = Head(model="digits", resolutions=((64, 64),))
     write_profile(tmp_path / "large", large)
     assert fidelity(*arguments) == 2
     assert message in sentence(capsys)

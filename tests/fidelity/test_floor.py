@@ -12,6 +12,7 @@ from simulator import simulate
 from synerdiff.core import CONDITIONAL, NO_SKIPS, REUSE, InputError, Request, Sample, SkipBudget
 from synerdiff.fidelity.floor import budget_from_floor, floor_for_requests, image_ssim, run_ssim
 from synerdiff.fidelity.table import FidelityTable
+from synerdiff.profile.tables import Head
 from tests.builders import affine_profile, requests_at
 from tests.fidelity.test_table import HEAD, fewer_steps, score
 
@@ -138,7 +139,7 @@ def test_the_solver_that_runs_decides_which_rows_count() -> None:
 
 def test_requests_on_a_profile(tmp_path: Path) -> None:
     profile = affine_profile()
-    profile.info.update({"model": "digits", "resolution": 32})
+    profile.head = Head(model="digits", resolutions=((32, 32),))
     from synerdiff.fidelity.table import write_fidelity
 
     write_fidelity(tmp_path, HEAD, ROWS)

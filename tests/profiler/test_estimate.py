@@ -148,7 +148,7 @@ def test_shipped_profiles_are_what_the_command_writes(gpu: str, model: str, tmp_
         assert (tmp_path / "p" / name).read_bytes() == (shipped / name).read_bytes(), name
     loaded = load_profile(shipped)
     assert loaded.label.endswith("(estimated)")
-    assert all({"value", "unit", "source"} <= set(entry) for entry in loaded.info["assumptions"].values())
+    assert all({"value", "unit", "source"} <= set(entry) for entry in loaded.head.notes["assumptions"].values())
 
 
 def test_a_measured_profile_is_not_overwritten(tmp_path: Path) -> None:

@@ -68,13 +68,17 @@ def test_tables_are_complete_and_read_back(measured):
 
 def test_provenance_says_what_was_measured_and_how_well(measured):
     _, profile, _ = measured
-    info = profile.info
-    assert (info["model"], info["resolution"], info["dtype"], info["quick"]) == ("digits", 32, "float32", True)
+    head, info = profile.head, profile.head.notes
+    assert (head.model, head.size, head.dtype, info["quick"]) == ("digits", (32, 32), "float32", True)
+    assert head.weights == "trained"
     assert info["torch"] == torch.__version__
     assert info["command"].startswith("synerdiff profile --model digits --device cpu --rows 1,2,4 --quick --out ")
     assert info["measured_for_s"] > 0
-    for name in ("device", "processor", "usable_cores", "diffusers", "date", "commit", "sampling", "lanes"):
+    for name in ("processor", "usable_cores", "diffusers", "sampling", "lanes"):
         assert name in info
+    assert head.device
+    assert head.date
+    assert head.commit
     error = info["held_out_error"]
     assert {name: error[name]["cells"] for name in error} == {"step_time": 1, "step_slowdown": 2, "chunk_slowdown": 2}
     lookup = profile.step_ns(3) / profile.held_out_steps[3].median
@@ -86,14 +90,14 @@ def test_provenance_says_what_was_measured_and_how_well(measured):
 
 def test_cuts_make_the_longest_chunk_as_short_as_the_measured_atoms_allow(measured):
     _, profile, _ = measured
-    times = list(profile.info["atoms_ns"].values())
+    times = list(profile.head.notes["atoms_ns"].values())
 
     def longest(cuts):
         return max(sum(times[a:b]) for a, b in pairwise((0, *cuts, len(times))))
 
     best = min(longest(cuts) for cuts in combinations(range(1, len(times)), 3))
-    assert longest(profile.info["cuts"]["c4"]) == best
-    assert profile.info["cuts"]["whole"] == []
+    assert longest(profile.head.cuts["c4"]) == best
+    assert profile.head.cuts["whole"] == ()
 
 
 def test_the_step_that_is_measured_is_the_models_own_step():
@@ -177,7 +181,7 @@ def test_the_command_measures_reports_and_draws(tmp_path, capsys):
     assert "profile.png" in printed.out
     assert (folder / "profile.png").stat().st_size > 10_000
     assert (folder / "profile.pdf").exists()
-    assert load_profile(folder).info["command"].endswith(f"--out {folder}")
+    assert load_profile(folder).head.notes["command"].endswith(f"--out {folder}")
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
@@ -225,14 +229,15 @@ def test_a_folder_with_other_things_in_it(tmp_path, capsys):
 def test_the_profile_that_ships_is_complete_and_was_measured_by_the_command_that_it_names():
     profile = load_profile(find_profile("digits-cpu"))
     assert not profile.estimated
-    assert profile.info["command"] == "synerdiff profile --model digits --device cpu --out profiler/profiles/digits-cpu"
+    command = "synerdiff profile --model digits --device cpu --out profiler/profiles/digits-cpu"
+    assert profile.head.notes["command"] == command
     assert profile.row_buckets == ROWS
     assert {name: profile.chunk_count(name) for name in profile.chunkings} == {"whole": 1, "c4": 4, "c8": 8}
-    for name, cuts in profile.info["cuts"].items():
+    for name, cuts in profile.head.cuts.items():
         assert len(Chunking(name, tuple(cuts))) == profile.chunk_count(name)
     assert all(spread.n >= 10 for spread in profile.steps.values())
     again = json.loads(json.dumps(findings(profile, CORUN_ROWS)["held_out_error"]))
-    assert again == profile.info["held_out_error"], "what it states follows from its tables"
+    assert again == profile.head.notes["held_out_error"], "what it states follows from its tables"
     for rows in ROWS:
         assert all(ppm > 0 for ppm in profile.slowdown_ppm(rows, "c8", 7))
 
@@ -241,7 +246,7 @@ def test_the_profile_that_ships_is_complete_and_was_measured_by_the_command_that
 @needs_gpu
 def test_a_gpu_is_measured_with_its_clocks(tmp_path):
     profile = measure_profile(make_settings("digits", "cuda", rows="1,2,4", quick=True), tmp_path / "p")
-    assert profile.info["execution"] == "CUDA graphs"
-    assert profile.info["clocks"]["looks"] > 0
+    assert profile.head.execution == "CUDA graphs"
+    assert profile.head.clocks["looks"] > 0
     assert profile.overhead_ns("decision_lead") > 0
     assert {name: profile.chunk_count(name) for name in profile.chunkings} == {"whole": 1, "c4": 4}

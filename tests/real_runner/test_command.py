@@ -11,6 +11,7 @@ import torch
 
 from synerdiff import cli
 from synerdiff.profile.folder import write_profile
+from synerdiff.profile.tables import Head
 from synerdiff.results.records import read_requests, read_work
 from tests.builders import affine_profile
 from tests.hardware import digits_profile
@@ -152,7 +153,7 @@ def test_a_policy_that_breaks_loses_nothing(world, capsys):
 def test_bad_input_is_one_sentence(world, capsys, more, sentence):
     write_profile(world / "nameless", affine_profile())
     uncut = digits_profile()
-    uncut.info = {"model": "digits"}
+    uncut.head = Head(model="digits")
     write_profile(world / "uncut", uncut)
     assert run(*more) == 2
     printed = capsys.readouterr()

@@ -17,6 +17,7 @@ from real_runner.intake import Entry
 from real_runner.pieces import Picture
 from simulator import simulate
 from synerdiff.core import REUSE, ContractError, Decision, Request, SkipBudget
+from synerdiff.profile.tables import Head
 from tests.builders import make_profile, requests_at
 from tests.simulator.test_reference import Whim
 
@@ -114,7 +115,7 @@ def uncontended(overheads=None):
     profile = make_profile(
         {1: 100, 2: 130, 4: 200, 8: 350, 16: 600}, {"whole": [170], "c3": [50, 70, 50]}, overheads=overheads
     )
-    profile.info = {"cuts": {"c3": [1, 2]}}
+    profile.head = Head(cuts={"c3": (1, 2)})
     return profile
 
 

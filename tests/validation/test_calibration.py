@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from synerdiff.core import WorkRecord
+from synerdiff.profile.tables import Head
 from synerdiff.validation.calibration import STEPS_BESIDE, CellVisitor, cell_times, joined, refreshed
 from tests.builders import make_profile
 from tests.real_runner.test_rounds import rehearse
@@ -16,7 +17,7 @@ STEPS = {1: 100_000, 2: 130_000, 3: 170_000, 4: 200_000, 8: 350_000}
 
 def small(chunks, overheads=None):
     profile = make_profile(STEPS, chunks, overheads=overheads)
-    profile.info = {"cuts": {"c3": [1, 2]}}
+    profile.head = Head(cuts={"c3": (1, 2)})
     return profile
 
 

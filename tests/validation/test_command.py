@@ -24,7 +24,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         {"whole": [4_000_000]},
         {1: (1_300_000, 1_300_000), 4: (1_200_000, 1_200_000)},
     )
-    small.info = digits_profile().info
+    small.head = digits_profile().head
     write_profile(tmp_path / "p", small)
     rows = "".join(f"{i * 0.1:.1f},{1 + i % 3},3.0\n" for i in range(12))
     (tmp_path / "t.csv").write_text("arrival_s,steps,guidance_scale\n" + rows)
