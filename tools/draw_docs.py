@@ -69,12 +69,12 @@ def controller_figure() -> None:
 
 
 def fidelity_figures() -> None:
-    """Latency, throughput and fidelity by the shipped table of `digits`, on two profiles.
+    """Latency, throughput and fidelity by the shipped table of `digits`.
 
     What was simulated is kept in docs/data/fidelity-latency-PROFILE.csv and drawn again from there.
     """
     table = read_fidelity(MODELS / "digits")
-    for name in ("digits-cpu", "h200-sdxl-estimated"):
+    for name in ("digits-cpu",):
         profile = load_profile(find_profile(name))
         model, caption = profile.head.model, ""
         if model != table.model:
