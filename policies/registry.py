@@ -54,8 +54,9 @@ def policy_class(name: str, base_folder: Path | None = None) -> type[Any]:
         sys.path.append(folder)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
-        raise InputError(f"policy '{name}': the module {module_name} cannot be imported ({error}).") from None
+    except (Exception, SystemExit) as error:
+        what = f"it exits with {error}" if isinstance(error, SystemExit) else error
+        raise InputError(f"policy '{name}': the module {module_name} cannot be imported ({what}).") from None
     found = getattr(module, class_name, None)
     if not inspect.isclass(found):
         raise InputError(f"policy '{name}': the module {module_name} has no class {class_name}.")
@@ -83,8 +84,11 @@ def build_policy(name: str, parameters: dict[str, Any] | None = None, base_folde
     checked_parameters(name, policy_parameters(name, base_folder), given)
     try:
         policy: Policy = found(**given)
-    except TypeError as error:
-        raise InputError(f"policy '{name}' cannot be built with {given or 'no parameters'} ({error}).") from None
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        what = f"it exits with {error}" if isinstance(error, SystemExit) else error
+        raise InputError(f"policy '{name}' cannot be built with {given or 'no parameters'} ({what}).") from None
     if not isinstance(getattr(policy, "chunking", None), str):
         policy.chunking = "whole"
     return policy

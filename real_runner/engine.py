@@ -33,6 +33,7 @@ from synerdiff.core import (
     WorkerInfo,
 )
 from synerdiff.diffusion.decoder import Chunking
+from synerdiff.engine.policy import PolicyCalls
 from synerdiff.engine.rounds import NEVER, Rounds
 from synerdiff.engine.samples import make_samples, request_records, sorted_work
 from synerdiff.engine.worker import Step, Worker
@@ -79,12 +80,13 @@ def run_real(
     gpu = GPU if serving is None else serving.gpu
     samples = make_samples(requests, profile, budget)
     sample_rows = max((sample.full_rows for sample in samples), default=1)
-    policy.reset(WorkerInfo(profile.max_rows, gpu, (gpu,) * len(hardware.decode), sample_rows), profile)
-    cut = chunking_of(profile, getattr(policy, "chunking", "whole"))
+    calls = PolicyCalls(policy)
+    calls.reset(WorkerInfo(profile.max_rows, gpu, (gpu,) * len(hardware.decode), sample_rows), profile)
+    cut = chunking_of(profile, calls.chunking)
     hardware.warm_up(profile.row_buckets or tuple(profile.steps), cut)
     if serving is not None:
         serving.begin()
-    run = _Run(requests, samples, policy, profile, hardware, cut, sample_rows, round(watchdog_s * NS_PER_S), serving)
+    run = _Run(requests, samples, calls, profile, hardware, cut, sample_rows, round(watchdog_s * NS_PER_S), serving)
     run.execution.on_image = on_image
     error: Exception | None = None
     try:
@@ -146,7 +148,7 @@ class _Run:
         self,
         requests: Sequence[Request],
         samples: list[Sample],
-        policy: Policy,
+        policy: PolicyCalls,
         profile: Profile,
         hardware: Hardware,
         cut: Chunking,
@@ -156,9 +158,8 @@ class _Run:
     ) -> None:
         self.samples, self.device, self.serving = samples, hardware.device, serving
         chunks = [hardware.chunk_functions(lane, cut) for lane in range(len(hardware.decode))]
-        name = getattr(policy, "NAME", "") or type(policy).__name__
         gpu = GPU if serving is None else serving.gpu
-        self.worker = Worker(samples, name, len(cut), profile.max_rows, (gpu,) * len(hardware.decode))
+        self.worker = Worker(samples, policy.name, len(cut), profile.max_rows, (gpu,) * len(hardware.decode))
         # When a step with adapters ends cannot be told from the profile's times of plain steps.
         lead_ns = profile.overhead_ns("decision_lead") if serving is None else 0
         self.rounds = Rounds(self.worker, policy, self, lead_ns)

@@ -13,6 +13,7 @@ import simpy
 from policies.base import Policy
 from simulator.pieces import Piece, PlainStepper, Stepper, Times
 from synerdiff.core import PPM, LaneView, Sample, WorkerInfo, WorkRecord
+from synerdiff.engine.policy import PolicyCalls
 from synerdiff.engine.rounds import NEVER, Rounds
 from synerdiff.engine.worker import Step, Worker
 from synerdiff.profile.tables import Profile
@@ -38,20 +39,21 @@ class WorkerRun:
         arrivals: list[Sample],
         dispersion_seed: int | None,
     ) -> None:
-        policy.reset(info, profile)
+        calls = PolicyCalls(policy)
+        calls.reset(info, profile)
         self.gpu = info.denoise_gpu
         self.profile = profile
-        self.chunking = getattr(policy, "chunking", "whole")
+        self.chunking = calls.chunking
         self.times = Times(profile, self.chunking, dispersion_seed)
         self.worker = Worker(
             samples,
-            getattr(policy, "NAME", "") or type(policy).__name__,
+            calls.name,
             profile.chunk_count(self.chunking),
             profile.max_rows,
             info.decode_gpus,
             profile.overhead_ns("result_copy"),
         )
-        self.rounds = Rounds(self.worker, policy, self, profile.overhead_ns("decision_lead"))
+        self.rounds = Rounds(self.worker, calls, self, profile.overhead_ns("decision_lead"))
         self.arrivals = arrivals
         self.entered = 0
         """Samples that have entered waiting; the rest have yet to arrive."""

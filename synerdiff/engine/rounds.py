@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from policies.base import Policy
 from synerdiff.core import Decision, LaneView
+from synerdiff.engine.policy import PolicyCalls
 from synerdiff.engine.worker import Step, Worker
 
 NEVER = 1 << 62
@@ -44,7 +44,7 @@ class Rounds:
 
     __slots__ = ("_step_ended", "decisions", "lanes", "lead_ns", "on_decision", "policy", "worker")
 
-    def __init__(self, worker: Worker, policy: Policy, lanes: Lanes, lead_ns: int) -> None:
+    def __init__(self, worker: Worker, policy: PolicyCalls, lanes: Lanes, lead_ns: int) -> None:
         self.worker, self.policy, self.lanes, self.lead_ns = worker, policy, lanes, lead_ns
         self.decisions = 0
         """How often the policy was asked."""
@@ -106,7 +106,10 @@ class Rounds:
         worker, lanes = self.worker, self.lanes
         self.decisions += 1
         decision = self.policy.decide(worker.look(now_ns, closed))
-        step_starts, starting = worker.apply(decision, now_ns)
+        try:
+            step_starts, starting = worker.apply(decision, now_ns)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self.policy.unreadable(now_ns, error) from error
         if self.on_decision is not None:
             self.on_decision(decision, now_ns, cause_ns)
         if step_starts:

@@ -8,6 +8,7 @@ is the engine's business.
 from __future__ import annotations
 
 from collections import OrderedDict
+from types import NoneType
 from typing import NoReturn
 
 from synerdiff.core import (
@@ -27,7 +28,15 @@ from synerdiff.core import (
     View,
 )
 
+IDLE_DECISIONS = 10_000
+"""So many decisions in a row that bring nothing forward are an error (contract, rule 24)."""
 ACTIVE, DECODING, WAITING = Phase.ACTIVE, Phase.DECODING, Phase.WAITING
+
+
+def short(value: object) -> str:
+    """A value as a message shows it; only its type where that would be long."""
+    text = repr(value)
+    return text if len(text) <= 40 and isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
 
 
 class Step:
@@ -82,6 +91,8 @@ class Worker:
         """Samples that are done, rejected or failed."""
         self.steps_settled = 0
         """Denoising steps that its samples have taken, and those that rejected ones will not take."""
+        self._idle_decisions = 0
+        """Decisions in a row that started, admitted, rejected and ended nothing."""
         self._kept: tuple[tuple[tuple[SampleId, Mode], ...], Step] | None = None
         """The last decided step and what it was found to be, while no mode was a skip and no member has left."""
         self._arrived: list[Sample] = []
@@ -224,47 +235,82 @@ class Worker:
         Returns whether a step starts now (it is then ``self.step``), and the lanes whose launch starts now. The rest
         is committed: it starts with ``start_committed`` when the running step really ends. Raises ContractError.
         """
-        self._arrived.clear()
-        self._step_done.clear()
-        self._chunk_done.clear()
-        self._gone.clear()
         if decision is NOTHING:
+            self._count_idle(now_ns)
+            self._forget_news()
             self.wake_ns = None
             return False, []
+        admit, reject, batch, pad_rows, chunks, wake_ns = decision
+        tuples = type(admit) is tuple and type(reject) is tuple and type(batch) is tuple and type(chunks) is tuple
+        if not tuples or type(pad_rows) is not int:
+            self._refuse_types(decision, now_ns)
+        if batch or chunks or admit or reject:
+            self._idle_decisions = 0
+        else:
+            self._count_idle(now_ns)
+        self._forget_news()
         early = self.step is not None
-        for sample_id in decision.admit:
+        for sample_id in admit:
             sample = self._sample(sample_id, self.waiting, WAITING, "admitted", now_ns)
             del self.waiting[sample_id]
             sample.phase = ACTIVE
             sample.admitted_ns = now_ns
             self.active[sample_id] = sample
-        for sample_id in decision.reject:
+        for sample_id in reject:
             sample = self._sample(sample_id, self.waiting, WAITING, "rejected", now_ns)
             del self.waiting[sample_id]
             self.steps_settled += sample.steps_left
             self._end(sample, Phase.REJECTED)
         step_starts = False
-        if decision.step:
-            step = self._make_step(decision, now_ns)
+        if batch:
+            step = self._make_step(batch, pad_rows, now_ns)
             if early:
                 self.next_step = step
             else:
                 self.step = step
                 step_starts = True
-        elif decision.pad_rows:
-            self._refuse(now_ns, f"pad_rows is {decision.pad_rows} without a step")
-        starting = [lane for launch in decision.chunks if (lane := self._launch(launch, now_ns)).started]
-        wake_ns = decision.wake_at_ns
-        if wake_ns is not None and wake_ns <= now_ns:
-            self._refuse(now_ns, f"wake_at_ns is {wake_ns}, which is not after now ({now_ns})")
+        elif pad_rows:
+            self._refuse(now_ns, f"pad_rows is {pad_rows} without a step")
+        starting: list[LaneView] = []
+        for launch in chunks:
+            lane = self._launch(launch, now_ns)
+            if lane.started:
+                starting.append(lane)
+        if wake_ns is not None:
+            if type(wake_ns) is not int:
+                self._refuse_types(decision, now_ns)
+            if wake_ns <= now_ns:
+                self._refuse(now_ns, f"wake_at_ns is {wake_ns}, which is not after now ({now_ns})")
         self.wake_ns = wake_ns
         return step_starts, starting
 
-    def _make_step(self, decision: Decision, now_ns: int) -> Step:
+    def _forget_news(self) -> None:
+        """What has happened since the last decision has been seen."""
+        self._arrived.clear()
+        self._step_done.clear()
+        self._chunk_done.clear()
+        self._gone.clear()
+
+    def _refuse_types(self, decision: Decision, now_ns: int) -> NoReturn:
+        whole = {"pad_rows": (int,), "wake_at_ns": (int, NoneType)}
+        for name, value in zip(Decision._fields, decision, strict=True):
+            if type(value) not in whole.get(name, (tuple,)):
+                needed = "whole number" if name in whole else "tuple"
+                self._refuse(now_ns, f"{name} is {short(value)}; a {needed} is needed")
+        raise AssertionError("a decision was refused whose fields have the right types")
+
+    def _count_idle(self, now_ns: int) -> None:
+        if self._step_done or self._chunk_done or self._gone:
+            self._idle_decisions = 0
+        self._idle_decisions += 1
+        if self._idle_decisions >= IDLE_DECISIONS:
+            self._refuse(now_ns, f"{IDLE_DECISIONS} decisions in a row started, admitted, rejected and ended nothing")
+
+    def _make_step(self, batch: tuple[tuple[SampleId, Mode], ...], pad_rows: int, now_ns: int) -> Step:
         if not self.view.denoise_free:
             self._refuse(now_ns, "a step was decided while the denoise lane is busy or held")
         # The same members take most steps: what was found of them is kept while they are the same.
-        if self._kept is not None and self._kept[0] is decision.step and not decision.pad_rows:
+        if self._kept is not None and self._kept[0] is batch and not pad_rows:
             known = self._kept[1]
             if known.rows <= self.view.max_rows:
                 for sample in known.samples:
@@ -274,11 +320,11 @@ class Worker:
         letters = ""
         key = None
         skips = False
-        rows = decision.pad_rows
+        rows = pad_rows
         if rows < 0:
             self._refuse(now_ns, f"pad_rows is {rows}")
         active = self.active
-        for sample_id, mode in decision.step:
+        for sample_id, mode in batch:
             member = active.get(sample_id)
             if member is None or type(sample_id) is not int:
                 member = self._sample(sample_id, active, ACTIVE, "stepped", now_ns)
@@ -300,8 +346,8 @@ class Worker:
             samples.append(sample)
         if rows > self.view.max_rows:
             self._refuse(now_ns, f"the step has {rows} rows; at most {self.view.max_rows} are possible")
-        step = Step(samples, tuple([s.id for s in samples]), letters, rows, decision.pad_rows)
-        self._kept = None if skips or decision.pad_rows else (decision.step, step)
+        step = Step(samples, tuple([s.id for s in samples]), letters, rows, pad_rows)
+        self._kept = None if skips or pad_rows else (batch, step)
         return step
 
     def _rows_of(self, sample: Sample, mode: Mode, now_ns: int) -> int:
@@ -317,6 +363,8 @@ class Worker:
         return 1
 
     def _launch(self, launch: ChunkLaunch, now_ns: int) -> LaneView:
+        if type(launch) is not ChunkLaunch or [*map(type, launch[1:])] != [int, int, bool, bool]:
+            self._refuse(now_ns, f"{launch!r} is no ChunkLaunch of a sample, two whole numbers and two truth values")
         sample = self._sample(launch.sample, self.decoding, DECODING, "decoded", now_ns)
         if not 0 <= launch.lane < len(self.lanes):
             self._refuse(now_ns, f"there is no decode lane {launch.lane}; lanes count from 0 to {len(self.lanes) - 1}")

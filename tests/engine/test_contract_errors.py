@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from simulator import simulate
-from synerdiff.core import ChunkLaunch, ContractError, Decision, LoraUse, Request, SkipBudget
+from synerdiff.core import NO_SKIPS, ChunkLaunch, ContractError, Decision, LoraUse, Request, SkipBudget
 from tests.builders import Script, make_profile
 
 PROFILE = make_profile({2: 100, 4: 150}, {"whole": [40], "c2": [20, 20]})
@@ -14,16 +13,10 @@ START = Decision(admit=(0,), step=((0, G),))
 """Sample 0 is denoised from 0 to 100."""
 
 
-def check_refused(reason, *decisions, requests=None, budget=None, chunking="c2", gpus=(0, 0)):
+def check_refused(play, reason, *decisions, requests=None, budget=NO_SKIPS):
     requests = requests or [Request(0, 0, steps=1), Request(1, 0, steps=1)]
     with pytest.raises(ContractError, match=rf"policy 'script' at [0-9.]+ s: {reason}"):
-        simulate(
-            requests,
-            Script(*decisions, chunking=chunking),
-            PROFILE,
-            decode_gpus=gpus,
-            budget=budget or SkipBudget(),
-        )
+        play(requests, Script(*decisions, chunking="c2"), PROFILE, lanes=2, budget=budget)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +41,8 @@ def check_refused(reason, *decisions, requests=None, budget=None, chunking="c2",
         ("it launched nothing while nothing runs", Decision(admit=(0,))),
     ],
 )
-def test_a_first_decision_that_is_wrong(reason, decision):
-    check_refused(reason, decision)
+def test_a_first_decision_that_is_wrong(play, reason, decision):
+    check_refused(play, reason, decision)
 
 
 @pytest.mark.parametrize(
@@ -69,20 +62,22 @@ def test_a_first_decision_that_is_wrong(reason, decision):
         ),
     ],
 )
-def test_a_decision_after_a_step_that_is_wrong(reason, decision):
-    check_refused(reason, START, decision)
+def test_a_decision_after_a_step_that_is_wrong(play, reason, decision):
+    check_refused(play, reason, START, decision)
 
 
-def test_lanes_hold_one_piece_at_a_time():
+def test_lanes_hold_one_piece_at_a_time(play):
     requests = [Request(i, 0, steps=1) for i in range(3)]
     both = Decision(admit=(0, 1), step=((0, G), (1, G)))
     check_refused(
+        play,
         "decode lane 0 is busy with sample 0.0",
         both,
         Decision(chunks=(ChunkLaunch(0, 2), ChunkLaunch(1, 2))),
         requests=requests,
     )
     check_refused(
+        play,
         "a step was decided while the denoise lane is busy or held",
         both,
         Decision(admit=(2,), step=((2, G),), chunks=(ChunkLaunch(0, 1),)),
@@ -90,6 +85,7 @@ def test_lanes_hold_one_piece_at_a_time():
         requests=requests,
     )
     check_refused(
+        play,
         "a step was decided while the denoise lane is busy or held",
         both,
         Decision(admit=(2,), chunks=(ChunkLaunch(0, 2, exclusive=True),)),
@@ -97,6 +93,7 @@ def test_lanes_hold_one_piece_at_a_time():
         requests=requests,
     )
     check_refused(
+        play,
         "an exclusive launch needs the denoise lane idle",
         both,
         Decision(chunks=(ChunkLaunch(0, 2, 0, exclusive=True), ChunkLaunch(1, 2, 1, exclusive=True))),
@@ -104,17 +101,19 @@ def test_lanes_hold_one_piece_at_a_time():
     )
 
 
-def test_samples_of_different_keys_do_not_share_a_step():
+def test_samples_of_different_keys_do_not_share_a_step(play):
     for field in ({"base_model": "other"}, {"loras": (LoraUse("style"),)}, {"height": 64, "width": 64}):
         requests = [Request(0, 0, steps=1), Request(1, 0, steps=1, **field)]
-        check_refused("sample 1.0 has batch key", Decision(admit=(0, 1), step=((0, G), (1, G))), requests=requests)
+        check_refused(
+            play, "sample 1.0 has batch key", Decision(admit=(0, 1), step=((0, G), (1, G))), requests=requests
+        )
 
 
-def test_an_unguided_sample_takes_conditional_steps_only():
+def test_an_unguided_sample_takes_conditional_steps_only(play):
     requests = [Request(0, 0, steps=1, guidance_scale=1.0)]
     reason = "sample 0.0 is unguided and takes only conditional steps, not"
-    check_refused(f"{reason} guided", Decision(admit=(0,), step=((0, G),)), requests=requests)
-    check_refused(f"{reason} reuse", Decision(admit=(0,), step=((0, R),)), requests=requests)
+    check_refused(play, f"{reason} guided", Decision(admit=(0,), step=((0, G),)), requests=requests)
+    check_refused(play, f"{reason} reuse", Decision(admit=(0,), step=((0, R),)), requests=requests)
 
 
 def skip(mode):
@@ -138,41 +137,45 @@ def skip(mode):
         (SkipBudget(1_000_000, 0, 4, "reuse", {4: frozenset({2})}), [START, skip(R)]),
     ],
 )
-def test_the_engine_owns_the_skip_budget(budget, decisions):
+def test_the_engine_owns_the_skip_budget(play, budget, decisions):
     check_refused(
-        "mode (conditional|reuse) is not allowed for sample 0.0", *decisions, requests=[Request(0, 0, 4)], budget=budget
+        play,
+        "mode (conditional|reuse) is not allowed for sample 0.0",
+        *decisions,
+        requests=[Request(0, 0, 4)],
+        budget=budget,
     )
 
 
-def test_a_budget_is_spent_as_allowed_and_recorded():
+def test_a_budget_is_spent_as_allowed_and_recorded(play):
     budget = SkipBudget(500_000, 1, 1, "reuse")
     policy = Script(START, skip(R), skip(G), skip(R), skip(G), Decision(chunks=(ChunkLaunch(0, 2),)), chunking="c2")
-    result = simulate([Request(0, 0, steps=5)], policy, PROFILE, budget=budget)
+    result = play([Request(0, 0, steps=5)], policy, PROFILE, budget=budget)
     assert result.requests[0].modes == ("grgrg",)
     assert result.requests[0].skipped_steps == 2
     assert [w.modes for w in result.work if w.kind == "step"] == ["g", "r", "g", "r", "g"]
     assert [w.rows for w in result.work if w.kind == "step"] == [2, 1, 2, 1, 2]
 
 
-def test_a_rejected_image_rejects_its_request():
+def test_a_rejected_image_rejects_its_request(play):
     policy = Script(
         Decision(admit=(0,), reject=(1,), step=((0, G),)), Decision(chunks=(ChunkLaunch(0, 2),)), chunking="c2"
     )
-    record = simulate([Request(0, 0, steps=1, images=2)], policy, PROFILE).requests[0]
+    record = play([Request(0, 0, steps=1, images=2)], policy, PROFILE).requests[0]
     assert (record.status, record.finished_ns) == ("rejected", -1)
 
 
-def test_a_step_decided_again_as_the_same_object_is_checked_again_once_a_member_has_left():
+def test_a_step_decided_again_as_the_same_object_is_checked_again_once_a_member_has_left(play):
     """Both take two steps; sample 0 ends after the second, and the very same step is then refused."""
     both = ((0, G), (1, G))
     requests = [Request(0, 0, steps=2), Request(1, 0, steps=3)]
     decisions = (Decision(admit=(0, 1), step=both), Decision(step=both), Decision(step=both))
-    check_refused("sample 0.0 cannot be stepped: it is decoding", *decisions, requests=requests)
+    check_refused(play, "sample 0.0 cannot be stepped: it is decoding", *decisions, requests=requests)
 
 
-def test_a_step_decided_again_as_the_same_object_may_not_have_a_skip_that_is_spent():
+def test_a_step_decided_again_as_the_same_object_may_not_have_a_skip_that_is_spent(play):
     """Half of four steps may be skipped, one at a time: the same skipping step twice in a row is refused."""
     skipping = ((0, R),)
     decisions = (Decision(admit=(0,), step=((0, G),)), Decision(step=skipping), Decision(step=skipping))
     budget = SkipBudget(500_000, warmup_steps=1, longest_run=1)
-    check_refused("mode reuse is not allowed", *decisions, requests=[Request(0, 0, steps=4)], budget=budget)
+    check_refused(play, "mode reuse is not allowed", *decisions, requests=[Request(0, 0, steps=4)], budget=budget)

@@ -3,120 +3,23 @@
 from __future__ import annotations
 
 import threading
-import time
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from policies.registry import POLICIES, build_policy
-from real_runner import engine
-from real_runner.engine import run_real
-from real_runner.intake import Entry
-from real_runner.pieces import Picture
 from simulator import simulate
 from synerdiff.core import REUSE, ContractError, Decision, Request, SkipBudget
-from synerdiff.profile.tables import Head
 from tests.builders import make_profile, requests_at
+from tests.exact_lanes import rehearse
 from tests.simulator.test_reference import Whim
 
 
-class Clock:
-    """Virtual time; a wait jumps to the earliest end."""
-
-    torch_device = None
-
-    def __init__(self) -> None:
-        self.now_ns = 12_345
-
-    def wait_any(self, works, until_ns=None) -> None:
-        ends = [work.end_ns for work in works] + [until_ns]
-        self.now_ns = max(self.now_ns, min(ends))
-
-
-class TimedWork:
-    def __init__(self, clock, start_ns, end_ns, value=None) -> None:
-        self.clock, self.start_ns, self.end_ns, self.value = clock, start_ns, end_ns, value
-
-    def done(self) -> bool:
-        return self.clock.now_ns >= self.end_ns
-
-    def result(self):
-        return self.value
-
-
-class TimedLane:
-    """First in, first out; each piece takes what ``duration_of`` says."""
-
-    def __init__(self, clock, duration_of) -> None:
-        self.clock, self.duration_of, self.free_at_ns = clock, duration_of, 0
-
-    def submit(self, function) -> TimedWork:
-        start_ns = max(self.clock.now_ns, self.free_at_ns)
-        piece = getattr(function, "__self__", None)
-        self.free_at_ns = start_ns + (0 if piece is None else self.duration_of(piece))
-        return TimedWork(self.clock, start_ns, self.free_at_ns, Picture(None, True))
-
-
-class TimedIntake:
-    """Every request enters exactly when it arrives."""
-
-    def __init__(self, lane, model, requests, zero_ns, stop, controls_of) -> None:
-        self.clock, self.zero_ns, self.left = lane.clock, zero_ns, list(requests)
-
-    @property
-    def head(self):
-        if not self.left:
-            return None
-        due_ns = self.zero_ns + self.left[0].arrival_ns
-        return TimedWork(self.clock, due_ns, due_ns)
-
-    def ready(self):
-        entries = []
-        while self.left and self.head.done():
-            request = self.left.pop(0)
-            states = [SimpleNamespace(latent=0) for _ in range(request.images)]
-            entries.append(Entry(request, 0, 0, self.zero_ns + request.arrival_ns, states, ""))
-        return entries
-
-
-def rehearse(requests, policy, profile, decode_lanes=1, budget=None, stop=None):
-    """run_real on timed lanes."""
-    clock = Clock()
-
-    def step_ns(piece) -> int:
-        return profile.step_ns(sum(2 if mode == "guided" else 1 for mode in piece.modes) + piece.pad_rows)
-
-    def chunk_ns(piece) -> int:
-        piece.image.hidden = 0
-        return profile.chunk_ns(policy.chunking, piece.image.sample.chunks_done)
-
-    hardware = SimpleNamespace(
-        device=clock,
-        model=SimpleNamespace(device=None, denoiser_calls=lambda steps: steps),
-        denoise=TimedLane(clock, step_ns),
-        decode=[TimedLane(clock, chunk_ns) for _ in range(decode_lanes)],
-        intake=TimedLane(clock, None),
-        results=TimedLane(clock, None),
-        warm_up=lambda rows, cut: None,
-        chunk_functions=lambda lane, cut: [None] * len(cut),
-        hung=False,
-    )
-    patch = pytest.MonkeyPatch()
-    with patch.context() as patched:
-        patched.setattr(time, "monotonic_ns", lambda: clock.now_ns)
-        patched.setattr(engine, "Intake", TimedIntake)
-        more = {} if budget is None else {"budget": budget}
-        return run_real(requests, policy, profile, hardware, stop=stop, **more)
-
-
 def uncontended(overheads=None):
-    profile = make_profile(
+    return make_profile(
         {1: 100, 2: 130, 4: 200, 8: 350, 16: 600}, {"whole": [170], "c3": [50, 70, 50]}, overheads=overheads
     )
-    profile.head = Head(cuts={"c3": (1, 2)})
-    return profile
 
 
 REQUESTS = st.lists(

@@ -1,0 +1,79 @@
+"""The one wrapper around every call of a policy, in both engines.
+
+Whatever a policy raises, exits with or returns of a wrong type becomes one ContractError that names policy, hook and
+time, with the user's own frames and no others. An InputError (a parameter that does not fit the profile, say) passes.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import traceback
+from pathlib import Path
+
+from policies.base import Policy
+from synerdiff.core import NS_PER_S, ContractError, Decision, InputError, View, WorkerInfo
+from synerdiff.engine.worker import short
+from synerdiff.profile.tables import Profile
+
+_ROOT = Path(__file__).resolve().parent.parent.parent
+_FOREIGN = tuple(
+    str(folder)
+    for folder in (
+        *(_ROOT / package for package in ("synerdiff", "policies", "simulator", "real_runner")),
+        *(Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")),
+    )
+)
+"""Folders whose frames are not the user's."""
+
+
+class PolicyCalls:
+    """A policy as engines call it. ``chunking`` is known, and fixed, after `reset`."""
+
+    __slots__ = ("_policy", "chunking", "name")
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.name = str(getattr(policy, "NAME", "") or type(policy).__name__)
+        self.chunking = "whole"
+
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+        """Raises ContractError, and InputError as the policy does."""
+        try:
+            self._policy.reset(worker, profile)
+            chunking = getattr(self._policy, "chunking", "whole")
+        except InputError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ContractError(f"policy '{self.name}': {_failure('reset', error)}.") from None
+        if not isinstance(chunking, str):
+            raise ContractError(f"policy '{self.name}': after reset its chunking is {chunking!r}; a name is needed.")
+        self.chunking = chunking
+
+    def decide(self, view: View) -> Decision:
+        """Raises ContractError; what the fields hold is checked when the decision is applied."""
+        try:
+            decision = self._policy.decide(view)
+        except (Exception, SystemExit) as error:
+            raise self.error(view.now_ns, _failure("decide", error)) from None
+        if type(decision) is not Decision:
+            raise self.error(view.now_ns, f"decide returned {short(decision)}; a Decision is needed")
+        return decision
+
+    def unreadable(self, now_ns: int, error: Exception) -> ContractError:
+        """The error that an element of a decision is not what it must be."""
+        return self.error(now_ns, f"its decision cannot be read ({error})")
+
+    def error(self, now_ns: int, reason: str) -> ContractError:
+        """The error that the policy broke the contract at that time."""
+        return ContractError(f"policy '{self.name}' at {now_ns / NS_PER_S:.9f} s: {reason}.")
+
+
+def _failure(hook: str, error: BaseException) -> str:
+    """What a hook raised and where, as part of a sentence."""
+    # The first frame is the wrapper's own.
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    own = [frame for frame in frames if not frame.filename.startswith(_FOREIGN)] or frames
+    places = ", ".join(f"{frame.name} in {Path(frame.filename).name}, line {frame.lineno}" for frame in own)
+    text = str(error).strip().splitlines()
+    said = f"{type(error).__name__}{f' ({text[0]})' if text else ''}"
+    return f"{hook} raised {said}{f' [{places}]' if places else ''}"
