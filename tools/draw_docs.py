@@ -32,6 +32,7 @@ COLUMNS = ["policy", "variant", "load", "seed", "ssim", *METRICS]
 
 
 def plan_figure() -> None:
+    """One plan of the dynamic program over four steps."""
     profile = load_profile(find_profile("h200-sdxl-estimated"))
     costs = DecodeCosts(profile, "c4")
     planner = Planner(costs, 8, 20 * MS)
@@ -83,10 +84,10 @@ def fidelity_figures() -> None:
                 f"LATENCY OF {model.upper()}, FIDELITY OF DIGITS: how far {model}'s own images change is not known. "
             )
         used = replace(table, head={**table.head, "model": model, "resolution": list(profile.head.size or ())})
-        kept = DATA / f"fidelity-latency-{name}.csv"
-        if not kept.is_file():
-            trade_off(profile, used, STEPS, GUIDANCE, LOADS)[COLUMNS].round(5).to_csv(kept, index=False)
-        frame = pandas.read_csv(kept).assign(profile=name, estimated=profile.estimated)
+        file = DATA / f"fidelity-latency-{name}.csv"
+        if not file.is_file():
+            trade_off(profile, used, STEPS, GUIDANCE, LOADS)[COLUMNS].round(5).to_csv(file, index=False)
+        frame = pandas.read_csv(file).assign(profile=name, estimated=profile.estimated)
         caption += (
             f"DDIM, {STEPS} steps, guidance {GUIDANCE:g} on {name}. Poisson arrivals, means over 3 seeds of 600 "
             "requests; load 1: full guidance in all steps with serial decodes. All run load-skip's placement at its "

@@ -55,12 +55,13 @@ def windowed_ssim(a: torch.Tensor, b: torch.Tensor, gaussian: bool) -> torch.Ten
 def conventions(images: torch.Tensor, reference: torch.Tensor) -> list[float]:
     """Mean SSIM of images given in [-1, 1]: taken on [0, 1]; and on [-1, 1], Gaussian and uniform windows."""
     a, b = images.clamp(-1, 1), reference.clamp(-1, 1)
-    found = [ssim_of(a / 2 + 0.5, b / 2 + 0.5)]
-    found += [windowed_ssim(a, b, gaussian) for gaussian in (True, False)]
-    return [float(values.mean()) for values in found]
+    scores = [ssim_of(a / 2 + 0.5, b / 2 + 0.5)]
+    scores += [windowed_ssim(a, b, gaussian) for gaussian in (True, False)]
+    return [float(values.mean()) for values in scores]
 
 
 def main() -> None:
+    """Make the images of every rule and write their scores."""
     model = load_model("digits")
     subjects = [Subject(seed, model.prompts.default_prompt(seed)) for seed in range(FIRST_SEED, FIRST_SEED + IMAGES)]
     sampler = Sampler(model, GUIDANCE, 32, lambda rows: None)

@@ -23,6 +23,7 @@ POLL_S = 20e-6
 
 
 def timing_event() -> torch.cuda.Event:
+    """An event whose time can be asked for."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 

@@ -82,6 +82,7 @@ class Device(ABC):
         """Wait until the device is idle and set its clock by the host's: before a run, because the two drift apart."""
 
     def close(self) -> None:
+        """Wait for what was submitted and close all lanes."""
         for lane in self._lanes:
             lane.close()
         self._lanes.clear()
@@ -131,6 +132,7 @@ class CpuWork(Work[T]):
         self._start_ns = self._end_ns = 0
 
     def run(self) -> None:
+        """Call the function on this thread and wake who waits."""
         function = self._function
         assert function is not None
         self._start_ns = time.monotonic_ns()

@@ -24,7 +24,8 @@ class Condition:
 class PromptEncoder(Protocol):
     """Encodes one prompt; the only stage that occupies no lane."""
 
-    def encode(self, prompt: str) -> Condition: ...
+    def encode(self, prompt: str) -> Condition:
+        """What both rows of a sample look at. Raises InputError for a prompt that the model does not have."""
 
     def default_prompt(self, seed: int) -> str:
         """The prompt of a request that brings only a seed."""

@@ -53,7 +53,8 @@ class ReadsImages(Protocol):
     """A ControlNet, or what is known of one that runs elsewhere: the channels of its images."""
 
     @property
-    def channels(self) -> int: ...
+    def channels(self) -> int:
+        """1 for grey pictures, 3 for colours."""
 
 
 def read_control_image(path: str | Path, folder: str | Path, controlnet: ReadsImages, model: DiffusionModel) -> Any:
@@ -105,11 +106,11 @@ def _read(folder: Path, dtype: torch.dtype) -> Any:
 def _check(folder: Path, net: Any, model: DiffusionModel) -> None:
     options = ("in_channels", "block_out_channels", "layers_per_block", "down_block_types", "cross_attention_dim")
     for option in options:
-        found, wanted = net.config[option], model.unet.config[option]
-        found, wanted = (tuple(value) if isinstance(value, list) else value for value in (found, wanted))
-        if found != wanted:
+        own, wanted = net.config[option], model.unet.config[option]
+        own, wanted = (tuple(value) if isinstance(value, list) else value for value in (own, wanted))
+        if own != wanted:
             raise InputError(
-                f"{folder}: this ControlNet does not fit {model.name}: its {option} is {found}, not {wanted}."
+                f"{folder}: this ControlNet does not fit {model.name}: its {option} is {own}, not {wanted}."
             )
     reduction, factor = 2 ** (len(net.config.conditioning_embedding_out_channels) - 1), _reduction(model)
     if reduction != factor:

@@ -103,6 +103,7 @@ class DigitsClassifier(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(n, 1, 32, 32) images in [-1, 1] -> (n, 10) logits."""
         logits: torch.Tensor = self.layers(images)
         return logits
 

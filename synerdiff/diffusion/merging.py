@@ -42,11 +42,11 @@ class MergedWeights:
             if module is None:
                 raise InputError(f"LoRA {lora.name}: this model has no layer {name} that a LoRA can change.")
             wanted = tuple(module.weight.shape)
-            found = (layer.up.shape[0], *layer.down.shape[1:])
+            changed = (layer.up.shape[0], *layer.down.shape[1:])
             # Files of SD 1.5 and SDXL write a 1x1 convolution as a matrix, or a matrix as a 1x1 convolution.
-            if _without_ones(found) != _without_ones(wanted) or getattr(module, "groups", 1) != 1:
+            if _without_ones(changed) != _without_ones(wanted) or getattr(module, "groups", 1) != 1:
                 raise InputError(
-                    f"LoRA {lora.name}: its layer {name} changes a weight of {found}; the model's is {wanted}."
+                    f"LoRA {lora.name}: its layer {name} changes a weight of {changed}; the model's is {wanted}."
                 )
 
     @torch.no_grad()

@@ -43,6 +43,7 @@ class SampleState:
 
     @property
     def done(self) -> bool:
+        """All denoiser calls are made; what is left is the decode."""
         return self.step_index >= self.steps
 
     @property
@@ -76,6 +77,7 @@ class PreparedStep:
 
     @property
     def total_rows(self) -> int:
+        """Rows that the forward computes, padding included."""
         return len(self.inputs.latents)
 
     def rows_of_state(self, position: int) -> tuple[int, ...]:

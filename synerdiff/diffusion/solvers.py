@@ -22,10 +22,12 @@ class Progress(Protocol):
     """The schedule of one sample: a timestep per denoiser call (their number can exceed the steps asked for: Heun)."""
 
     @property
-    def timesteps(self) -> Sequence[float]: ...
+    def timesteps(self) -> Sequence[float]:
+        """What the denoiser is told, one per call."""
 
     @property
-    def initial_noise_scale(self) -> float: ...
+    def initial_noise_scale(self) -> float:
+        """Standard deviation of the latent before the first step."""
 
 
 class Solver(Protocol):
@@ -40,11 +42,13 @@ class Solver(Protocol):
 
     def denoiser_inputs(
         self, progress: Sequence[Any], steps_done: Sequence[int], latents: torch.Tensor
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """What the denoiser reads for latents (n, C, h, w) after so many steps: the same, scaled by the schedule."""
 
     def advance(
         self, progress: Sequence[Any], steps_done: Sequence[int], latents: torch.Tensor, outputs: torch.Tensor
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """The next latents (n, C, h, w) from these and the noise (or x0, or v) that the denoiser predicted."""
 
 
 class Coefficients(NamedTuple):

@@ -58,13 +58,13 @@ def calibrate(sampler: Sampler, steps: int, subjects: Sequence[Subject]) -> Cali
         differences, similarity = [], []
         for _ in range(steps):
             sampler.step(states)
-            kept = [state.last_difference for state in states if state.last_difference is not None]
-            differences.append(torch.cat(kept).flatten(1))
+            latest = [state.last_difference for state in states if state.last_difference is not None]
+            differences.append(torch.cat(latest).flatten(1))
             similarity.append([sampler.model.x0_similarity(state) for state in states])
         d = torch.stack(differences).cpu() * weight
-        found = _batch(d, table)
-        found["x0_similarity"] = numpy.array(similarity).sum(axis=1)
-        for name, values in found.items():
+        sums = _batch(d, table)
+        sums["x0_similarity"] = numpy.array(similarity).sum(axis=1)
+        for name, values in sums.items():
             totals[name] = totals.get(name, 0) + values
     means = {name: values / len(subjects) for name, values in totals.items()}
     return Calibration(numpy.array(timesteps), **means)
@@ -130,8 +130,8 @@ def choose_skips(run_cost: numpy.ndarray[Any, Any], skips: int) -> tuple[int, ..
                     new[target], origin[target] = cost, step
         best = new
         before.append(origin)
-    kept, step = [], steps
+    guided_steps, step = [], steps
     for origin in reversed(before):
         step = origin[step]
-        kept.append(step)
-    return tuple(step for step in range(steps) if step not in set(kept))
+        guided_steps.append(step)
+    return tuple(step for step in range(steps) if step not in set(guided_steps))

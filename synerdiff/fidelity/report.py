@@ -38,10 +38,12 @@ class SettingResult:
 
     @property
     def setting(self) -> tuple[str, int, float]:
+        """Solver, steps and guidance scale: what rows are found by."""
         return (self.solver, self.steps, self.guidance_scale)
 
     @property
     def label(self) -> str:
+        """For people."""
         return f"{solver_name(self.solver)}, {self.steps} steps, guidance {self.guidance_scale:g}"
 
     @property
@@ -84,7 +86,7 @@ class SettingResult:
 
         The equal-cost baseline has half of the rule's rows as steps, rounded down, so it never costs more.
         """
-        found = []
+        pairs_compared = []
         tuned = sorted(set(range(len(self.judged[self.rules[0].name].ssim))) - set(held_out))
         for rule in self.rules:
             judged = self.judged[rule.name]
@@ -102,8 +104,8 @@ class SettingResult:
             for against, images, chosen in pairs:
                 if against in self.judged:
                     difference = paired_difference(judged, self.judged[against], chosen)
-                    found.append(PairedScore.of(self.setting, rule.name, against, images, difference))
-        return found
+                    pairs_compared.append(PairedScore.of(self.setting, rule.name, against, images, difference))
+        return pairs_compared
 
 
 @dataclass(slots=True)
@@ -118,16 +120,16 @@ class StudyResult:
 
 def lines(result: StudyResult) -> list[str]:
     """Per setting: every rule with its cost and fidelity, then what calibration gained."""
-    found = []
+    texts = []
     for entry in result.converged:
         tried = ", ".join(f"{steps}: {ssim:.4f}" for steps, ssim in entry["ssim_against_4_times_as_many"].items())
-        found.append(
+        texts.append(
             f"{entry['solver']}, guidance {entry['guidance_scale']:g}: {entry['steps']} steps are enough "
             f"(SSIM against 4 times as many, n = {entry['n']}: {tried})"
         )
     for setting in result.settings:
-        found += _setting_lines(setting)
-    return found
+        texts += _setting_lines(setting)
+    return texts
 
 
 def _setting_lines(setting: SettingResult) -> list[str]:
@@ -144,15 +146,15 @@ def _setting_lines(setting: SettingResult) -> list[str]:
         table.append((row.rule, *numbers, recognised, against))
     widths = [max(len(cells[column]) for cells in table) for column in range(len(table[0]))]
     head = f"{setting.solver}, {setting.steps} steps, guidance {setting.guidance_scale:g}: against full guidance"
-    found = [head]
-    found += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
+    texts = [head]
+    texts += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
     for line in setting.comparisons:
         if line.rule.startswith("reuse-calibrated") and not line.against.startswith("full-"):
-            found.append(
+            texts.append(
                 f"  {line.rule} minus {line.against}, {line.images} (n = {line.n}): {line.difference:+.4f} "
                 f"({line.low:+.4f} to {line.high:+.4f})"
             )
-    return [text.rstrip() for text in found]
+    return [text.rstrip() for text in texts]
 
 
 def draw(result: StudyResult, folder: Path) -> list[Path]:

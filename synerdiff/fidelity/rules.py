@@ -112,20 +112,20 @@ def rules_to_judge(steps: int, part: str) -> list[SkipRule]:
     """The rules of a study without the calibrated ones: ``all`` of them, or the ``core`` that settles the ranking."""
     every_other = (steps - 1) // 2
     shares = [round(steps * share) for share in (0.64, 0.8)]
-    found = [spread(steps, every_other), *(spread(steps, skips) for skips in shares)]
-    found.append(last(steps, round(steps * 0.4), CONDITIONAL))
+    rules = [spread(steps, every_other), *(spread(steps, skips) for skips in shares)]
+    rules.append(last(steps, round(steps * 0.4), CONDITIONAL))
     if part == ALL_PARTS:
-        found += [spread(steps, round(steps * share)) for share in (0.24, 0.72)]
+        rules += [spread(steps, round(steps * share)) for share in (0.24, 0.72)]
         if shares[0] + WARMUP < steps:
-            found.append(spread(steps, shares[0], warmup_steps=WARMUP))
-        found.append(last(steps, round(steps * 0.4), REUSE))
-        found.append(spread(steps, every_other, mode=CONDITIONAL))
-        found += [last(steps, round(steps * share), CONDITIONAL) for share in (0.2, 0.6, 0.8, 1.0)]
-        found += [first(steps, round(steps * share)) for share in (0.2, 0.4)]
-        found += [adaptive(steps, threshold) for threshold in (0.99, 0.97)]
-        found.append(random_half(spread(steps, shares[0])))
+            rules.append(spread(steps, shares[0], warmup_steps=WARMUP))
+        rules.append(last(steps, round(steps * 0.4), REUSE))
+        rules.append(spread(steps, every_other, mode=CONDITIONAL))
+        rules += [last(steps, round(steps * share), CONDITIONAL) for share in (0.2, 0.6, 0.8, 1.0)]
+        rules += [first(steps, round(steps * share)) for share in (0.2, 0.4)]
+        rules += [adaptive(steps, threshold) for threshold in (0.99, 0.97)]
+        rules.append(random_half(spread(steps, shares[0])))
     # Few steps can make two shares the same rule.
-    return [rule for rule in dict.fromkeys(found) if rule.skipped or rule.threshold is not None]
+    return [rule for rule in dict.fromkeys(rules) if rule.skipped or rule.threshold is not None]
 
 
 def skips_to_calibrate(rules: Sequence[SkipRule]) -> list[int]:

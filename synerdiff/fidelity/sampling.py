@@ -119,6 +119,7 @@ class Sampler:
         return states
 
     def step(self, states: Sequence[SampleState], modes: Sequence[Mode] | None = None) -> None:
+        """One step of every sample, by default with guidance."""
         self._on_rows(self.model.step(states, modes))
 
     def reference(self, rule: SkipRule, subjects: Sequence[Subject], path: Path) -> None:
@@ -127,12 +128,12 @@ class Sampler:
         if path.is_file() and _opened(path, shape) is not None:
             return
         with atomic(path) as temporary:
-            kept = numpy.lib.format.open_memmap(temporary, mode="w+", dtype=numpy.float32, shape=shape)
+            stored = numpy.lib.format.open_memmap(temporary, mode="w+", dtype=numpy.float32, shape=shape)
             position = 0
             for latents, _ in self.latents(rule, subjects):
-                kept[position : position + len(latents)] = latents.cpu().numpy()
+                stored[position : position + len(latents)] = latents.cpu().numpy()
                 position += len(latents)
-            kept.flush()
+            stored.flush()
 
     def judge(self, rule: SkipRule, subjects: Sequence[Subject], reference: Path, is_reference: bool = False) -> Judged:
         """Make the rule's images and compare each with the reference's of the same seed and prompt.
@@ -141,15 +142,15 @@ class Sampler:
         """
         import torch
 
-        kept = _opened(reference, (len(subjects), *self.model.latent_shape[1:]))
-        if kept is None:
+        stored = _opened(reference, (len(subjects), *self.model.latent_shape[1:]))
+        if stored is None:
             raise InputError(f"{reference}: the latents of the reference are not whole; delete the file and run again.")
         parts: dict[str, list[Any]] = {name: [] for name in Judged.__slots__}
         position = 0
         made = None if is_reference else self.latents(rule, subjects)
         while position < len(subjects):
             chosen = slice(position, position + self.batch)
-            original = torch.from_numpy(numpy.array(kept[chosen])).to(self.model.device)
+            original = torch.from_numpy(numpy.array(stored[chosen])).to(self.model.device)
             latents, rows = next(made) if made is not None else (original, [rule.rows] * len(original))
             against = self.images(original)
             images = self.images(latents)
@@ -161,7 +162,7 @@ class Sampler:
             if position < THUMBNAILS:
                 parts["thumbnails"].append(thumbnails(images[: THUMBNAILS - position]))
             position += len(latents)
-        arrays = {name: numpy.concatenate(found) if found else numpy.zeros(0, bool) for name, found in parts.items()}
+        arrays = {name: numpy.concatenate(part) if part else numpy.zeros(0, bool) for name, part in parts.items()}
         return Judged(**arrays)
 
     def images(self, latents: torch.Tensor) -> torch.Tensor:
@@ -192,10 +193,10 @@ def fingerprint(model: DiffusionModel, prompt: str) -> str:
 def _opened(path: Path, shape: Sequence[int]) -> Any:
     """The kept latents, read from disk as they are asked for; None when they are not whole or of other images."""
     try:
-        kept = numpy.load(path, mmap_mode="r", allow_pickle=False)
+        stored = numpy.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    return kept if kept.shape == tuple(shape) and kept.dtype == numpy.float32 else None
+    return stored if stored.shape == tuple(shape) and stored.dtype == numpy.float32 else None
 
 
 def subjects_of(model: DiffusionModel, prompts: Sequence[str], first_seed: int, count: int) -> list[Subject]:
@@ -234,8 +235,8 @@ def ssim_of(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """SSIM (n,) of images (n, channels, height, width) in [0, 1], both sets in the same order; see ``MEASURE``."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    found: Any = structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")
-    return found.reshape(len(images))  # type: ignore[no-any-return]
+    values: Any = structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none")
+    return values.reshape(len(images))  # type: ignore[no-any-return]
 
 
 def psnr_db_of(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

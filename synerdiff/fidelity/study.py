@@ -122,11 +122,11 @@ class Study:
         ``head``: what else the table says about its making. Raises InputError when the folder holds the table of
         another model or measure.
         """
-        kept = self._existing()
+        earlier = self._existing()
         head = {**head, **self.identity, "first_seed": self.settings.first_seed}
-        known = {(entry["solver"], entry["guidance_scale"]): entry for entry in kept[1]}
-        rows = {_row_key(row): row for row in kept[0]}
-        found, comparisons = [], read_comparisons(self.folder)
+        known = {(entry["solver"], entry["guidance_scale"]): entry for entry in earlier[1]}
+        rows = {_row_key(row): row for row in earlier[0]}
+        settings, comparisons = [], read_comparisons(self.folder)
         for scale in self.settings.guidance_scales:
             counts = self.settings.steps
             if not counts:
@@ -135,13 +135,13 @@ class Study:
                 counts = (entry["steps"],)
             for steps in counts:
                 result = self._setting(steps, scale)
-                found.append(result)
+                settings.append(result)
                 rows = {key: row for key, row in rows.items() if key[:3] != result.setting}
                 rows |= {_row_key(row): row for row in result.scores}
                 comparisons = [line for line in comparisons if line.setting != result.setting] + result.comparisons
                 write_comparisons(self.folder, comparisons)
                 write_fidelity(self.folder, {**head, "converged": list(known.values())}, rows.values())
-        return StudyResult(found, list(known.values()), read_fidelity(self.folder))
+        return StudyResult(settings, list(known.values()), read_fidelity(self.folder))
 
     def _existing(self) -> tuple[tuple[Score, ...], list[dict[str, Any]]]:
         if not (self.folder / HEAD).is_file():
@@ -231,13 +231,13 @@ class Study:
         self, what: str, key: str, kind: type[_T], rows: int, compute: Callable[[Sampler], _T], scale: float
     ) -> _T:
         path = self.folder / "parts" / f"{key}.npz"
-        found = _load_arrays(path, kind)
-        if found is None:
+        part = _load_arrays(path, kind)
+        if part is None:
             self._rows.begin(what, rows)
             self._rows(0)
-            found = compute(self._sampler(scale))
-            _save_arrays(path, found)
-        return found
+            part = compute(self._sampler(scale))
+            _save_arrays(path, part)
+        return part
 
     def _sampler(self, scale: float) -> Sampler:
         """The one sampler of this guidance scale."""
@@ -267,16 +267,16 @@ def _row_key(row: Score) -> tuple[Any, ...]:
     return (row.solver, row.steps, row.guidance_scale, row.rule)
 
 
-def _save_arrays(path: Path, kept: Any) -> None:
+def _save_arrays(path: Path, arrays: Any) -> None:
     """Write a dataclass of arrays in one step."""
     with atomic(path) as temporary, temporary.open("wb") as file:
-        numpy.savez_compressed(file, **{field.name: getattr(kept, field.name) for field in fields(kept)})
+        numpy.savez_compressed(file, **{field.name: getattr(arrays, field.name) for field in fields(arrays)})
 
 
 def _load_arrays(path: Path, kind: type[_T]) -> _T | None:
     """What ``_save_arrays`` kept; None when it is missing or not whole, so that it is computed again."""
     try:
-        with numpy.load(path, allow_pickle=False) as kept:
-            return kind(**{name: kept[name] for name in kept.files})
+        with numpy.load(path, allow_pickle=False) as stored:
+            return kind(**{name: stored[name] for name in stored.files})
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None

@@ -80,10 +80,12 @@ class PairedScore(NamedTuple):
     def of(
         cls, setting: tuple[str, int, float], rule: str, against: str, images: str, difference: Interval
     ) -> PairedScore:
+        """From a setting (solver, steps, guidance scale) and a difference with its interval."""
         return cls(*setting, rule, against, images, difference.n, difference.value, difference.low, difference.high)
 
     @property
     def setting(self) -> tuple[str, int, float]:
+        """Solver, steps and guidance scale."""
         return (self.solver, self.steps, self.guidance_scale)
 
 
@@ -97,6 +99,7 @@ class FidelityTable:
 
     @property
     def model(self) -> str:
+        """As it was named to the study."""
         return str(self.head["model"])
 
     @property

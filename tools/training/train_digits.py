@@ -80,8 +80,8 @@ def warmed_up_average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, tor
     """
 
     def average(averaged: torch.Tensor, current: torch.Tensor, updates: torch.Tensor | int) -> torch.Tensor:
-        kept = min(decay, (1 + int(updates)) / (10 + int(updates)))
-        return averaged + (1.0 - kept) * (current - averaged)
+        weight = min(decay, (1 + int(updates)) / (10 + int(updates)))
+        return averaged + (1.0 - weight) * (current - averaged)
 
     return average
 

@@ -80,8 +80,8 @@ def measure(style: str, out: Path) -> dict[str, Any]:
         for start in range(0, len(states), 32):
             model.step(states[start : start + 32])
     images = torch.cat([model.decode(state.latent) for state in states]).clamp(-1, 1)
-    found = recognised_fraction(load_classifier(out / CLASSIFIER), images, torch.arange(256) % 10)
-    return {"recognised_fraction_256": round(found, 4)}
+    share = recognised_fraction(load_classifier(out / CLASSIFIER), images, torch.arange(256) % 10)
+    return {"recognised_fraction_256": round(share, 4)}
 
 
 def main() -> None:
@@ -95,13 +95,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     deadline_s = time.monotonic() + arguments.max_seconds
     try:
-        found = [train(style, arguments.out, arguments.seed, deadline_s) for style in arguments.style or STYLES]
+        results = [train(style, arguments.out, arguments.seed, deadline_s) for style in arguments.style or STYLES]
     except OutOfTime as progress:
         print(f"stopped at {progress}; run the same command again to continue")
         raise SystemExit(75) from None
     if not (arguments.out / CLASSIFIER).is_file():
         print(json.dumps(train_style_classifier(arguments.out, arguments.seed), indent=2))
-    for result in found:
+    for result in results:
         print(json.dumps({**result, **measure(result["style"], arguments.out)}, indent=2))
 
 

@@ -79,6 +79,7 @@ class ControlNet:
 
     @property
     def size_bytes(self) -> int:
+        """Of its weights."""
         return sum(weight.numel() * weight.element_size() for weight in self.net.parameters())
 
     @torch.inference_mode()

@@ -38,6 +38,7 @@ class Residuals:
     mid: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of them, down then mid: (R, channels, height, width) each."""
         return (*self.down, self.mid)
 
     def named(self) -> dict[str, torch.Tensor]:
@@ -46,11 +47,13 @@ class Residuals:
 
     @classmethod
     def from_named(cls, tensors: Mapping[str, torch.Tensor]) -> Residuals:
+        """From what `named` gave."""
         all_of_them = tuple(tensors[str(number)] for number in range(len(tensors)))
         return cls(all_of_them[:-1], all_of_them[-1])
 
     @property
     def size_bytes(self) -> int:
+        """What a message carries."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
 
@@ -86,6 +89,7 @@ class SplitDenoiser:
 
     @torch.inference_mode()
     def encode(self, inputs: RowInputs) -> Encoded:
+        """The encoder and the mid block over R rows."""
         if not self._by_text_alone:
             raise InputError("Only UNets with a mid block that are conditioned on text alone can be split.")
         unet, tokens = self.unet, inputs.tokens
@@ -108,6 +112,7 @@ class SplitDenoiser:
 
     @torch.inference_mode()
     def decode(self, encoded: Encoded, residuals: Residuals | None = None) -> torch.Tensor:
+        """The decoder: predicted noise (R, C, h, w), with the residuals added where there are some."""
         unet = self.unet
         if residuals is not None:
             encoded = add_residuals(encoded, residuals)
