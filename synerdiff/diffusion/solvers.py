@@ -2,7 +2,7 @@
 
 DDIM, Euler and DPM-Solver++ 2M are linear in the latent, the denoiser's output and the previous x0, so one table of
 coefficients per step count serves them all and a batch advances in a handful of vectorised operations. Every other
-diffusers scheduler runs as one copy per sample (`copied_solver`). Latents and their arithmetic are float32.
+diffusers scheduler runs as one copy per sample (`schedulers`). Latents and their arithmetic are float32.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class HardwareEngine:
         on_image: Callable[..., Any] | None = None
         if self.images is not None:
             shared = {"software": "synerdiff", "model": model, "policy": spec.policy}
-            shared["scheduler"] = hardware.model.solver.scheduler_name
+            shared |= {"scheduler": hardware.model.solver.scheduler_name, "weights": hardware.model.weights}
             on_image = self.opened.enter_context(PictureFolder(self.images, shared)).put
         run = run_real(
             requests,
@@ -130,6 +130,7 @@ def _facts(hardware: Hardware, run: RealRun) -> dict[str, Any]:
     model = hardware.model
     return {
         "model": model.name,
+        "weights": model.weights,
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "scheduler": model.solver.scheduler_name,
@@ -158,6 +159,7 @@ def hardware_lines(run: Mapping[str, Any]) -> list[str]:
         f"                                chunk  {spread('chunk_dispatch')}",
         f"  sender behind its schedule, ms       {spread('sender_lag')}",
         f"  warm-up     {run['warm_up_s']:.3g} s, not part of any number",
+        f"  weights     {run['weights']}",
     ]
     faults = run["faults"]
     for fault in faults[:5]:

@@ -36,14 +36,14 @@ class FloorChoice:
 
     def lines(self) -> list[str]:
         """What was chosen, for people."""
-        found = []
+        texts = []
         for steps, row in sorted(self.rules.items()):
             text = f"{steps} steps: {row.rule}, {row.rows_share:.0%} of the rows, SSIM {row.ssim:.3f} (n = {row.n})"
             if steps in self.fewer_steps:
                 baseline = self.fewer_steps[steps]
                 text += f"; {baseline.run_steps} steps with full guidance would do with {baseline.rows_share:.0%}"
-            found.append(text)
-        return found
+            texts.append(text)
+        return texts
 
 
 def floor_for_requests(
@@ -56,9 +56,9 @@ def floor_for_requests(
 ) -> FloorChoice:
     """``budget_from_floor`` for what a trace asks for on a profile, by the table given or found (``find_fidelity``)."""
     model = profile.head.model
-    found = read_fidelity(find_fidelity(table, profile_folder, model))
+    judged = read_fidelity(find_fidelity(table, profile_folder, model))
     kinds = {(request.steps, request.guidance_scale) for request in requests}
-    return budget_from_floor(found, min_ssim, kinds, model, profile.head.size, solver)
+    return budget_from_floor(judged, min_ssim, kinds, model, profile.head.size, solver)
 
 
 def budget_from_floor(
@@ -96,9 +96,9 @@ def budget_from_floor(
     for steps, wanted in sorted(scales.items()):
         _require_covered(table, steps, wanted)
         for mode in SKIP_MODES:
-            found = _cheapest(table, steps, wanted, min_ssim, mode)
-            if found is not None:
-                per_mode[mode][steps] = found
+            cheapest = _cheapest(table, steps, wanted, min_ssim, mode)
+            if cheapest is not None:
+                per_mode[mode][steps] = cheapest
     complete = {mode: rules for mode, rules in per_mode.items() if len(rules) == len(scales)}
     if not complete:
         raise _no_rule(table, scales, min_ssim)
@@ -136,7 +136,7 @@ def image_ssim(table: FidelityTable, modes: str, guidance_scale: float, steps: i
     if not skipped and len(modes) == reference:
         return 1.0
     letters = {letter for letter in modes if letter != MODE_LETTER[GUIDED]}
-    found = [
+    covering = [
         row.ssim
         for row in _rows(table, reference, guidance_scale)
         if row.run_steps == len(modes)
@@ -144,13 +144,13 @@ def image_ssim(table: FidelityTable, modes: str, guidance_scale: float, steps: i
         and skipped <= set(row.skipped_steps)
         and (not skipped or letters == {MODE_LETTER[row.mode]})
     ]
-    if not found:
+    if not covering:
         what = f"skipping steps {', '.join(map(str, sorted(skipped)))} ({modes})" if skipped else "full guidance"
         raise InputError(
             f"{table.path}: the table has no rule that covers {what} in {len(modes)} steps against {reference} at "
             f"guidance scale {guidance_scale:g}."
         )
-    return max(found)
+    return max(covering)
 
 
 def run_ssim(table: FidelityTable, requests: Iterable[tuple[str, float, int]]) -> float:
@@ -190,8 +190,8 @@ def _require_covered(table: FidelityTable, steps: int, scales: Collection[float]
         if row.solver == table.solver:
             covered.setdefault(row.steps, set()).add(row.guidance_scale)
     listing = "; ".join(
-        f"{count} steps at guidance {' and '.join(f'{scale:g}' for scale in sorted(found))}"
-        for count, found in sorted(covered.items())
+        f"{count} steps at guidance {' and '.join(f'{scale:g}' for scale in sorted(scales_of))}"
+        for count, scales_of in sorted(covered.items())
     )
     for scale in sorted(scales):
         if not _rows(table, steps, scale):
@@ -231,10 +231,10 @@ def _fewer_steps(table: FidelityTable, rule: Score, scales: Collection[float], m
 def _budget(mode: Mode, rules: dict[int, Score]) -> SkipBudget:
     eligible = {steps: frozenset(row.skipped_steps or ()) for steps, row in rules.items()}
     # The least fraction whose rounded-down share still admits every eligible step.
-    fraction_ppm = max(-(-len(found) * PPM // steps) for steps, found in eligible.items())
-    warmup_steps = min(min(found) for found in eligible.values())
+    fraction_ppm = max(-(-len(skips) * PPM // steps) for steps, skips in eligible.items())
+    warmup_steps = min(min(skips) for skips in eligible.values())
     return SkipBudget(
-        fraction_ppm, warmup_steps, max(_longest_run(found) for found in eligible.values()), mode, eligible
+        fraction_ppm, warmup_steps, max(_longest_run(skips) for skips in eligible.values()), mode, eligible
     )
 
 

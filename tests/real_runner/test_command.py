@@ -60,6 +60,7 @@ def test_a_run_writes_what_a_simulated_one_does_and_its_images(world, capsys):
     other = json.loads((world / "sim" / "summary.json").read_text())
     assert set(summary) - set(other) <= {"lane_utilisation_gpu0_decode1"}, "whether both lanes are needed is chance"
     printed = capsys.readouterr().out
+    assert "weights     trained" in printed
     assert "lanes idle between pieces" in printed
     assert "sender behind its schedule" in printed
     _check_images(world / "made")
@@ -79,6 +80,7 @@ def _check_images(folder: Path) -> None:
             "model": "digits",
             "policy": "continuous-parallel",
             "scheduler": "DDIMScheduler",
+            "weights": "trained",
             "request": "1",
             "image": "1",
             "prompt": "1",
