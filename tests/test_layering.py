@@ -57,32 +57,19 @@ LATE: set[str] = {
     "real_runner.adapters.process",
     "real_runner.adapters.spans",
     "real_runner.hardware",
-    "synerdiff.experiments.contest",
-    "synerdiff.experiments.contest_report",
-    "synerdiff.experiments.fidelity_tradeoff",
-    "synerdiff.experiments.grid",
-    "synerdiff.experiments.one_run",
-    "synerdiff.experiments.sweep_figures",
-    "synerdiff.experiments.swift_grid",
-    "synerdiff.results.folder",
 }
 """Modules below the commands with an import of anything but a heavy library inside a function."""
 COMMANDS: set[str] = {
-    "synerdiff.cli.contest",
     "synerdiff.cli.estimate",
     "synerdiff.cli.profile",
-    "synerdiff.cli.sweep",
-    "synerdiff.cli.swift",
     "synerdiff.cli.trace",
 }
 """Commands with more than one import of ours inside a function."""
 TWICE: set[str] = {
-    "Cell",
     "ChunkPiece",
     "Link",
     "Piece",
     "Plan",
-    "Results",
     "Source",
     "StepPiece",
 }

@@ -27,7 +27,6 @@ GROUPS = {
     "Simulate": {
         "simulate": "synerdiff.cli.simulate:simulate",
         "sweep": "synerdiff.cli.sweep:sweep",
-        "contest": "synerdiff.cli.contest:contest",
     },
     "Inputs": {
         "profile": "synerdiff.cli.profile:profile",
@@ -42,7 +41,6 @@ GROUPS = {
     "Studies": {
         "fidelity": "synerdiff.cli.fidelity:fidelity",
         "scorecard": "synerdiff.cli.scorecard:scorecard",
-        "swift": "synerdiff.cli.swift:swift",
     },
 }
 """Group -> command -> the function, or the typer app, that does it. Its module is imported when it is needed."""

@@ -3,22 +3,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from synerdiff.core import PPM, Mode, SkipBudget
 from synerdiff.files import read_yaml, shown
 from synerdiff.schema import Listed, Section, validated
 
+_T = TypeVar("_T")
+Axis = Annotated[Listed[_T], BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))]
+"""One value or a list of them: every one is a cell of the grid."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Load = Annotated[float, Field(gt=0, le=10)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Batch = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 
+Factor = Annotated[float, Field(ge=0, le=100)]
+Lanes = Listed[Annotated[int, Field(ge=0, le=63)]]
+Share = Annotated[float, Field(ge=0, le=1)]
+Sizes = Batch | Literal["best"] | Listed[Batch] | None
+Report = Literal["curves", "comparison", "map", "ablation", "adapters"]
 Figure = Literal["latency-load", "comparison", "throughput-load", "tradeoff", "stages", "lanes", "backlog"]
+SATURATION_IMAGES = 400
+DEFAULT_BASELINE = "continuous-serial"
 FIGURES: tuple[Figure, ...] = get_args(Figure)
 
 
@@ -73,9 +91,11 @@ class Workload(Section):
     trace: str | None = None
     format: Literal["native", "gentd26"] = "native"
     windows: Listed[Window] = ()
+    lora_share: Axis[Share] = Field(default=(), max_length=100)
+    """Generator adapters: share of the requests that ask for LoRAs."""
     requests: Count | None = None
-    loads: Listed[Load] | None = Field(default=None, min_length=1)
-    seeds: Listed[Seed] | None = Field(default=None, min_length=1)
+    loads: Axis[Load] | None = Field(default=None, min_length=1)
+    seeds: Axis[Seed] | None = Field(default=None, min_length=1)
     backlog: bool = False
     batch_from: Name | None = None
 
@@ -87,36 +107,39 @@ class Workload(Section):
             raise ValueError("windows belong to a trace; a generator takes requests and seeds")
         if self.trace is not None and self.seeds:
             raise ValueError("seeds belong to a generator; a trace takes windows")
+        if (self.generator == "adapters") != bool(self.lora_share):
+            raise ValueError("lora_share and the generator adapters belong together")
         return self
+
+
+def _a_batch(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    allowed = "allowed are a size of 1 to 4096, a list of sizes, or best"
+    if value == []:
+        raise ValueError(f"it is an empty list; {allowed}")
+    try:
+        return check(value)
+    except ValidationError:  # one for each of the four forms, none of them helpful
+        raise ValueError(f"{shown(repr(value))} is not a batch size; {allowed}") from None
 
 
 class PolicyEntry(Section):
     """A policy at one set of parameters; ``batch`` is a size, a list of sizes to search, or ``best``.
 
     With ``steps_scale`` below 1 its requests take that share of their steps, rounded, all with full guidance: the
-    rival of every policy that skips. ``skip`` false: guidance may not be skipped.
+    equal-cost baseline of every policy that skips. ``skip`` false: guidance may not be skipped.
     """
 
     policy: str
     label: str | None = Field(default=None, min_length=1, max_length=80)
     parameters: dict[str, Any] = {}
-    batch: Batch | Literal["best"] | Listed[Batch] | None = None
+    batch: Sizes = None
     steps_scale: float = Field(default=1.0, gt=0, le=1)
     skip: bool = True
 
-    @field_validator("batch", mode="wrap")
-    @classmethod
-    def _a_batch(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return check(value)
-        except ValidationError:  # one for each of the four forms, none of them helpful
-            allowed = "allowed are a size of 1 to 4096, a list of sizes, or best"
-            raise ValueError(f"{shown(repr(value))} is not a batch size; {allowed}") from None
+    _a_batch = field_validator("batch", mode="wrap")(_a_batch)
 
     @model_validator(mode="after")
     def _one_batch(self) -> PolicyEntry:
-        if self.batch == ():
-            raise ValueError("batch is an empty list; allowed are a size, a list of sizes, or best")
         if self.batch is not None and "batch" in self.parameters:
             raise ValueError("batch is given twice: beside parameters and inside them")
         return self
@@ -135,10 +158,11 @@ class PolicyEntry(Section):
 
 
 class BatchSearch(Section):
-    """How a policy's best batch size is found: the least mean latency at the nearest searched load."""
+    """How a policy's best batch size is found: the least mean latency at the nearest searched load, and where all
+    requests wait from the start the highest throughput. Ties go to the smaller size."""
 
-    batches: Listed[Batch] = Field(default=(1, 2, 4, 8, 16), min_length=1)
-    loads: Listed[Load] = Field(default=(0.6, 0.9), min_length=1)
+    batches: Axis[Batch] = Field(default=(1, 2, 4, 8, 16), min_length=1)
+    loads: Axis[Load] = Field(default=(0.6, 0.9), min_length=1)
     seed: Seed = 0
     requests: Count = 400
 
@@ -156,42 +180,117 @@ class Slo(Section):
         return self
 
 
-class Experiment(Section):
-    """One experiment: the grid profile x workload x policy x load x replicate."""
+class Machines(Section):
+    """Profiles x contention (factor on every slowdown's excess over 1) x decode share (factor on the decode's time) x
+    decode lanes (the GPU of each)."""
+
+    profiles: Axis[str] = ()
+    contention: Axis[Factor] = Field(default=(1.0,), min_length=1)
+    decode_share: Axis[Annotated[Factor, Field(gt=0)]] = Field(default=(1.0,), min_length=1)
+    decode_gpus: Annotated[Listed[Lanes], BeforeValidator(lambda value: _lanes(value))] = Field(
+        default=((0,),), min_length=1
+    )
+
+    @model_validator(mode="after")
+    def _lanes_are_named(self) -> Machines:
+        if () in self.decode_gpus:
+            raise ValueError("decode_gpus holds an empty list; name the GPU of each decode lane")
+        return self
+
+
+def _lanes(value: Any) -> Any:
+    """``[0, 1]`` is one set of lanes, ``[[0], [1]]`` two."""
+    nested = not isinstance(value, list | tuple) or not value or any(isinstance(part, list | tuple) for part in value)
+    return value if nested else (value,)
+
+
+def _images(value: Any) -> Any:
+    return SATURATION_IMAGES if value is True else None if value is False else value
+
+
+class Fleet(Section):
+    """Workers behind a router: a cluster (its file, or its fields), or so many GPUs, divided between workers and
+    ControlNet services for the highest throughput under a set of strategies."""
+
+    name: str = Field(min_length=1, max_length=80)
+    cluster: str | dict[str, Any] | None = None
+    strategies: Listed[Literal["service", "asynchronous", "two-gpus"]] | None = None
+    gpus: Axis[Annotated[int, Field(ge=4, le=1024)]] = ()
+    lora_mib: float = Field(default=380, gt=0, le=1e6)
+    host_cache_mib: float = Field(default=0, ge=0, le=1e9)
+    router: str = "shortest-queue"
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Fleet:
+        if (self.cluster is None) == (self.strategies is None):
+            raise ValueError(f"fleet '{self.name}' needs exactly one of cluster and strategies")
+        if (self.strategies is None) == bool(self.gpus):
+            raise ValueError(f"fleet '{self.name}': gpus and strategies belong together; a cluster lists its own GPUs")
+        return self
+
+
+class Experiment(Machines):
+    """One experiment: the grid machine (or fleet) x workload x policy x load x replicate, and how it is reported."""
 
     name: Name
-    profiles: Listed[str] = Field(min_length=1)
+    report: Report = "curves"
+    machines: Listed[Machines] = ()
+    """Blocks of machines, instead of profiles and what belongs to them."""
+    fleets: Listed[Fleet] = ()
     workloads: Listed[Workload] = Field(min_length=1)
     policies: Listed[PolicyEntry] = Field(min_length=1)
-    loads: Listed[Load] = Field(default=(0.5, 0.6, 0.7, 0.8, 0.9, 1.0), min_length=1)
-    seeds: Listed[Seed] = Field(default=(1, 2, 3), min_length=1)
+    batch: Sizes = None
+    """Of every policy that has one and states none."""
+    loads: Axis[Load] = Field(default=(0.5, 0.6, 0.7, 0.8, 0.9, 1.0), min_length=1)
+    saturation: Annotated[Count | None, BeforeValidator(_images)] = None
+    """Also runs in which so many images (true: ``SATURATION_IMAGES``) wait from the start."""
+    seeds: Axis[Seed] = Field(default=(1, 2, 3), min_length=1)
     requests: Count = 1000
     batch_search: BatchSearch = BatchSearch()
     skip_budget: SkipBudgetSection = SkipBudgetSection()
     slo: Slo | None = None
     dispersion: bool = False
-    decode_gpus: Listed[Annotated[int, Field(ge=0, le=63)]] = Field(default=(0,), min_length=1)
+    baselines: Axis[str] = ()
+    """Policies (report adapters: the fleet) that the others are compared with; curves take the first."""
+    subject: str | None = None
+    """map: the policy that is compared with the best of the others."""
     jobs: int | None = Field(default=None, ge=1, le=4096)
     figures: Listed[Figure] = FIGURES
-    baseline: str | None = None
-    """The policy that the others are compared with, by its name here; by default ``reference`` chooses."""
+
+    _a_batch = field_validator("batch", mode="wrap")(_a_batch)
+
+    @property
+    def blocks(self) -> tuple[Machines, ...]:
+        return self.machines or (self,)
+
+    @property
+    def reference(self) -> str:
+        """The first baseline; without any ``continuous-serial``, else the first policy."""
+        names = self.policy_names
+        return self.baselines[0] if self.baselines else DEFAULT_BASELINE if DEFAULT_BASELINE in names else names[0]
+
+    def loads_of(self, workload: Workload) -> Sequence[float]:
+        return workload.loads or self.loads
 
     @model_validator(mode="after")
     def _names_differ(self) -> Experiment:
-        lists: dict[str, list[Any]] = {
-            "workloads": [workload.name for workload in self.workloads],
-            "policies (give labels)": [entry.name for entry in self.policies],
-            "profiles": list(self.profiles),
-            "loads": list(self.loads),
-            "seeds": list(self.seeds),
-        }
-        for what, names in lists.items():
-            for name in names:
-                if names.count(name) > 1:
-                    raise ValueError(f"two {what} are both '{name}'")
-        policies = lists["policies (give labels)"]
-        if self.baseline is not None and self.baseline not in policies:
-            raise ValueError(f"baseline is '{self.baseline}'; allowed are {', '.join(policies)}")
+        given = self.model_fields_set & set(Machines.model_fields)
+        if self.machines and given:
+            raise ValueError(f"machines holds the blocks of {', '.join(sorted(given))}, which cannot stand beside it")
+        if not all(block.profiles for block in self.blocks):
+            raise ValueError(
+                "profiles is empty or missing; at least one is needed" + " in every block" * bool(self.machines)
+            )
+        _require_distinct("workloads", [workload.name for workload in self.workloads])
+        _require_distinct("policies (give labels)", self.policy_names)
+        _require_distinct("fleets", [fleet.name for fleet in self.fleets])
+        for section in (self, *self.machines, *self.workloads, *self.fleets, self.batch_search):
+            for name in type(section).model_fields:
+                values = getattr(section, name)
+                if isinstance(values, tuple) and name not in ("decode_gpus", "workloads", "policies", "fleets"):
+                    _require_distinct(name, values)
+        for block in self.blocks:
+            _require_distinct("decode_gpus", [list(lanes) for lanes in block.decode_gpus])
         known = [workload.name for workload in self.workloads if workload.batch_from is None]
         for workload in self.workloads:
             if workload.batch_from is not None and workload.batch_from not in known:
@@ -201,10 +300,29 @@ class Experiment(Section):
         return self
 
     @property
-    def reference(self) -> str:
-        """The baseline; unless it is named ``continuous-serial``, else the first policy."""
-        names = [entry.name for entry in self.policies]
-        return self.baseline or ("continuous-serial" if "continuous-serial" in names else names[0])
+    def policy_names(self) -> list[str]:
+        return [entry.name for entry in self.policies]
+
+    @model_validator(mode="after")
+    def _can_be_reported(self) -> Experiment:
+        compared = [fleet.name for fleet in self.fleets] if self.report == "adapters" else self.policy_names
+        if self.report != "curves" and not self.baselines:
+            raise ValueError(f"report is {self.report}, which needs baselines: some of {', '.join(compared)}")
+        for field, names in (("baselines", self.baselines), ("subject", (self.subject,) if self.subject else ())):
+            for name in names:
+                if name not in compared:
+                    raise ValueError(f"{field}: '{name}' is none of {', '.join(compared)}")
+        if self.subject is not None and compared == [self.subject]:
+            raise ValueError(f"subject: '{self.subject}' is the only policy; others to compare it with are needed")
+        if self.report == "adapters" and len(self.policies) > 1:
+            raise ValueError("report is adapters, which compares fleets under one policy; give one policy")
+        return self
+
+
+def _require_distinct(what: str, values: Sequence[Any]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"two {what} are both '{value}'")
 
 
 def load_experiment(path: Path) -> Experiment:

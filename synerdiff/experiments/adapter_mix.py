@@ -16,9 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import Literal
 
-from synerdiff.core import InputError
+from pydantic import Field
+
+from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request
 from synerdiff.engine.caches import Cache
+from synerdiff.schema import Section
 
 SOURCE = "Katz's production trace, read off the plots of modelscope/Katz (commit 3552744), about +-0.01 loads"
 _FARTHEST = 1000
@@ -100,6 +104,31 @@ def adapter_sets(service: str, kind: str, seed: int) -> Iterator[tuple[str, ...]
         if len(past) > 2 * _FARTHEST:
             del past[:_FARTHEST]
         yield asked
+
+
+class AdapterTrace(Section):
+    """Poisson arrivals of guided requests with a service's ControlNets, and a share of them with its LoRAs."""
+
+    service: Literal["A", "B"] = "A"
+    lora_share: float = Field(ge=0, le=1)
+    steps: int = Field(default=50, ge=1, le=1000)
+    rate_per_s: float = Field(default=1.0, gt=0, le=1e6)
+    requests: int = Field(ge=1, le=10_000_000)
+    seed: int = Field(ge=0)
+
+
+def adapter_requests(trace: AdapterTrace) -> list[Request]:
+    """The requests; another rate or share leaves everything else as it is."""
+    arrivals, wishes = random.Random(trace.seed), random.Random(trace.seed + 1_000_000)
+    loras, controlnets = (adapter_sets(trace.service, kind, trace.seed) for kind in ("lora", "controlnet"))
+    now_s = 0.0
+    made = []
+    for number in range(trace.requests):
+        now_s += arrivals.expovariate(trace.rate_per_s)
+        asked = next(loras) if wishes.random() < trace.lora_share else ()
+        uses, guides = tuple(map(LoraUse, asked)), tuple(map(ControlNetUse, next(controlnets)))
+        made.append(Request(number, round(now_s * NS_PER_S), trace.steps, loras=uses, controlnets=guides))
+    return made
 
 
 @dataclass(frozen=True, slots=True)

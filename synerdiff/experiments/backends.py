@@ -6,12 +6,13 @@ Results come as they end. Work that was lost because a worker process died is gi
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Protocol, TypeVar
 
-from synerdiff.core import InputError
+from synerdiff.core import ContractError, InputError
 from synerdiff.files import install_hint
 
 Item = TypeVar("Item")
@@ -73,41 +74,61 @@ class LokyBackend:
                     ) from None
 
 
+def _telling(function: Callable[[Item], Result]) -> Callable[[Item], tuple[Result | None, Exception | None]]:
+    """Gives errors back as values: Ray would wrap them into a page about the machine on which they were raised."""
+
+    def task(item: Item) -> tuple[Result | None, Exception | None]:
+        try:
+            return function(item), None
+        except (InputError, ContractError) as error:
+            return None, error
+
+    return task
+
+
 class RayBackend:
-    """Tasks on a Ray cluster, retried by Ray when a machine is lost."""
+    """Tasks on a Ray cluster, retried by Ray when a machine is lost; at most ``jobs`` at a time when it is given."""
+
+    def __init__(self, jobs: int | None = None) -> None:
+        self.jobs = jobs
+        self.ray = _ray(jobs)
 
     def run_unordered(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        ray = _ray()
-        task = ray.remote(max_retries=ATTEMPTS)(function)
-        pending = [task.remote(item) for item in items]
+        ray, waiting = self.ray, list(reversed(items))
+        task = ray.remote(max_retries=ATTEMPTS)(_telling(function))
+        pending: list[Any] = []
         try:
-            while pending:
+            while pending or waiting:
+                while waiting and (self.jobs is None or len(pending) < self.jobs):
+                    pending.append(task.remote(waiting.pop()))
                 done, pending = ray.wait(pending, num_returns=1)
                 for reference in done:
-                    yield ray.get(reference)
+                    result, error = ray.get(reference)
+                    if error is not None:
+                        raise error
+                    yield result
         finally:
             for reference in pending:
                 ray.cancel(reference)
 
 
-def _ray() -> Any:
+def _ray(jobs: int | None) -> Any:
     try:
         import ray
     except ModuleNotFoundError:
         raise InputError(f"The backend ray needs the library ray; install it with: {install_hint('cluster')}") from None
     if not ray.is_initialized():
-        ray.init()
+        ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else jobs, log_to_driver=False)
     return ray
 
 
-BACKENDS = ("loky", "ray")
+BACKENDS: dict[str, Callable[[int | None], Backend]] = {"loky": LokyBackend, "ray": RayBackend}
 
 
 def make_backend(name: str, jobs: int | None) -> Backend:
     """A backend by name; InputError lists the known ones, and says so when its library is missing."""
-    if name == "loky":
-        return LokyBackend(jobs)
-    if name == "ray":
-        _ray()
-        return RayBackend()
-    raise InputError(f"There is no backend '{name}'; known are {', '.join(BACKENDS)}.")
+    if jobs is not None and not 1 <= jobs <= 4096:
+        raise InputError(f"--jobs is {jobs}; a whole number from 1 to 4096 is needed.")
+    if name not in BACKENDS:
+        raise InputError(f"There is no backend '{name}'; known are {', '.join(BACKENDS)}.")
+    return BACKENDS[name](jobs)

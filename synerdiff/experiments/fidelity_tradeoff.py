@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from synerdiff.core import GUIDED, NO_SKIPS, Request, SkipBudget
-from synerdiff.experiments.one_run import Setup, fitted, run_simulated, summary_of
+from synerdiff.experiments.run import RunSpec, execute, prepare
 from synerdiff.fidelity.floor import UnreachedFloor, budget_from_floor, run_ssim
 from synerdiff.fidelity.table import FidelityTable
 from synerdiff.profile.capacity import default_batch, serial_capacity_samples_per_s
 from synerdiff.profile.tables import Profile
+from traces.generate import generate
 
 if TYPE_CHECKING:
     import pandas
@@ -78,8 +78,6 @@ def trade_off(
     """
     import pandas
 
-    from traces.generate import generate
-
     chosen = variants(table, steps, guidance_scale, profile)
     capacity = serial_capacity_samples_per_s(profile, steps, default_batch(profile))
     rows: list[dict[str, Any]] = []
@@ -96,9 +94,7 @@ def trade_off(
                 guidance_scale=guidance_scale,
             )
             for variant in chosen:
-                rows.append(
-                    _run(variant, fitted(arrivals, profile), profile, table, steps) | {"load": load, "seed": seed}
-                )
+                rows.append(_run(variant, arrivals, profile, table, steps) | {"load": load, "seed": seed})
                 on_progress(f"{variant.policy}: {variant.name}, load {load:g}", len(rows) / total)
     return pandas.DataFrame(rows)
 
@@ -106,18 +102,20 @@ def trade_off(
 def _run(
     variant: Variant, arrivals: Sequence[Request], profile: Profile, table: FidelityTable, steps: int
 ) -> dict[str, Any]:
-    from synerdiff.results import records
-
-    requests = [replace(request, steps=variant.steps) for request in arrivals]
-    setup = Setup(PLACEMENT, {"skip_queue": variant.skip_queue}, budget=variant.budget, base_folder=Path())
-    result = run_simulated(requests, profile, setup)
-    frame = records.requests_table(result.requests).to_pandas()
-    work = records.work_table(result.work, result.sample_names).to_pandas()
+    spec = RunSpec(
+        profile=profile,
+        source=tuple(replace(request, steps=variant.steps) for request in arrivals),
+        policy=PLACEMENT,
+        parameters={"skip_queue": variant.skip_queue},
+        budget=variant.budget,
+    )
+    outcome = execute(prepare(spec))
+    images = outcome.frames[0][["modes", "guidance_scale"]].to_dict("records")
     return {
         "profile": profile.name,
         "estimated": profile.estimated,
         "policy": variant.policy,
         "variant": variant.name,
-        "ssim": run_ssim(table, ((row.modes, row.guidance_scale, steps) for row in frame.itertuples())),
-        **summary_of(frame, work, requests, profile),
+        "ssim": run_ssim(table, ((image["modes"], image["guidance_scale"], steps) for image in images)),
+        **outcome.summary,
     }

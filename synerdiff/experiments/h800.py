@@ -76,6 +76,12 @@ TEXT_SHARE, VAE_SHARE = 0.15, 0.70
 """How text encoding, VAE and post-processing share their published sum; only the sum shows in a latency. Ours."""
 
 
+def built_profile(name: str) -> tuple[Profile, Adapters] | None:
+    """The profile of that name and its adapters; None for a name that is none of ``h800-sdxl-SYSTEM``."""
+    system = name.removeprefix("h800-sdxl-")
+    return (h800_profile(system), h800_adapters(system)) if name != system and system in SYSTEMS else None
+
+
 def h800_profile(system: str) -> Profile:
     """The estimated profile of SDXL 1024x1024 on one H800 under ``diffusers`` or ``katz``; steps of 1 to 16 rows."""
     parts = {name: part.value for name, part in COMPONENTS[system].items()}

@@ -11,21 +11,14 @@ from policies.registry import build_policy
 from simulator import simulate_cluster
 from synerdiff.config.cluster import MIB, Cluster, cluster_of
 from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request
+from synerdiff.experiments.adapter_mix import MIXES
 from synerdiff.experiments.h800 import LORA_MIB, h800_adapters, h800_profile
 from synerdiff.profile.adapters import Adapters
 from synerdiff.profile.tables import Profile
 
 STRATEGIES = ("service", "asynchronous", "two-gpus")
-SETS: dict[str, tuple[str, ...]] = {
-    "inline, synchronous": (),
-    "ControlNet service": ("service",),
-    "asynchronous LoRAs": ("asynchronous",),
-    "guidance on two GPUs": ("two-gpus",),
-    "service and asynchronous": ("service", "asynchronous"),
-    "all three": STRATEGIES,
-}
-"""Name -> strategies; the first is the baseline."""
-BASELINE = "inline, synchronous"
+CONTROLNETS = tuple(f"controlnet{rank}" for rank in range(1, 17))
+"""Those that a service of Katz's production trace asks for."""
 BOUND_STEPS = 20
 STEPS = 50
 NAMES = {"service": "ControlNet service", "asynchronous": "asynchronous LoRAs", "two-gpus": "guidance on two GPUs"}
@@ -40,6 +33,12 @@ class Demand:
     loras: float
     """Of a request that asks for any."""
     lora_share: float
+
+    @classmethod
+    def of(cls, service: str, steps: int, lora_share: float) -> Demand:
+        """What requests of that service's mix ask for."""
+        controlnets, loras = MIXES[service, "controlnet"], MIXES[service, "lora"]
+        return cls(steps, controlnets.per_request, loras.per_request, lora_share)
 
 
 def worker_image_s(

@@ -61,6 +61,8 @@ class RunSpec:
     """The profile's folder, or the profile itself."""
     profile_hash: str | None = None
     """The content that the folder must still hold; None: whatever it holds."""
+    adapters: Adapters | None = None
+    """What adapters cost, where the profile has no folder to say it."""
     contention: float = 1.0
     decode_share: float = 1.0
     """What the profile is scaled by (``scaling.scaled_profile``)."""
@@ -288,8 +290,8 @@ def prepare(spec: RunSpec) -> Prepared:
     build_policy(spec.policy, dict(spec.parameters), spec.base_folder)
     build_router(spec.router)
     profile = _profile_of(spec)
-    adapters = None
-    if spec.cluster is not None and isinstance(spec.profile, Path):
+    adapters = spec.adapters
+    if adapters is None and spec.cluster is not None and isinstance(spec.profile, Path):
         adapters = load_adapters(spec.profile, profile.name)
     asked, window = (
         (spec.source, None)

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from synerdiff.config.experiment import BatchSearch, Experiment, Workload
 from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.experiments.adapter_mix import AdapterTrace, adapter_requests
 from synerdiff.files import sha256_of_files
+from synerdiff.schema import validated
 from traces.generate import generate_trace
 from traces.gentd26 import read_gentd26
 from traces.native import read_trace
@@ -152,6 +154,12 @@ def _generate(source: Source) -> tuple[Request, ...]:
     fields = {"kind": source.generator, "seed": source.number, **parameters}
     if source.requests is not None:
         fields["requests"] = source.requests
+    if source.generator == "adapters":
+        return tuple(
+            adapter_requests(
+                validated(AdapterTrace, {name: value for name, value in fields.items() if name != "kind"}, where)
+            )
+        )
     if source.generator != "gentd26-like":
         fields.setdefault("rate_per_s", GENERATED_RATE_PER_S)
     return tuple(generate_trace(trace_spec(fields, where)))

@@ -1,43 +1,42 @@
 """A sweep: computes the runs of an experiment that are missing, then writes its tables.
 
-``runs/KEY.parquet`` holds the requests of one finished run and, in its metadata, its row of ``runs.parquet``. Batch
-sizes are compared first, where the experiment asks for it; the grid follows.
+Batch sizes are compared first, where the experiment asks for it; the grid follows.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from synerdiff import __version__
+from synerdiff.core import RunResult
 from synerdiff.experiments.backends import Backend
-from synerdiff.experiments.grid import Grid, best_batch
-from synerdiff.experiments.grid_run import Run, compute, finished_row
-from synerdiff.experiments.run_keys import engine_hash
+from synerdiff.experiments.grid import Grid, Run, best_batch
+from synerdiff.experiments.run import Outcome, execute, prepare, saturated
 from synerdiff.experiments.sources import arrivals
-from synerdiff.experiments.sweep_fidelity import ssim_of
-from synerdiff.experiments.sweep_tables import write_tables
+from synerdiff.experiments.store import code_hash, finished_row, keep_run, library_versions, run_file, write_tables
+from synerdiff.fidelity.floor import run_ssim
 from synerdiff.fidelity.table import FidelityTable
-from synerdiff.files import atomic, claim_folder, require_writable_folder
+from synerdiff.files import atomic, claim_folder, require_writable_folder, sha256_of_files
+from synerdiff.results.records import REQUEST_COLUMNS, read_table
 
 MANIFEST = "manifest.json"
-LIBRARIES = ("numpy", "pandas", "pyarrow", "simpy", "joblib", "pydantic")
+TABLES = ("runs.parquet", "requests.parquet")
 
 
 @dataclass(slots=True)
 class Results:
-    """What a sweep found."""
+    """What a sweep gave."""
 
     folder: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
     """One per run of the grid, in key order: what the run was, and its metrics."""
     batches: list[dict[str, Any]] = field(default_factory=list)
-    """How each batch size was chosen: where, the best, and the mean latency of every one tried."""
+    """How each batch size was chosen: where, the best, and the value of every one tried."""
     grid_runs: dict[str, Run] = field(default_factory=dict)
     """The runs of the grid by key."""
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -45,16 +44,6 @@ class Results:
     computed: int = 0
     found: int = 0
     """Runs that had been computed before."""
-
-
-class _Count:
-    def __init__(self, tell: Callable[[int, int], None] | None, total: int) -> None:
-        self.tell, self.total, self.done = tell, total, 0
-
-    def add(self, runs: int) -> None:
-        self.done += runs
-        if self.tell is not None:
-            self.tell(self.done, self.total)
 
 
 def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], None] | None = None) -> Results:
@@ -65,50 +54,118 @@ def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], No
     """
     claim(grid.folder, grid.experiment.name)
     require_writable_folder(grid.folder / "runs")
+    for torn in (grid.folder / "runs").glob(".*.part"):  # of a worker that was killed while it wrote
+        torn.unlink()
     results = Results(grid.folder)
-    for workload, replicates in grid.sources.items():
+    if not (grid.folder / MANIFEST).is_file():
+        write_manifest(grid.folder, {"experiment": grid.experiment.name, "complete": False})
+    for (workload, _), replicates in grid.sources.items():
         results.dropped[workload] = dict(arrivals(replicates[0]).dropped)
-    _write_manifest(grid, results, complete=False)
+    search = {run.key: run for tried in grid.searches.values() for run in tried.values()}
+    total = len(search) + grid.size
 
-    search = _distinct([run for runs in grid.searches.values() for run in runs.values()])
-    count = _Count(on_progress, len(search) + grid.size)
-    searched = _rows(search, backend, count, results)
+    def tell() -> None:
+        if on_progress is not None:
+            on_progress(results.found + results.computed, total)
+
+    searched = _rows(search, backend, results, tell)
     best = {}
-    for place, runs in grid.searches.items():
-        means = {batch: searched[run.key]["request_latency_mean_s"] for batch, run in runs.items()}
-        best[place] = best_batch(means)
-        results.batches.append({**place._asdict(), "best_batch": best[place], "mean_latency_s": means})
-
+    for place, tried in grid.searches.items():
+        column = "saturation_throughput" if place.load is None else "request_latency_mean_s"
+        values = {batch: searched[run.key][column] for batch, run in tried.items()}
+        best[place] = best_batch(values, larger_is_better=place.load is None)
+        where = {**place.cell._asdict(), "policy": place.policy, "load": place.load}
+        results.batches.append({**where, "best_batch": best[place], column: values})
     results.grid_runs = {run.key: run for run in grid.runs(best)}
-    rows = _rows(list(results.grid_runs.values()), backend, count, results)
+    rows = _rows(results.grid_runs, backend, results, tell)
     results.rows = [_with_ssim(rows[key], results.grid_runs[key], grid.tables) for key in sorted(rows)]
-    write_tables(grid.folder, results.rows, [searched[key] for key in sorted(searched) if key not in rows])
-    _write_manifest(grid, results, complete=True)
+    _write(grid, results, [searched[key] for key in sorted(searched) if key not in rows])
     return results
 
 
-def _with_ssim(row: dict[str, Any], run: Run, tables: Mapping[str, FidelityTable]) -> dict[str, Any]:
-    return {**row, "ssim": ssim_of(run, tables[row["profile"]])} if tables else row
-
-
-def _distinct(runs: Sequence[Run]) -> list[Run]:
-    return list({run.key: run for run in runs}.values())
-
-
-def _rows(runs: Sequence[Run], backend: Backend, count: _Count, results: Results) -> dict[str, dict[str, Any]]:
+def _rows(
+    runs: Mapping[str, Run], backend: Backend, results: Results, tell: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
     """Key -> row, from the files of finished runs where there are any."""
-    found = {run.key: finished_row(run) for run in runs}
-    rows = {key: row for key, row in found.items() if row is not None}
+    rows = {}
+    for key, run in runs.items():
+        row = finished_row(run.folder, key, run.keep_requests)
+        if row is not None:
+            rows[key] = row
     results.found += len(rows)
-    count.add(len(rows))
-    missing = [run for run in runs if run.key not in rows]
+    tell()
+    missing = [run for run in runs.values() if run.key not in rows]
     # The longest first, so that no process is left alone with one at the end.
     missing.sort(key=lambda run: -len(arrivals(run.source).requests))
+    if missing:
+        _mark_incomplete(missing[0].folder)
     for key, row in backend.run_unordered(compute, missing):
         rows[key] = row
         results.computed += 1
-        count.add(1)
+        tell()
     return rows
+
+
+def compute(run: Run) -> tuple[str, dict[str, Any]]:
+    """Simulate one run, keep it and return (key, row). Called in worker processes.
+
+    A row holds the columns of ``Run.head``, the metrics (at saturation ``saturation_throughput`` too, samples a second;
+    latencies then count from the start), ``forced_fraction`` of the chunks, and for fleets what their GPUs did.
+    """
+    prepared = prepare(run.spec)
+    if run.images is None:
+        outcome = execute(prepared)
+        metrics = outcome.summary
+    else:
+        outcome, rate = saturated(prepared, run.images)
+        metrics = {"saturation_throughput": rate, **outcome.summary}
+    row = {
+        "key": run.key,
+        **run.head,
+        "time_scale": prepared.time_scale,
+        "decisions": outcome.result.decisions,
+        **metrics,
+        "forced_fraction": _forced_fraction(outcome.result),
+        **_fleet_columns(run, outcome),
+    }
+    keep_run(run.folder, run.key, row, outcome.tables[0] if run.keep_requests else None)
+    return run.key, row
+
+
+def _forced_fraction(result: RunResult) -> float:
+    chunks = [work.forced for work in result.work if work.kind == "chunk"]
+    return sum(chunks) / len(chunks) if chunks else 0.0
+
+
+def _fleet_columns(run: Run, outcome: Outcome) -> dict[str, Any]:
+    """What a fleet's GPUs did: those that it was given count, also when an odd one is left over."""
+    cluster, facts = run.spec.cluster, outcome.served.facts
+    if cluster is None:
+        return {}
+    requests = outcome.result.requests
+    images = sum(record.request.images for record in requests if record.status == "done")
+    held_s = run.cell.gpus * outcome.result.end_ns / 1e9
+    return {
+        "workers": len(cluster.workers),
+        "services": len(cluster.controlnet_services),
+        "gpu_seconds_per_image": held_s / images if images else None,
+        "busy_gpu_seconds_per_image": facts["busy_gpu_seconds_per_image"],
+        "lora_reads_per_request": facts["lora_reads"] / len(requests),
+    }
+
+
+def _with_ssim(row: dict[str, Any], run: Run, tables: Mapping[str, FidelityTable]) -> dict[str, Any]:
+    """The row with the mean SSIM of its images against full guidance in the steps that were asked for."""
+    if not tables or not run.keep_requests:
+        return row
+    frame = read_table(run_file(run.folder, run.key), REQUEST_COLUMNS)[0]
+    asked = {request.request_id: request.steps for request in arrivals(run.source).requests}
+
+    def images() -> Iterator[tuple[str, float, int]]:
+        for request in frame.select(["request_id", "modes", "guidance_scale"]).to_pylist():
+            yield request["modes"], request["guidance_scale"], asked[request["request_id"]]
+
+    return {**row, "ssim": run_ssim(tables[row["profile"]], images())}
 
 
 def claim(folder: Path, experiment: str) -> None:
@@ -116,26 +173,53 @@ def claim(folder: Path, experiment: str) -> None:
     claim_folder(folder, f"sweep {experiment}")
 
 
-def _write_manifest(grid: Grid, results: Results, complete: bool) -> None:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the last sweep left; empty for none, or one that is not whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    with atomic(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _mark_incomplete(folder: Path) -> None:
+    write_manifest(folder, {**read_manifest(folder), "complete": False})
+
+
+def _write(grid: Grid, results: Results, search: Sequence[Mapping[str, Any]]) -> None:
+    """The tables, where they are not what they would become, and the manifest."""
+    before = read_manifest(grid.folder)
     manifest = {
         "experiment": grid.experiment.name,
-        "complete": complete,
+        "complete": True,
         "config": grid.experiment.model_dump(mode="json"),
-        "engine_hash": engine_hash(),
-        "profile_hashes": {name: profile.content_hash for name, (_, profile) in grid.profiles.items()},
+        "code_hash": code_hash(),
+        "profile_hashes": {device.profile.name: device.profile.content_hash for device in grid.devices.values()},
         "policy_hashes": {name: value for name, value in grid.policy_hashes.items() if value},
         "arrival_hashes": {
-            name: {str(source.number): arrivals(source).content_hash for source in replicates}
-            for name, replicates in grid.sources.items()
+            name if share is None else f"{name} {share:g}": {
+                str(s.number): arrivals(s).content_hash for s in replicates
+            }
+            for (name, share), replicates in grid.sources.items()
         },
         "dropped": results.dropped,
         "batches": results.batches,
         "runs": [row["key"] for row in results.rows],
-        "versions": {
-            "synerdiff": __version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in LIBRARIES},
-        },
+        "versions": {"synerdiff": __version__, "python": platform.python_version(), **library_versions()},
+        "figures": before.get("figures", {}),
     }
-    with atomic(grid.folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    manifest = json.loads(json.dumps(manifest))  # as it will be read again
+    same = all(before.get(name) == value for name, value in manifest.items())
+    if not same or before.get("tables") != _table_hashes(grid.folder):
+        requests = [row["key"] for row in results.rows if results.grid_runs[row["key"]].keep_requests]
+        write_tables(grid.folder, results.rows, search, requests)
+    write_manifest(grid.folder, {**manifest, "tables": _table_hashes(grid.folder)})
+
+
+def _table_hashes(folder: Path) -> dict[str, str]:
+    return {name: sha256_of_files([folder / name]) for name in TABLES if (folder / name).is_file()}

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
+from synerdiff.config.experiment import load_experiment
 from synerdiff.core import InputError
-from synerdiff.experiments.adapter_mix import FITTED, MIXES, adapter_sets, cache_curves, loads_per_request
-from synerdiff.experiments.h800 import h800_adapters, h800_profile
-from synerdiff.experiments.layouts import SETS, STRATEGIES, Demand, ablation, divide, layout
-from synerdiff.experiments.swift_grid import (
-    BASELINE,
-    Point,
-    SwiftStudy,
-    load_study,
-    points,
-    requests_of,
-    run_point,
-    speedups,
+from synerdiff.experiments.adapter_mix import (
+    FITTED,
+    MIXES,
+    AdapterTrace,
+    adapter_requests,
+    adapter_sets,
+    cache_curves,
+    loads_per_request,
 )
+from synerdiff.experiments.compare import compare
+from synerdiff.experiments.grid import Grid
+from synerdiff.experiments.h800 import h800_adapters, h800_profile
+from synerdiff.experiments.layouts import STRATEGIES, Demand, ablation, divide, layout, worker_image_s
+from synerdiff.experiments.report import publish
+from synerdiff.experiments.sources import arrivals
+from synerdiff.experiments.sweep import run_sweep
+from tests.golden.tables import Here
 
 DATA = os.environ.get("SYNERDIFF_DATA")
 needs_data = pytest.mark.skipif(DATA is None, reason="SYNERDIFF_DATA names no folder with the published latencies")
@@ -102,76 +104,116 @@ def test_gpus_are_divided_for_the_highest_throughput() -> None:
         divide(2, STRATEGIES, 1.0, 1.0)
 
 
-@pytest.mark.parametrize("name", SETS)
-def test_layouts_use_no_more_gpus_than_given(name: str) -> None:
+@pytest.mark.parametrize("strategies", [(), ("service",), ("two-gpus",), STRATEGIES])
+def test_layouts_use_no_more_gpus_than_given(strategies: tuple[str, ...]) -> None:
     profile, adapters = h800_profile("katz"), h800_adapters("katz")
     for gpus in (4, 7, 16):
-        cluster = layout(gpus, SETS[name], Demand(50, 1.8, 1.9, 0.5), profile, adapters, 380, 0, ("a",))
+        cluster = layout(gpus, strategies, Demand(50, 1.8, 1.9, 0.5), profile, adapters, 380, 0, ("a",))
         assert len(cluster.gpus) <= gpus
         assert max(cluster.gpus) < gpus
 
 
-def test_every_set_meets_the_same_requests_and_the_grid_is_complete() -> None:
-    study = SwiftStudy(gpus=(4,), lora_shares=(0.5,), loads=(0.4,), seeds=(1,), requests=60, steps=5)
-    wanted = points(study)
-    assert len(wanted) == len(SETS) * 2
-    rates = {tuple(requests_of(point, 0.5)) for point in wanted if point.load}
-    assert len(rates) == 1
-    rows = [run_point(point) for point in wanted]
-    ratios = {(row["strategies"], row["load"]): row["speedup"] for row in speedups(rows)}
-    assert ratios[BASELINE, 0.4] == ratios[BASELINE, 0.0] == 1.0
-    assert ratios["asynchronous LoRAs", 0.4] > 1.0
-    saturated = {row.strategies: row for row in rows if row.load == 0.0}
+STUDY = """
+name: study
+report: adapters
+profiles: h800-sdxl-katz
+fleets:
+  - {name: base, strategies: [], gpus: 4, host_cache_mib: 15200}
+  - {name: asynchronous, strategies: [asynchronous], gpus: 4, host_cache_mib: 15200}
+  - {name: halves, strategies: [two-gpus], gpus: 4, host_cache_mib: 15200}
+  - {name: pair, cluster: {workers: [{denoise_gpu: 0}, {denoise_gpu: 1}]}, router: least-work}
+baselines: base
+workloads:
+  - {name: service, generator: adapters, parameters: {service: A, steps: 5}, lora_share: [0.0, 0.5]}
+policies: [{policy: continuous-serial, batch: 1}]
+loads: 0.4
+saturation: 200
+seeds: 1
+requests: 60
+"""
+
+
+def study(folder: Path, *changes: tuple[str, str]) -> Grid:
+    text = STUDY
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "study.yaml").write_text(text)
+    return Grid(load_experiment(folder / "study.yaml"), folder, folder / "out")
+
+
+def test_a_grid_of_fleets_from_file_to_figures(tmp_path: Path) -> None:
+    made = study(tmp_path)
+    assert made.size == 4 * 2 * 2
+    results = run_sweep(made, Here())
+    rows = {(row["fleet"], row["lora_share"], row["load"]): row for row in results.rows}
+    assert len(rows) == 16
+    paired = compare(results.rows, by="fleet")
+    cell = next(cell for cell in paired.values if (cell.lora_share, cell.gpus) == (0.5, 4))
+    gains = {at: paired.gain(cell, at, "asynchronous", "base") for at in (("mean", 0.4), ("cost", None))}
+    assert all(gain is not None and gain.ratio > 1 for gain in gains.values())
     # Halving the guidance over two GPUs costs throughput: a row alone is less efficient than two together.
-    assert saturated["guidance on two GPUs"].gpu_seconds_per_image > saturated[BASELINE].gpu_seconds_per_image
-    for row in rows:
-        assert row.busy_gpu_seconds_per_image <= row.gpu_seconds_per_image * 1.001
+    cost = "gpu_seconds_per_image"
+    assert rows["halves", 0.0, None][cost] > rows["base", 0.0, None][cost]
+    for row in results.rows:
+        assert row["busy_gpu_seconds_per_image"] <= row[cost] * 1.001
+    profile, adapters = h800_profile("katz"), h800_adapters("katz")
+    alone_s = worker_image_s((), Demand.of("A", 5, 0.0), profile, adapters, 380 << 20)
+    assert rows["base", 0.0, None][cost] == pytest.approx(alone_s, rel=0.03)
+    _, rows_shown = publish(made.experiment, results)[0]
+    shown = {row[:4]: row[4] for row in rows_shown}
+    assert shown["asynchronous", "4", "service, 50% with LoRAs", "0.4"].startswith("1.")
+    assert shown["base", "4", "service, 50% with LoRAs", "all wait"] == "1x"
+    names = {path.name for path in (tmp_path / "out").rglob("*.*")}
+    assert {"runs.parquet", "speedups.csv", "alone.csv", "caches.csv", "caches.png", "strategies-alone.png"} <= names
 
 
-def test_the_baseline_s_capacity_is_its_closed_form() -> None:
-    study = SwiftStudy(gpus=(4,), lora_shares=(0.0,), loads=(0.5,), seeds=(1,), requests=400, steps=5)
-    row = run_point(Point(study, BASELINE, 4, 0.0, 0.0, 1))
-    from synerdiff.experiments.layouts import worker_image_s
-    from synerdiff.experiments.swift_grid import demand_of
+def test_every_fleet_of_so_many_gpus_meets_the_same_requests(tmp_path: Path) -> None:
+    runs = [run for run in study(tmp_path).runs({}) if run.load and run.cell.lora_share == 0.5]
+    asked = {run.cell.fleet: arrivals(run.source).requests for run in runs}
+    assert asked["base"] == asked["asynchronous"] == asked["halves"]
+    assert {len(request.loras) > 0 for request in asked["base"]} == {True, False}
+    at = {run.cell.fleet: run.spec.load for run in runs}
+    assert (at["base"], at["pair"]) == (None, 0.4), "a cluster of its own is stretched to the load as elsewhere"
 
-    expected = worker_image_s((), demand_of(study, 0.0), h800_profile("katz"), h800_adapters("katz"), 380 << 20)
-    assert row.gpu_seconds_per_image == pytest.approx(expected, rel=0.03)
+
+def test_another_rate_or_share_leaves_the_rest_of_the_requests() -> None:
+    base = AdapterTrace(lora_share=0.5, requests=50, seed=3)
+    fast, all_of_them = base.model_copy(update={"rate_per_s": 2.0}), base.model_copy(update={"lora_share": 1.0})
+    requests = adapter_requests(base)
+    for one, other in zip(requests, adapter_requests(fast), strict=True):
+        assert other.arrival_ns == pytest.approx(one.arrival_ns / 2, abs=1)
+        assert (one.loras, one.controlnets) == (other.loras, other.controlnets)
+    assert [r.controlnets for r in requests] == [r.controlnets for r in adapter_requests(all_of_them)]
+    assert all(r.loras for r in adapter_requests(all_of_them))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("old", "new", "message"),
     [
-        ("service: C\n", "service is 'C'; allowed are A and B"),
-        ("gpu: [4]\n", "there is no field 'gpu'; known are service, gpus"),
-        ("gpus: [2]\n", "gpus\\[0\\] is 2; it must be greater than or equal to 4"),
+        ("service: A", "service: C", "workload 'service': service is 'C'; it must be 'A' or 'B'"),
+        ("steps: 5", "steps: 0", "workload 'service': steps is 0; it must be greater than or equal to 1"),
+        ("steps: 5", "shape: 5", "workload 'service': there is no field 'shape'; known are service, lora_share, steps"),
+        ("lora_share: [0.0, 0.5]", "lora_share: 2", r"lora_share\[0\] is 2; it must be less than or equal to 1"),
+        (", lora_share: [0.0, 0.5]", "", r"workloads\[0\]: lora_share and the generator adapters belong together"),
+        ("gpus: 4", "gpus: 2", r"fleets\[0\].gpus\[0\] is 2; it must be greater than or equal to 4"),
+        (
+            "strategies: [], gpus: 4",
+            "gpus: 4",
+            r"fleets\[0\]: fleet 'base' needs exactly one of cluster and strategies",
+        ),
+        (", gpus: 4", "", "fleet 'base': gpus and strategies belong together"),
+        ("denoise_gpu: 1", "denoise_gpu: 0", "fleet 'pair': GPU 0 belongs to workers"),
+        ("router: least-work", "router: nearest", "there is no router 'nearest'"),
+        (
+            "profiles: h800-sdxl-katz",
+            "profiles: digits-cpu",
+            "strategies need workloads of the generator adapters, and",
+        ),
+        ("baselines: base", "baselines: bass", "baselines: 'bass' is none of base, asynchronous, halves, pair"),
+        ("name: halves", "name: base", "two fleets are both 'base'"),
     ],
 )
-def test_a_study_s_file_is_checked(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "swift.yaml"
-    path.write_text(text)
+def test_a_grid_of_fleets_is_checked(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        load_study(path)
-
-
-def test_the_study_that_ships_is_valid() -> None:
-    study = load_study(Path(__file__).resolve().parents[2] / "experiments" / "swift.yaml")
-    assert study == SwiftStudy()
-
-
-def run_command(function, *arguments: str):
-    app = typer.Typer()
-    app.command()(function)
-    return CliRunner().invoke(app, list(arguments), env={"SYNERDIFF_DATA": None})
-
-
-def test_the_swift_command_writes_tables_and_figures(tmp_path: Path) -> None:
-    from synerdiff.cli.swift import swift
-
-    path = tmp_path / "swift.yaml"
-    path.write_text("gpus: [4]\nlora_shares: [0.5]\nloads: [0.4]\nseeds: [1]\nrequests: 50\nsteps: 3\n")
-    result = run_command(swift, str(path), "--out", str(tmp_path / "out"), "--jobs", "1")
-    assert result.exit_code == 0, result.output
-    names = {item.name for item in (tmp_path / "out").iterdir()}
-    assert {"runs.csv", "speedups.csv", "ablation.csv", "caches.csv", "swift-where-it-pays.png"} <= names
-    assert (tmp_path / "out" / "runs.csv").read_text().count("\n") == 1 + 2 * len(SETS)
-    assert asdict(cache_curves(None, 10)[0])["published"] is None
+        study(tmp_path, (old, new)).runs({})

@@ -11,13 +11,10 @@ from typing import Any, TypeVar
 
 from policies.registry import build_policy
 from simulator import simulate
-from synerdiff.config.contest import load_contest
 from synerdiff.config.experiment import load_experiment
 from synerdiff.core import RunResult, SkipBudget
-from synerdiff.experiments.contest import contest_tasks, run_contest
 from synerdiff.experiments.grid import Grid
 from synerdiff.experiments.sweep import run_sweep
-from synerdiff.experiments.swift_grid import SwiftStudy, run_grid
 from synerdiff.profile.folder import find_profile, load_profile
 from synerdiff.results.records import requests_table, work_table
 from synerdiff.validation.calibration import all_times_scaled
@@ -46,11 +43,12 @@ policies:
   - {policy: auto, batch: 8}
   - {policy: dynamic, label: fewer, steps_scale: 0.7}
 """
-CONTEST = """
+COMPARISON = """
 name: golden
-report: headline
-machines:
-  - {profiles: [h200-sdxl-estimated], contention: [0.5, 1.5], decode_share: [2]}
+report: comparison
+profiles: h200-sdxl-estimated
+contention: [0.5, 1.5]
+decode_share: 2
 workloads:
   - {name: guided-20-50, generator: poisson, parameters: {mix: guided-20-50}}
 policies:
@@ -58,17 +56,46 @@ policies:
   - {policy: synerdiff-feedback}
   - {policy: auto}
   - {policy: continuous-serial, label: fewer, skip: false, steps_scale: 0.8}
-baselines: [continuous-serial]
-loads: [0.8]
+baselines: continuous-serial
+batch: best
+loads: 0.8
 seeds: [1, 2]
 requests: 80
-search_requests: 40
-saturation_images: 120
-batches: [4, 8]
-slo_multiple: 3
+saturation: 120
+batch_search: {batches: [4, 8], loads: 0.8, requests: 40}
+slo: {solo_multiple: 3}
 skip_budget: {fraction: 0.3}
 """
+ADAPTERS = """
+name: golden
+report: adapters
+profiles: h800-sdxl-katz
+fleets:
+  - {name: "inline, synchronous", strategies: [], gpus: 8, host_cache_mib: 1900}
+  - {name: ControlNet service, strategies: [service], gpus: 8, host_cache_mib: 1900}
+  - {name: asynchronous LoRAs, strategies: [asynchronous], gpus: 8, host_cache_mib: 1900}
+  - {name: guidance on two GPUs, strategies: [two-gpus], gpus: 8, host_cache_mib: 1900}
+  - {name: service and asynchronous, strategies: [service, asynchronous], gpus: 8, host_cache_mib: 1900}
+  - {name: all three, strategies: [service, asynchronous, two-gpus], gpus: 8, host_cache_mib: 1900}
+workloads:
+  - {name: service, generator: adapters, parameters: {service: A, steps: 20}, lora_share: 0.5}
+policies:
+  - {policy: continuous-serial, batch: 1}
+baselines: "inline, synchronous"
+loads: 0.6
+saturation: 50
+seeds: 1
+requests: 50
+"""
 RUN_IDENTITY = ("purpose", "profile", "workload", "policy", "batch", "load", "seed")
+COMPARISON_IDENTITY = (
+    *("profile", "contention", "decode_share", "decode_gpus", "workload", "policy", "measure", "load", "seed"),
+)
+COMPARED = (
+    *("request_latency_mean_s", "request_latency_p99_s", "request_throughput", "image_throughput", "goodput"),
+    *("good_fraction", "error_request_count"),
+)
+MARKS = ("estimated", "batch", "skip_fraction", "forced_fraction")
 PUBLISHED = "katz-published"
 NOT_VALUES = ("key", "run")
 
@@ -116,13 +143,21 @@ def _sweep() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def comparison() -> Table:
-    """The rows of a comparison: saturation and one load, two levels of contention, fewer steps as a rival."""
+    """The rows of a comparison: saturation and one load, two levels of contention, fewer steps beside."""
+    rows = []
+    for row in _rows(COMPARISON):
+        saturated = row["load"] is None
+        columns = {"image_throughput": row["saturation_throughput"]} if saturated else {n: row[n] for n in COMPARED}
+        marks = {name: row[name] for name in (*COMPARISON_IDENTITY, *MARKS) if name != "measure"}
+        rows.append({**marks, "measure": "saturation" if saturated else "latency", **columns})
+    return COMPARISON_IDENTITY, rows
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "golden.yaml").write_text(CONTEST, encoding="utf-8")
-        rows = run_contest(contest_tasks(load_contest(folder / "golden.yaml"), folder, folder / "out"), Here())
-    identity = ("profile", "contention", "decode_share", "decode_gpus", "workload", "policy", "measure", "load", "seed")
-    return identity, rows
+        (folder / "golden.yaml").write_text(text, encoding="utf-8")
+        return run_sweep(Grid(load_experiment(folder / "golden.yaml"), folder, folder / "out"), Here()).rows
 
 
 def katz() -> Table:
@@ -145,10 +180,15 @@ def katz_published() -> Table:
 
 def adapters() -> Table:
     """Rows of a small grid of strategies for adapters."""
-    study = SwiftStudy(
-        gpus=(8,), lora_shares=(0.5,), loads=(0.6,), seeds=(1,), requests=50, steps=20, host_cache_mib=1_900
-    )
-    return ("strategies", "gpus", "lora_share", "load", "seed"), [asdict(row) for row in run_grid(study, Here())]
+    names = {"strategies": "fleet", "latency_mean_s": "request_latency_mean_s"}
+    names |= {"latency_p99_s": "request_latency_p99_s"}
+    same = ("workers", "services", "gpu_seconds_per_image", "busy_gpu_seconds_per_image", "lora_reads_per_request")
+    names |= {name: name for name in ("gpus", "lora_share", "seed", *same)}
+    rows = [
+        {name: row.get(column) for name, column in names.items()} | {"load": row["load"] or 0}
+        for row in _rows(ADAPTERS)
+    ]
+    return ("strategies", "gpus", "lora_share", "load", "seed"), rows
 
 
 def records() -> Table:

@@ -1,0 +1,537 @@
+"""What a sweep shows: lines to print, tables in files, figures. Data comes first: figures are drawn from it at the end,
+and only those whose data changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from math import inf, nan
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from synerdiff.config.experiment import Experiment, Workload, load_experiment
+from synerdiff.experiments.adapter_mix import cache_curves
+from synerdiff.experiments.backends import make_backend
+from synerdiff.experiments.compare import (
+    MEASURES,
+    At,
+    Best,
+    GridCell,
+    PairedRuns,
+    best_of_cells,
+    compare,
+    shortfalls,
+    tied,
+)
+from synerdiff.experiments.grid import Grid
+from synerdiff.experiments.layouts import ablation
+from synerdiff.experiments.run import execute, prepare
+from synerdiff.experiments.store import ROOT, code_hash, run_file
+from synerdiff.experiments.sweep import Results, claim, read_manifest, run_sweep, write_manifest
+from synerdiff.figures.adapters import cache_figure, strategy_map, strategy_steps
+from synerdiff.figures.comparison import best_policy_map, compare_at, gain_map, paired_comparison
+from synerdiff.figures.lanes import lane_chart, where_the_time_goes
+from synerdiff.figures.load import (
+    backlog_over_time,
+    latency_against_load,
+    throughput_against_load,
+    throughput_against_p99,
+)
+from synerdiff.figures.style import save
+from synerdiff.files import atomic, sha256_of_files
+from synerdiff.results.intervals import PairedRatio, paired_log_ratio
+from synerdiff.results.metrics import TAIL_PERCENT, WARMUP_PERCENT
+from synerdiff.results.records import read_table
+
+if TYPE_CHECKING:
+    import pandas
+
+FIGURES = "figures"
+TOLERANCE = 0.02
+WATCHED = "synerdiff-feedback"
+"""Whose gain over the best baseline the map over contention and load shows."""
+CLAIMS = {"saturation": "1.6x", "mean": "up to -78.7%", "p99": "up to -78.7%"}
+"""SynerDiff's paper, abstract."""
+_SHOWN_LOAD = 0.8
+_PANELS = 3
+_TITLES = {"saturation": "throughput at saturation", "mean": "mean latency", "p99": "P99 latency"}
+_COLUMNS = (
+    ("mean s", "request_latency_mean_s"),
+    ("P99 s", "request_latency_p99_s"),
+    ("requests/s", "request_throughput"),
+    ("images/s", "image_throughput"),
+    ("goodput/s", "goodput"),
+    ("skipped", "skip_fraction"),
+)
+
+Row = Mapping[str, Any]
+Printed = str | tuple[Sequence[str], Sequence[Sequence[str]]]
+"""A line, or a table: its headers and rows."""
+Draw = Callable[[], Any]
+"""Makes a figure."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What one kind of report makes of the rows."""
+
+    parts: list[Printed] = field(default_factory=list)
+    """To print."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """File -> content."""
+    figures: dict[str, Draw] = field(default_factory=dict)
+
+
+def open_sweep(
+    file: Path, out: Path | None, jobs: int | None, backend: str
+) -> Callable[[Callable[[int, int], None]], list[Printed]]:
+    """What runs an experiment's file, telling its progress, reports it, and gives what is to be printed.
+
+    InputError before any work for what does not fit.
+    """
+    experiment = load_experiment(file)
+    runner = make_backend(backend, experiment.jobs if jobs is None else jobs)
+    folder = Path("results") / experiment.name if out is None else out
+    claim(folder, experiment.name)
+    grid = Grid(experiment, file.parent, folder)
+    return lambda on_progress: publish(experiment, run_sweep(grid, runner, on_progress))
+
+
+def publish(experiment: Experiment, results: Results) -> list[Printed]:
+    """Write the texts and draw the figures whose data changed; what is to be printed."""
+    report = KINDS[experiment.report](experiment, results)
+    for name, text in report.texts.items():
+        with atomic(results.folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    drawn = _draw(report, experiment, results) if experiment.figures else 0
+    counts = (
+        f"{results.folder}: {len(results.rows)} runs, {results.computed} computed now and {results.found} found "
+        "(those that compared batch sizes included)"
+    )
+    pictures = f"{results.folder / FIGURES}: {len(report.figures)} figures, {drawn} drawn now"
+    return [*report.parts, counts, *([pictures] if experiment.figures else [])]
+
+
+def _draw(report: Report, experiment: Experiment, results: Results) -> int:
+    """How many figures were drawn: those that are missing, or whose data, texts or code changed."""
+    code = [*sorted((ROOT / "synerdiff" / "figures").glob("*.py")), Path(__file__)]
+    known = [experiment.model_dump(mode="json"), results.rows, report.texts, code_hash(), sha256_of_files(code)]
+    now = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    manifest = read_manifest(results.folder)
+    done: dict[str, str] = {name: hash for name, hash in manifest.get("figures", {}).items() if name in report.figures}
+    stale = [
+        name
+        for name in report.figures
+        if done.get(name) != now or not (results.folder / FIGURES / f"{name}.png").is_file()
+    ]
+    for name in stale:
+        save(report.figures[name](), results.folder / FIGURES, name)
+        done[name] = now
+        write_manifest(results.folder, {**manifest, "figures": done})
+    return len(stale)
+
+
+# Latency against load
+
+
+def _curves(experiment: Experiment, results: Results) -> Report:
+    """Load curves show the workloads that are not replayed as backlog; every replayed one has a picture a profile."""
+    parts = _result_parts(results.rows, experiment.policy_names, experiment.reference)
+    report = Report([*_batch_parts(results.batches), *parts])
+    runs = _frame(row for row in results.rows if row["load"] is not None)
+    order = {name: place for place, name in enumerate(experiment.policy_names)}
+    runs = runs.assign(place=runs["policy"].map(order))
+    runs = runs.sort_values(["profile", "workload", "load", "seed", "place"], kind="stable")
+    curves = [workload for workload in experiment.workloads if not workload.backlog]
+    shown = runs[~runs["backlog_of"].isin([workload.name for workload in experiment.workloads if workload.backlog])]
+    caption = _caption(experiment, curves, results.dropped)
+    figures: dict[str, Draw] = {}
+    if curves:
+        loads = sorted(shown["load"].unique())
+        spread = loads if len(loads) <= _PANELS else [loads[0], loads[len(loads) // 2], loads[-1]]
+        figures = {
+            "latency-load": partial(latency_against_load, shown, baseline=experiment.reference, caption=caption),
+            "comparison": partial(compare_at, shown, baseline=experiment.reference, caption=caption),
+            "throughput-load": partial(throughput_against_load, shown, caption=caption),
+            "tradeoff": partial(throughput_against_p99, shown, caption=caption),
+            "stages": partial(where_the_time_goes, shown, spread, caption=caption),
+        }
+        if "lanes" in experiment.figures:
+            figures |= {
+                f"lanes-{profile}": partial(_lanes, results, part) for profile, part in shown.groupby("profile")
+            }
+    if len(experiment.policies) == 1:
+        figures.pop("comparison", None)
+    report.figures = {name: draw for name, draw in figures.items() if name in experiment.figures or "lanes-" in name}
+    for workload in experiment.workloads if "backlog" in experiment.figures else ():
+        if workload.backlog:
+            part = runs[runs["backlog_of"] == workload.name]
+            for (profile, load, seed), group in part.groupby(["profile", "load", "seed"], sort=False):
+                name = f"backlog-{workload.name}-{profile}-load{load:g}-{seed}"
+                report.figures[name] = partial(_backlog, workload, results, group)
+    return report
+
+
+def _frame(rows: Iterable[Row]) -> pandas.DataFrame:
+    """The rows for load curves: a profile's name says how it was changed, a workload's how many LoRAs it asks for."""
+    named = []
+    for row in rows:
+        cell = GridCell.of(row)
+        named.append({**row, "backlog_of": row["workload"], "profile": cell.machine, "workload": cell.asked})
+    return frame_of(named)
+
+
+def frame_of(rows: Sequence[Row]) -> pandas.DataFrame:
+    import pandas
+
+    return pandas.DataFrame(rows)
+
+
+def _lanes(results: Results, runs: pandas.DataFrame) -> Any:
+    """Some seconds of every policy on one profile: one run of each, replayed, for the records keep no work."""
+    load = min(runs["load"].unique(), key=lambda load: abs(load - _SHOWN_LOAD))
+    first = runs[runs["load"] == load]
+    first = first[first["workload"] == first["workload"].iloc[0]]
+    first = first[first["seed"] == first["seed"].iloc[0]]
+    works = {
+        str(run["policy"]): execute(prepare(results.grid_runs[str(run["key"])].spec)).frames[1]
+        for run in first.to_dict("records")
+    }
+    return lane_chart(
+        works,
+        estimated=bool(first["estimated"].any()),
+        title=f"What the lanes do: {first['profile'].iloc[0]}",
+        caption=f"{first['workload'].iloc[0]} at load {load:g}, the same seconds of the same arrivals.",
+    )
+
+
+def _backlog(workload: Workload, results: Results, group: pandas.DataFrame) -> Any:
+    """One picture per profile, load and replicate: a backlog is one history, not a mean."""
+    runs = group.to_dict("records")
+    tables = {str(run["policy"]): read_table(run_file(results.folder, run["key"]), {})[0].to_pandas() for run in runs}
+    batches = [f"{run['policy']} {run['batch']:g}" for run in runs if run["batch"] == run["batch"]]
+    first = runs[0]
+    caption = f"{workload.name} on {first['profile']}, mean load {first['load']:g}. "
+    if batches:
+        caption += f"Batch sizes: {', '.join(batches)}. "
+    return backlog_over_time(
+        tables,
+        estimated=any(run["estimated"] for run in runs),
+        time_scale=float(first["time_scale"]),
+        title=f"Requests in the system: {workload.name}",
+        caption=caption + _drops([workload], results.dropped),
+    )
+
+
+def _batch_parts(batches: Sequence[Row]) -> list[Printed]:
+    """The batch sizes that were compared, and the best."""
+    rows = []
+    for choice in batches:
+        column, unit = ("saturation_throughput", "/s") if choice["load"] is None else ("request_latency_mean_s", " s")
+        tried = ", ".join(f"{batch}: {_number(value)}{unit}" for batch, value in choice[column].items())
+        cell = GridCell.of(choice)
+        best = str(choice["best_batch"])
+        rows.append((cell.machine, cell.asked, _load(choice["load"]), choice["policy"], best, tried))
+    title = "Best batch size: the least mean latency, at saturation the highest throughput, of those that were tried"
+    return [title, (("machine", "workload", "load", "policy", "best", "tried"), rows)] if rows else []
+
+
+def _result_parts(rows: Sequence[Row], policies: Sequence[str], reference: str) -> list[Printed]:
+    """One table per cell: by policy (in the order given) and load, means over the replicates."""
+    groups: dict[GridCell, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(GridCell.of(row), []).append(row)
+    parts: list[Printed] = []
+    headers = ("policy", "load", "batch", f"mean / that of {reference}", *(title for title, _ in _COLUMNS))
+    for cell, members in groups.items():
+        table = []
+        loads = sorted({row["load"] for row in members}, key=lambda load: inf if load is None else load)
+        for policy in policies:
+            for load in loads:
+                own = [row for row in members if row["policy"] == policy and row["load"] == load]
+                base = [row for row in members if row["policy"] == reference and row["load"] == load]
+                values = [_number(_mean([_value(row, name) for row in own])) for _, name in _COLUMNS]
+                batch = own[0]["batch"]
+                ratio = "-" if policy == reference else _ratio(own, base)
+                table.append([policy, _load(load), "-" if batch is None else str(batch), ratio, *values])
+        replicates = len({row["seed"] for row in members})
+        estimated = " (estimated)" * bool(members[0]["estimated"])
+        parts += [
+            f"{cell.text}{estimated}, means over {replicates} run{'s' if replicates > 1 else ''}",
+            (headers, table),
+        ]
+    return parts
+
+
+def _load(load: float | None) -> str:
+    return "all wait" if load is None else f"{load:g}"
+
+
+def _value(row: Row, column: str) -> float | None:
+    """A metric of a row; at saturation images a second are those of the saturated time."""
+    saturated = row["load"] is None and column == "image_throughput"
+    return row.get("saturation_throughput") if saturated else row.get(column)
+
+
+def _ratio(rows: Sequence[Row], reference: Sequence[Row]) -> str:
+    """Paired by replicate, because all policies see the same arrivals; with the 95% interval."""
+    mine, theirs = (
+        {row["seed"]: value for row in part if (value := row["request_latency_mean_s"]) is not None}
+        for part in (rows, reference)
+    )
+    if len(mine) < len(rows) or len(theirs) < len(reference):
+        return "-"
+    ratio = paired_log_ratio(mine, theirs)
+    return f"{ratio.ratio:.3f} ({ratio.low:.3f}-{ratio.high:.3f})" if ratio.seeds > 1 else f"{ratio.ratio:.3f}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+# Comparisons
+
+
+def _comparison(experiment: Experiment, results: Results) -> Report:
+    """Per cell and measure: every policy against each baseline, beside the paper's claim."""
+    paired, baselines = compare(results.rows), experiment.baselines
+    lines: list[str] = []
+    for cell, at in _places(paired):
+        lines += [f"### {MEASURES[at[0]].title} {_at_load(at)}: {cell.text}", ""]
+        lines.append("| policy | " + " | ".join(f"against {name}" for name in baselines) + " | skipped |")
+        lines.append("|---" * (len(baselines) + 2) + "|")
+        if at[0] in CLAIMS:
+            lines.append("| *the paper's claim* | " + " | ".join([f"*{CLAIMS[at[0]]}*"] * len(baselines)) + " | |")
+        for policy in experiment.policy_names:
+            cells = [_gain_text(paired, cell, at, policy, other) for other in baselines]
+            lines.append(f"| {policy} | " + " | ".join(cells) + f" | {paired.skips[cell, at[1], policy]:.0%} |")
+        lines.append("")
+    return Report(list(lines), {"comparison.md": "\n".join(lines) + "\n"})
+
+
+def _places(paired: PairedRuns) -> Iterable[tuple[GridCell, At]]:
+    """Goodput left out: it says how many deadlines are met, not how fast."""
+    return ((cell, at) for cell, measures in paired.values.items() for at in measures if at[0] != "goodput")
+
+
+def _at_load(at: At) -> str:
+    return "at saturation" if at[1] is None else f"at load {at[1]:g}"
+
+
+def _gain_text(paired: PairedRuns, cell: GridCell, at: At, policy: str, other: str) -> str:
+    gain = None if policy == other else paired.gain(cell, at, policy, other)
+    if gain is None:
+        return "-"
+    if MEASURES[at[0]].larger_is_better:
+        return _ratio_text(gain)
+    change, low, high = _change(at, gain)
+    return f"{change:+.0%} [{low:+.0%}, {high:+.0%}]"
+
+
+def _change(at: At, gain: PairedRatio) -> tuple[float, float, float]:
+    """(change, low, high) of the value itself: 0.1 is 10% more."""
+    ends = (gain.ratio, gain.low, gain.high)
+    if not MEASURES[at[0]].larger_is_better:
+        ends = tuple(1 / end if end > 0 else inf for end in (gain.ratio, gain.high, gain.low))  # type: ignore[assignment]
+    return (ends[0] - 1, ends[1] - 1, ends[2] - 1)
+
+
+def _ablation(experiment: Experiment, results: Results) -> Report:
+    """What each part adds, against the first baseline."""
+    paired, base = compare(results.rows), experiment.baselines[0]
+    records, table = [], [f"| cell | measure | policy | against {base} | skipped |", "|---|---|---|---|---|"]
+    for cell, at in _places(paired):
+        for policy in experiment.policy_names:
+            gain = paired.gain(cell, at, policy, base)
+            skip = paired.skips[cell, at[1], policy]
+            text = "-"
+            if gain is not None:
+                change, low, high = _change(at, gain)
+                measure = {"measure": _TITLES.get(at[0], at[0]), "larger": MEASURES[at[0]].larger_is_better}
+                ratio = {"ratio": 1 + change, "low": 1 + low, "high": 1 + high, "skip_fraction": skip}
+                marks = {"cell": cell.text, "policy": policy, "estimated": paired.estimated[cell]}
+                records.append({**marks, **measure, **ratio})
+                text = f"{change:+.1%} [{low:+.1%}, {high:+.1%}]"
+            table.append(f"| {cell.text} | {at[0]} | {policy} | {text} | {skip:.0%} |")
+    caption = (
+        f"Latencies at load {experiment.loads[0]:g}. {_caption(experiment, experiment.workloads, results.dropped)}"
+    )
+    title = "What each part adds"
+    draw = partial(paired_comparison, frame_of(records), baseline=base, title=title, caption=caption)
+    return Report(list(table), {"ablation.md": "\n".join(table) + "\n"}, {"ablation": draw})
+
+
+def _map(experiment: Experiment, results: Results) -> Report:
+    """Which policy is best where, and where SynerDiff is better than the best baseline."""
+    paired, policies = compare(results.rows), experiment.policy_names
+    best = best_of_cells(paired, policies, experiment.baselines, experiment.subject)
+    at = experiment.loads[len(experiment.loads) // 2]
+    caption = _caption(experiment, experiment.workloads, results.dropped)
+    panels: list[At] = [("saturation", None), ("mean", at)]
+    shown = [row for row in best if (row.measure, row.load) in panels]
+    panels = [place for place in panels if place in {(row.measure, row.load) for row in shown}]
+    frame = frame_of([{**_place(paired, row), "policy": row.policy, **_ends(row.gain)} for row in shown])
+    title = "Which policy is best where"
+    report = Report(figures={"best-policy": partial(best_policy_map, frame, panels, title=title, caption=caption)})
+    if WATCHED in policies:
+        gains = []
+        for row in best:
+            gain = paired.gain(row.cell, (row.measure, row.load), WATCHED, row.baseline)
+            beside = "0" in row.cell.decode_gpus.split(",")
+            if gain is not None and beside and row.measure in ("saturation", "mean"):
+                gains.append({**_place(paired, row), **_ends(gain)})
+        title = "Where SynerDiff pays"
+        draw = partial(gain_map, frame_of(gains), policy=WATCHED, title=title, caption=caption)
+        report.figures["where-synerdiff-pays"] = draw
+    if experiment.subject:
+        report.parts = list(_subject_lines(experiment.subject, shown, at))
+    lines = ["| cell | measure | load | best | tied with it | best baseline | gain | gain of the subject |"]
+    lines.append("|---" * 8 + "|")
+    for row in best:
+        load = "-" if row.load is None else f"{row.load:g}"
+        ratios = [_ratio_text(row.gain), _ratio_text(row.subject_gain)]
+        cells = [row.cell.text, row.measure, load, row.policy, ", ".join(row.ties), row.baseline, *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    report.texts["map.md"] = "\n".join(lines) + "\n"
+    return report
+
+
+def _place(paired: PairedRuns, row: Best) -> dict[str, Any]:
+    marks = {"measure": row.measure, "load": row.load, "estimated": paired.estimated[row.cell]}
+    return {**row.cell._asdict(), **marks}
+
+
+def _ends(gain: PairedRatio) -> dict[str, float]:
+    return {"gain": gain.ratio, "low": gain.low, "high": gain.high}
+
+
+def _ratio_text(gain: PairedRatio | None) -> str:
+    """``1.50x [1.40, 1.61]``"""
+    if gain is None:
+        return "-"
+    return f"{gain.ratio:.2f}x [{gain.low:.2f}, {f'{gain.high:.2f}' if gain.high < inf else 'inf'}]"
+
+
+def _subject_lines(subject: str, judged: Sequence[Best], at: float) -> list[str]:
+    """How often the subject is within the tolerance of the best of the others, and where it is not."""
+    behind = shortfalls(judged, TOLERANCE)
+    good = len(judged) - len(behind)
+    lines = [
+        f"{subject} is within {TOLERANCE:.0%} of the best of the others, or better, in {good} of {len(judged)} "
+        f"cells ({good / len(judged):.1%}; saturation throughput and mean latency at load {at:g})."
+    ]
+    for row in behind:
+        assert row.subject_gain is not None  # shortfalls leaves those without out
+        tie = ", which the interval does not tell apart" if tied(row.subject_gain) else ""
+        gap = f"{1 - row.subject_gain.ratio:.1%}"
+        lines.append(f"  behind {row.policy} by {gap} in {row.measure}: {row.cell.text}{tie}")
+    return lines
+
+
+# Adapters
+
+
+def _adapters(experiment: Experiment, results: Results) -> Report:
+    """Where each set of strategies pays, what each is worth alone, and what caches spare.
+
+    The published cache curves are compared with where SYNERDIFF_DATA names their folder.
+    """
+    paired, base = compare(results.rows, by="fleet"), experiment.baselines[0]
+    names = [base, *dict.fromkeys(fleet.name for fleet in experiment.fleets if fleet.name != base)]
+    ratios: list[dict[str, Any]] = []
+    lines: list[tuple[str, ...]] = []
+    for cell, measures in paired.values.items():
+        for measure, load in measures:
+            for name in names if measure in ("mean", "cost") else ():
+                gain = paired.gain(cell, (measure, load), name, base)
+                place = {"gpus": cell.gpus, "lora_share": cell.lora_share, "load": load or 0.0}
+                ratios.append({"strategies": name, **place, "speedup": gain.ratio if gain else nan})
+                text = "-" if gain is None else f"{gain.ratio:.3g}x"
+                lines.append((name, str(cell.gpus), cell.asked, _load(load), text))
+    cases = ablation()
+    folder = os.environ.get("SYNERDIFF_DATA")
+    points = [asdict(point) for point in cache_curves(Path(folder) if folder else None)]
+    alone = [
+        {name: getattr(case, name) for name in ("name", "system", "gpus", "latency_s", "gpu_seconds")} for case in cases
+    ]
+    service = str(experiment.workloads[0].parameters.get("service", "A"))
+    figures: dict[str, Draw] = {
+        "strategies": partial(strategy_map, ratios, service, experiment.requests, len(experiment.seeds)),
+        "strategies-alone": partial(strategy_steps, cases),
+        "caches": partial(cache_figure, points),
+    }
+    texts = {
+        f"{name}.csv": frame_of(rows).to_csv(index=False)
+        for name, rows in (("speedups", ratios), ("alone", alone), ("caches", points))
+    }
+    headers = ("fleet", "GPUs", "workload", "load", f"times as good as {base}")
+    return Report([(headers, lines)], texts, figures)
+
+
+# Captions
+
+
+def _caption(experiment: Experiment, workloads: Sequence[Workload], dropped: Mapping[str, Mapping[str, int]]) -> str:
+    """What a reader must know to judge a figure."""
+    texts = []
+    generated = [workload for workload in workloads if workload.generator is not None]
+    if generated:
+        seeds = sorted({seed for workload in generated for seed in workload.seeds or experiment.seeds})
+        counts = sorted({workload.requests or experiment.requests for workload in generated})
+        size = " or ".join(f"{count:,}" for count in counts)
+        texts.append(f"{size} requests a run, seeds {', '.join(str(seed) for seed in seeds)}.")
+    if len(generated) < len(workloads):
+        windows = sum(max(1, len(workload.windows)) for workload in workloads if workload.trace is not None)
+        texts.append(f"{windows} windows of the trace, stretched in time to the load.")
+    texts.append(f"First {WARMUP_PERCENT}% and last {TAIL_PERCENT}% of requests set aside.")
+    if experiment.batch is not None or any(entry.searched for entry in experiment.policies):
+        texts.append(
+            "Each policy at the batch size of least mean latency"
+            + (", at saturation of the highest throughput." if experiment.saturation else ".")
+        )
+    if experiment.skip_budget.fraction > 0:
+        texts.append(f"At most {experiment.skip_budget.fraction:.0%} of an image's steps may skip guidance.")
+    if experiment.skip_budget.min_ssim is not None:
+        texts.append(f"Skips keep the mean SSIM at {experiment.skip_budget.min_ssim:g} or above (fidelity table).")
+    if any(entry.steps_scale < 1 for entry in experiment.policies):
+        texts.append(
+            "Fewer steps, all guided, are the equal-cost baseline of skipping: what both do to images is known for "
+            "digits only."
+        )
+    return " ".join([*texts, _drops(workloads, dropped)]).strip()
+
+
+def _drops(workloads: Sequence[Workload], dropped: Mapping[str, Mapping[str, int]]) -> str:
+    texts = []
+    for workload in workloads:
+        if workload.trace is None:
+            continue
+        if dropped.get(workload.name):
+            counts = ", ".join(f"{reason} {count:,}" for reason, count in dropped[workload.name].items())
+            texts.append(f"{workload.name}: dropped {counts}.")
+        if workload.format == "gentd26":
+            one = workload.parameters.get("checkpoints", "one") == "one"
+            bare = workload.parameters.get("adapters", "keep") == "drop"
+            merged = " and ".join(["checkpoints"] * one + ["LoRAs"] * bare)
+            texts.append(f"{merged[0].upper()}{merged[1:]} counted as one model." if merged else "")
+    return " ".join(dict.fromkeys(text for text in texts if text))
+
+
+KINDS: dict[str, Callable[[Experiment, Results], Report]] = {
+    "curves": _curves,
+    "comparison": _comparison,
+    "map": _map,
+    "ablation": _ablation,
+    "adapters": _adapters,
+}
+"""Report -> what it shows."""
