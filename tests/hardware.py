@@ -14,7 +14,7 @@ CUTS = {"c4": [3, 6, 9]}
 def digits_profile(**more: Any) -> Profile:
     """Times of about the right size; only a validation needs true ones."""
     profile = affine_profile(5, 1.5, 4, **more)
-    profile.head = Head(model="digits", resolutions=((32, 32),), dtype="float32", cuts=CUTS)
+    profile.head = Head(model="digits", resolutions=((32, 32),), dtype="float32", cuts=CUTS)  # type: ignore[arg-type]
     return profile
 
 

@@ -39,20 +39,20 @@ class TraceSpec(Section):
 
     kind: Kind
     """poisson; gamma: a renewal process; mmpp: Poisson whose rate switches; gentd26-like: fitted to GenTD26."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    requests: int | None = Field(None, ge=1, le=MAX_REQUESTS)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    requests: int | None = Field(default=None, ge=1, le=MAX_REQUESTS)
     """How many; either this or duration_s."""
-    duration_s: float | None = Field(None, gt=0, le=1e9)
+    duration_s: float | None = Field(default=None, gt=0, le=1e9)
     """Arrivals before this instant; how many is then random."""
-    rate_per_s: float | None = Field(None, gt=0, le=1e6)
+    rate_per_s: float | None = Field(default=None, gt=0, le=1e6)
     """Mean arrivals per second, in the long run (default 1; gentd26-like: that of GenTD26, 0.013483)."""
-    cv: float | None = Field(None, ge=0.05, le=20)
+    cv: float | None = Field(default=None, ge=0.05, le=20)
     """gamma: standard deviation / mean of the gaps (default 2; 1 is Poisson)."""
-    burst_ratio: float | None = Field(None, gt=1, le=10_000)
+    burst_ratio: float | None = Field(default=None, gt=1, le=10_000)
     """mmpp: rate in a burst / rate outside (default 5)."""
-    burst_share: float | None = Field(None, gt=0, lt=1)
+    burst_share: float | None = Field(default=None, gt=0, lt=1)
     """mmpp: share of the time that bursts take (default 0.2)."""
-    burst_s: float | None = Field(None, gt=0, le=1e9)
+    burst_s: float | None = Field(default=None, gt=0, le=1e9)
     """mmpp: mean length of a burst in seconds (default 60)."""
     mix: Mix = "gentd26"
     """gentd26: its joint frequencies of steps and images, guidance 7.5; fixed: the next three fields;

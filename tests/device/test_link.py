@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +17,10 @@ from synerdiff.device.link import FIRST_BYTES, Link, LinkLost, Op
 torch.set_num_threads(1)
 
 
-def pair(folder, devices=("cpu", "cpu")):
-    store = torch.distributed.FileStore(str(folder / "meeting"), -1)
+def pair(folder: Path, devices: Any = ("cpu", "cpu")) -> Any:
+    store = torch.distributed.FileStore(str(folder / "meeting"), -1)  # type: ignore[attr-defined]
 
-    def end(side):
+    def end(side: Any) -> Any:
         device, other = torch.device(devices[side]), ("the second", "the first")[side]
         return Link(store, "pair", other, side, device, one_machine=True, timeout_s=60.0)
 
@@ -27,16 +29,16 @@ def pair(folder, devices=("cpu", "cpu")):
 
 
 @pytest.fixture
-def ends(tmp_path):
+def ends(tmp_path: Path) -> Any:
     return pair(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory):
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pair(tmp_path_factory.mktemp("link"))
 
 
-def same(found, sent):
+def same(found: Any, sent: Any) -> Any:
     return found.keys() == sent.keys() and all(
         found[name].dtype == sent[name].dtype and torch.equal(found[name], sent[name]) for name in sent
     )
@@ -50,7 +52,7 @@ TENSORS = st.lists(
 
 @settings(max_examples=50, deadline=None)
 @given(described=TENSORS, text=st.text(max_size=50))
-def test_fields_and_tensors_arrive_as_they_were(shared, described, text):
+def test_fields_and_tensors_arrive_as_they_were(shared: Any, described: Any, text: str) -> None:
     sent = {}
     for number, (dtype, shape, transposed) in enumerate(described):
         tensor = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape).to(dtype)
@@ -65,7 +67,7 @@ def test_fields_and_tensors_arrive_as_they_were(shared, described, text):
 
 
 @pytest.mark.parametrize("size", [FIRST_BYTES - 1000, FIRST_BYTES - 64, FIRST_BYTES, FIRST_BYTES + 1, 5 * FIRST_BYTES])
-def test_a_message_of_any_length_arrives(ends, size):
+def test_a_message_of_any_length_arrives(ends: Any, size: Any) -> None:
     data = torch.randint(0, 256, (size,), dtype=torch.uint8)
     for text in ("", "x" * 10_000):
         ends[0].send(Op.MERGE, {"text": text}, {"data": data})
@@ -77,7 +79,7 @@ def test_a_message_of_any_length_arrives(ends, size):
         data.copy_(data_sent)
 
 
-def test_both_ends_may_send_long_messages_before_either_receives(ends):
+def test_both_ends_may_send_long_messages_before_either_receives(ends: Any) -> None:
     data = {"data": torch.ones(8 * FIRST_BYTES, dtype=torch.uint8)}
     for end in ends:
         for number in range(3):
@@ -86,7 +88,7 @@ def test_both_ends_may_send_long_messages_before_either_receives(ends):
         assert [end.receive(60).fields["number"] for _ in range(3)] == [0, 1, 2]
 
 
-def test_what_the_other_end_has_is_let_go(ends):
+def test_what_the_other_end_has_is_let_go(ends: Any) -> None:
     data = {"data": torch.ones(3 * FIRST_BYTES, dtype=torch.uint8)}
     for _ in range(4):
         ends[0].send(Op.STEP, {}, data)
@@ -98,15 +100,15 @@ def test_what_the_other_end_has_is_let_go(ends):
     assert len(ends[0]._on_the_way) == 1
 
 
-def test_silence_and_a_lost_end_are_said(ends):
+def test_silence_and_a_lost_end_are_said(ends: Any) -> None:
     with pytest.raises(LinkLost, match=r"the second does not answer: no answer for 0\.2 s"):
         ends[0].ask(Op.READ, timeout_s=0.2)
     for use in (lambda: ends[0].send(Op.READ), lambda: ends[0].receive(60)):
         with pytest.raises(LinkLost, match="the second is gone"):
-            use()
+            use()  # type: ignore[no-untyped-call]
 
 
-def test_who_waits_for_an_end_that_goes_away_is_told(ends):
+def test_who_waits_for_an_end_that_goes_away_is_told(ends: Any) -> None:
     waiting = threading.Event()
     told = []
 
@@ -127,7 +129,7 @@ def test_who_waits_for_an_end_that_goes_away_is_told(ends):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a link between GPUs needs two of them")
-def test_tensors_cross_between_gpus(tmp_path):
+def test_tensors_cross_between_gpus(tmp_path: Path) -> None:
     first, second = pair(tmp_path, ("cuda:0", "cuda:1"))
     sent = {"noise": torch.randn(4, 4, 128, 128, device="cuda:0"), "times": torch.arange(4, device="cuda:0")}
     expected = {name: tensor.cpu() for name, tensor in sent.items()}

@@ -2,6 +2,8 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,31 +22,31 @@ torch.set_num_threads(1)
 MODELS = ("digits", "tiny-sd", "tiny-sdxl")
 
 
-def steered_model(name, dtype=torch.float32, nets=("a", "b")):
+def steered_model(name: str, dtype: Any = torch.float32, nets: Any = ("a", "b")) -> Any:
     model = load_model(name, dtype=dtype)
     model.controlnets = {net: random_controlnet(net, model, seed=7 + i) for i, net in enumerate(nets)}
     return model
 
 
-def picture(model, seed):
+def picture(model: Any, seed: int) -> Any:
     channels = next(iter(model.controlnets.values())).channels
     return torch.rand(1, channels, model.height, model.width, generator=torch.Generator().manual_seed(seed)).to(
         model.dtype
     )
 
 
-def added(inputs):
+def added(inputs: Any) -> Any:
     return None if inputs.pooled is None else {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
 
 
-def calls_of(step):
+def calls_of(step: Any) -> Any:
     return control_calls(step.states, step.rows_of_state, step.inputs)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_the_halves_equal_the_whole_forward_to_the_last_bit(name, dtype):
+def test_the_halves_equal_the_whole_forward_to_the_last_bit(name: str, dtype: Any) -> None:
     model = steered_model(name, dtype)
     states = [model.start(seed, 5, 4.0) for seed in range(3)]
     inputs = model.prepare(states).inputs
@@ -62,7 +64,7 @@ def test_the_halves_equal_the_whole_forward_to_the_last_bit(name, dtype):
     ).sample
     order = []
 
-    def fetch():
+    def fetch() -> Any:
         order.append("fetched")
         return residuals
 
@@ -78,7 +80,7 @@ def test_the_halves_equal_the_whole_forward_to_the_last_bit(name, dtype):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_several_with_their_own_scales_equal_diffusers_multi_controlnet(name, dtype):
+def test_several_with_their_own_scales_equal_diffusers_multi_controlnet(name: str, dtype: Any) -> None:
     from diffusers import MultiControlNetModel
 
     model = steered_model(name, dtype, ("a", "b", "c"))
@@ -93,9 +95,9 @@ def test_several_with_their_own_scales_equal_diffusers_multi_controlnet(name, dt
         (net, (0, 1), (scale, scale)) for net, scale in zip("abc", scales, strict=True)
     ]
     ours = sum_residuals(2, [(call.rows, model.controlnets[call.name].residuals(call)) for call in calls])
-    many = MultiControlNetModel([model.controlnets[net].net for net in "abc"])
+    many = MultiControlNetModel([model.controlnets[net].net for net in "abc"])  # type: ignore[no-untyped-call]
     inputs = step.inputs
-    down, mid = many(
+    down, mid = many(  # type: ignore[operator]
         inputs.latents,
         inputs.timesteps,
         inputs.tokens,
@@ -111,8 +113,8 @@ def test_several_with_their_own_scales_equal_diffusers_multi_controlnet(name, dt
 
 
 @pytest.mark.parametrize("name", ["digits", "tiny-sdxl"])
-def test_a_batch_of_samples_with_and_without_equals_each_alone(name):
-    def samples(model):
+def test_a_batch_of_samples_with_and_without_equals_each_alone(name: str) -> None:
+    def samples(model: Any) -> Any:
         made = [model.start(seed, 4, scale) for seed, scale in ((1, 4.0), (2, 1.0), (3, 6.0), (4, 4.0), (5, 1.0))]
         made[0].controls = (ControlUse("a", picture(model, 1), 0.8),)
         made[1].controls = (ControlUse("b", picture(model, 2), 0.5), ControlUse("a", picture(model, 3), 1.1))
@@ -138,7 +140,7 @@ def test_a_batch_of_samples_with_and_without_equals_each_alone(name):
         assert changed > 0.01 * largest if i in (0, 1, 3) else changed == 0.0
 
 
-def test_scale_zero_is_no_controlnet_and_scales_are_linear():
+def test_scale_zero_is_no_controlnet_and_scales_are_linear() -> None:
     model = steered_model("digits", nets=("a",))
     call = example_call(model.controlnets["a"], model, 3)
     one = model.controlnets["a"].residuals(replace(call, scales=(1.0, 0.5, 0.0)))
@@ -149,7 +151,7 @@ def test_scale_zero_is_no_controlnet_and_scales_are_linear():
         assert not scaled[2].any()
 
 
-def test_calls_name_the_rows_that_use_each_controlnet():
+def test_calls_name_the_rows_that_use_each_controlnet() -> None:
     model = steered_model("digits", nets=("a", "b"))
     states = [model.start(seed, 4, scale) for seed, scale in ((1, 1.0), (2, 4.0), (3, 4.0))]
     states[0].controls = (ControlUse("b", picture(model, 1), 0.1),)
@@ -166,7 +168,7 @@ def test_calls_name_the_rows_that_use_each_controlnet():
     assert [bool(summed.mid[row].any()) for row in range(6)] == [False, True, True, False, True, False]
 
 
-def test_runs_of_rows():
+def test_runs_of_rows() -> None:
     assert runs_of([2]) == [slice(2, 3)]
     assert runs_of([0, 1, 3, 4, 6]) == [slice(0, 2), slice(3, 5), slice(6, 7)]
     model = load_model("digits")
@@ -177,7 +179,7 @@ def test_runs_of_rows():
         assert float((outputs - model.denoise(inputs)).abs().max()) < 1e-5
 
 
-def test_a_controlnet_that_is_not_loaded_is_named():
+def test_a_controlnet_that_is_not_loaded_is_named() -> None:
     model = steered_model("digits")
     state = model.start(1, 4)
     state.controls = (ControlUse("depth", picture(model, 1)),)
@@ -187,13 +189,13 @@ def test_a_controlnet_that_is_not_loaded_is_named():
 
 
 @pytest.mark.parametrize(("name", "millions"), [("sd15", 361.3), ("sdxl", 1251.0)])
-def test_the_true_architectures_have_their_published_sizes(name, millions):
+def test_the_true_architectures_have_their_published_sizes(name: str, millions: float) -> None:
     unet, _ = empty_modules(read_architecture(name))
     net = empty_controlnet(unet.config, 8, 3)
     assert round(sum(weight.numel() for weight in net.parameters()) / 1e6, 1) == millions
 
 
-def test_a_saved_controlnet_is_read_back(tmp_path):
+def test_a_saved_controlnet_is_read_back(tmp_path: Path) -> None:
     model = steered_model("tiny-sd", nets=("a",))
     model.controlnets["a"].net.save_pretrained(tmp_path / "canny")
     again = load_controlnet(tmp_path / "canny", model)
@@ -204,7 +206,7 @@ def test_a_saved_controlnet_is_read_back(tmp_path):
     assert load_controlnet(tmp_path / "canny", model, "edges").name == "edges"
 
 
-def test_controlnets_that_do_not_fit_are_refused(tmp_path):
+def test_controlnets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     tiny, digits = steered_model("tiny-sd", nets=("a",)), load_model("digits")
     tiny.controlnets["a"].net.save_pretrained(tmp_path / "canny")
     with pytest.raises(InputError, match=r"canny: this ControlNet does not fit digits: its block_out_channels is"):
@@ -231,7 +233,7 @@ def test_controlnets_that_do_not_fit_are_refused(tmp_path):
         ControlNet("shuffle", net)
 
 
-def test_conditioning_pictures(tmp_path):
+def test_conditioning_pictures(tmp_path: Path) -> None:
     model = steered_model("digits", nets=("a",))
     net, folder = model.controlnets["a"], tmp_path / "pictures"
     folder.mkdir()
@@ -261,7 +263,7 @@ def test_conditioning_pictures(tmp_path):
     assert read_control_image("large.png", folder, tiny.controlnets["a"], tiny).shape == (1, 3, 64, 64)
 
 
-def test_unets_that_cannot_be_split_are_refused():
+def test_unets_that_cannot_be_split_are_refused() -> None:
     model = load_model("tiny-sd")
     model.unet.register_to_config(center_input_sample=True)
     split = type(model.split)(model.unet)

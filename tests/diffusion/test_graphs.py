@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,18 +19,18 @@ torch.set_num_threads(1)
 STREAM = SimpleNamespace(device="cpu", wait_stream=lambda other: None, synchronize=lambda: None)
 
 
-class Replaying(stages.CapturedFunction):
+class Replaying(stages.CapturedFunction[Any]):
     """Replays into the output that the capture made, as a graph does."""
 
-    def __init__(self, function, examples, stream, pool) -> None:
+    def __init__(self, function: Any, examples: Any, stream: Any, pool: Any) -> None:
         super().__init__(function, examples, stream, pool)
-        self._graph.replay = lambda: self._output.copy_(function(*self._inputs))
+        self._graph.replay = lambda: self._output.copy_(function(*self._inputs))  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)
-def no_cuda(monkeypatch):
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
-    def nothing(*_, **__):
+    def nothing(*_: Any, **__: Any) -> Iterator[Any]:
         yield
 
     monkeypatch.setattr(stages, "CapturedFunction", Replaying)
@@ -38,10 +40,10 @@ def no_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: STREAM)
 
 
-def test_captured_chunks_are_called_outside_inference_mode_and_keep_their_results():
+def test_captured_chunks_are_called_outside_inference_mode_and_keep_their_results() -> None:
     model = load_model("digits")
     cut = Chunking("c3", (4, 9))
-    chunks = capture_chunks(model, cut, STREAM, pool=())
+    chunks = capture_chunks(model, cut, STREAM, pool=())  # type: ignore[arg-type]
     assert not torch.is_inference_mode_enabled()
     latents = [model.start(seed, 2).latent for seed in (1, 2)]
     hidden = list(latents)
@@ -51,9 +53,9 @@ def test_captured_chunks_are_called_outside_inference_mode_and_keep_their_result
         assert torch.equal(image, model.decode(latent)), "another decode that runs in between overwrites nothing"
 
 
-def test_captured_steps_equal_eager_ones():
+def test_captured_steps_equal_eager_ones() -> None:
     eager, captured = load_model("digits"), load_model("digits")
-    capture_denoiser(captured, (2, 4, 8), STREAM, pool=())
+    capture_denoiser(captured, (2, 4, 8), STREAM, pool=())  # type: ignore[arg-type]
     assert captured.row_buckets == (2, 4, 8)
     ends = []
     for model in (eager, captured):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,12 +22,12 @@ ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
 
 
-def millions(*modules):
-    return round(sum(p.numel() for module in modules for p in module.parameters()) / 1e6, 1)
+def millions(*modules: Any) -> int:
+    return round(sum(p.numel() for module in modules for p in module.parameters()) / 1e6, 1)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(("name", "unet_millions"), [("sd15", 859.5), ("sdxl", 2567.5)])
-def test_the_true_architectures_have_their_published_sizes(name, unet_millions):
+def test_the_true_architectures_have_their_published_sizes(name: str, unet_millions: float) -> None:
     unet, vae = empty_modules(read_architecture(name))
     assert millions(unet) == unet_millions
     assert millions(vae.decoder, vae.post_quant_conv) == 49.5
@@ -34,7 +35,7 @@ def test_the_true_architectures_have_their_published_sizes(name, unet_millions):
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_random_weights_are_repeatable_and_stay_finite(name, dtype):
+def test_random_weights_are_repeatable_and_stay_finite(name: str, dtype: Any) -> None:
     model, again = load_model(name, dtype=dtype), load_model(name, dtype=dtype)
     for one, other in zip(model.unet.parameters(), again.unet.parameters(), strict=True):
         assert one.dtype is dtype
@@ -46,26 +47,26 @@ def test_random_weights_are_repeatable_and_stay_finite(name, dtype):
     assert state.latent.dtype is torch.float32
     assert image.isfinite().all()
     assert 0.001 < float(image.std()) < 100
-    assert float(state.last_difference.abs().max()) > 0
+    assert float(state.last_difference.abs().max()) > 0  # type: ignore[union-attr]
 
 
-def test_random_weights_refuse_modules_with_buffers():
+def test_random_weights_refuse_modules_with_buffers() -> None:
     with pytest.raises(InputError, match="has buffers"):
         fill_randomly(torch.nn.BatchNorm2d(3, device="meta"), torch.device("cpu"), torch.float32)
 
 
-def test_resolutions():
+def test_resolutions() -> None:
     model = load_model("tiny-sdxl", resolution=(96, 64))
     state = model.start(1, 2, 4.0)
     assert state.latent.shape == (1, 4, 12, 8)
-    assert model._time_ids.tolist() == [[96, 64, 0, 0, 96, 64]]
+    assert model._time_ids.tolist() == [[96, 64, 0, 0, 96, 64]]  # type: ignore[union-attr]
     model.step([state])
     assert model.decode(state.latent).shape == (1, 3, 96, 64)
     with pytest.raises(InputError, match="sides are multiples of 16 pixels, not 72x64"):
         load_model("tiny-sd", resolution=(72, 64))
 
 
-def one_sentence(error):
+def one_sentence(error: Any) -> Any:
     text = str(error.value)
     assert "\n" not in text
     assert text.endswith(".")
@@ -73,7 +74,7 @@ def one_sentence(error):
     return text
 
 
-def test_an_unknown_name_lists_the_known_ones():
+def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(InputError) as error:
         load_model("stable-fusion")
     text = one_sentence(error)
@@ -81,7 +82,7 @@ def test_an_unknown_name_lists_the_known_ones():
         assert name in text
 
 
-def test_an_unreachable_hub_is_one_sentence(monkeypatch):
+def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="hub model nobody/nothing") as error:
@@ -99,7 +100,9 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch):
         ("class_tokens.safetensors", None, None),
     ],
 )
-def test_broken_folders_are_one_sentence(tmp_path, part, change, message):
+def test_broken_folders_are_one_sentence(
+    tmp_path: Path, part: str, change: dict[str, Any] | None, message: str | None
+) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(SHIPPED["digits"], folder)
     if change is None:
@@ -136,7 +139,9 @@ def test_broken_folders_are_one_sentence(tmp_path, part, change, message):
         ("vae", "latents_mean", [0.0] * 4, "its VAE has latents_mean"),
     ],
 )
-def test_networks_with_inputs_that_are_not_fed_are_refused(tmp_path, part, option, value, message):
+def test_networks_with_inputs_that_are_not_fed_are_refused(
+    tmp_path: Path, part: str, option: str, value: Any, message: str
+) -> None:
     shutil.copytree(SHIPPED["digits"], tmp_path / "copy")
     file = tmp_path / "copy" / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {option: value}))
@@ -145,7 +150,7 @@ def test_networks_with_inputs_that_are_not_fed_are_refused(tmp_path, part, optio
     one_sentence(error)
 
 
-def test_pickled_weights_are_refused(tmp_path):
+def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(SHIPPED["digits"], folder)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -156,7 +161,7 @@ def test_pickled_weights_are_refused(tmp_path):
         load_model(folder)
 
 
-def test_every_network_is_read_from_safetensors():
+def test_every_network_is_read_from_safetensors() -> None:
     calls = []
     for package in ("synerdiff", "profiler", "real_runner", "simulator", "policies", "traces", "benchmarks", "tools"):
         for path in (ROOT / package).rglob("*.py"):
@@ -168,7 +173,7 @@ def test_every_network_is_read_from_safetensors():
     assert [(path, call) for path, call in networks if "use_safetensors=True" not in call] == []
 
 
-def test_paths_that_hold_another_thing_say_which(tmp_path):
+def test_paths_that_hold_another_thing_say_which(tmp_path: Path) -> None:
     (tmp_path / "dit" / "transformer").mkdir(parents=True)
     (tmp_path / "dit" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     (tmp_path / "one.safetensors").touch()
@@ -185,7 +190,7 @@ def test_paths_that_hold_another_thing_say_which(tmp_path):
         one_sentence(error)
 
 
-def test_where_the_weights_come_from(tmp_path):
+def test_where_the_weights_come_from(tmp_path: Path) -> None:
     shutil.copytree(SHIPPED["digits"], tmp_path / "copy")
     assert [load_model(name).weights for name in ("digits", "tiny-sd", tmp_path / "copy")] == [
         "trained",
@@ -200,7 +205,7 @@ def test_where_the_weights_come_from(tmp_path):
     ]
 
 
-def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_made(monkeypatch):
+def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 10**9)
     with pytest.raises(InputError, match=r"weights of sdxl take 10\.6 GB; cpu has 1\.0 GB of memory free"):
         load_model("sdxl")
@@ -209,7 +214,7 @@ def test_weights_that_do_not_fit_into_memory_are_refused_before_they_are_made(mo
         load_model("digits")
 
 
-def test_devices_that_are_not_there():
+def test_devices_that_are_not_there() -> None:
     with pytest.raises(InputError, match="no device nonsense"):
         load_model("digits", device="nonsense")
     if not torch.cuda.is_available():
@@ -217,7 +222,7 @@ def test_devices_that_are_not_there():
             load_model("digits", device="cuda")
 
 
-def test_prompts_of_digits():
+def test_prompts_of_digits() -> None:
     model = load_model("digits")
     assert model.start(27, 2).prompt == "7"
     assert torch.equal(model.encode_prompt("7").tokens, model.start(27, 2).condition.tokens)
@@ -226,14 +231,14 @@ def test_prompts_of_digits():
             model.encode_prompt(prompt)
 
 
-def test_another_folder_with_class_tokens_loads_like_digits(tmp_path):
+def test_another_folder_with_class_tokens_loads_like_digits(tmp_path: Path) -> None:
     shutil.copytree(SHIPPED["digits"], tmp_path / "other")
     model = load_model(tmp_path / "other")
     assert model.start(3, 2).prompt == "3"
     assert torch.equal(model.start(3, 2).condition.tokens, load_model("digits").start(3, 2).condition.tokens)
 
 
-def test_the_package_and_the_chunkings_import_without_torch():
+def test_the_package_and_the_chunkings_import_without_torch() -> None:
     code = "import synerdiff.diffusion, synerdiff.diffusion.decoder, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

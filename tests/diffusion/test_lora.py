@@ -2,6 +2,8 @@
 
 import json
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +21,19 @@ CONV = "mid_block.resnets.0.conv1"
 POINTWISE = "mid_block.attentions.0.proj_in"
 
 
-def drawn(*shape, seed):
+def drawn(*shape: Any, seed: int) -> Any:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def lora_of(unet, name, seed, modules=(LINEAR, CONV, POINTWISE), rank=3, alpha=2.0, dtype=torch.float32):
+def lora_of(
+    unet: Any,
+    name: str,
+    seed: int,
+    modules: Any = (LINEAR, CONV, POINTWISE),
+    rank: int = 3,
+    alpha: float = 2.0,
+    dtype: Any = torch.float32,
+) -> Any:
     """Random halves for a linear layer, a 3x3 convolution and a 1x1 convolution."""
     layers = {}
     for i, module in enumerate(sorted(modules)):
@@ -34,16 +44,16 @@ def lora_of(unet, name, seed, modules=(LINEAR, CONV, POINTWISE), rank=3, alpha=2
     return LoraFile(name, 0, layers)
 
 
-def weights_of(unet):
+def weights_of(unet: Any) -> dict[Any, Any]:
     return {name: tensor.clone() for name, tensor in unet.state_dict().items()}
 
 
-def equal(one, other):
+def equal(one: Any, other: Any) -> Any:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_restored_weights_are_the_originals_to_the_last_bit(dtype):
+def test_restored_weights_are_the_originals_to_the_last_bit(dtype: Any) -> None:
     unet = load_model("tiny-sd", dtype=dtype).unet
     before, merged = weights_of(unet), MergedWeights(unet)
     places = {name: tensor.data_ptr() for name, tensor in unet.state_dict().items()}
@@ -60,7 +70,7 @@ def test_restored_weights_are_the_originals_to_the_last_bit(dtype):
     assert places == {name: tensor.data_ptr() for name, tensor in unet.state_dict().items()}
 
 
-def test_two_loras_equal_the_sum_of_each_ones_own_product():
+def test_two_loras_equal_the_sum_of_each_ones_own_product() -> None:
     unet = load_model("tiny-sd").unet
     before = weights_of(unet)
     one, other = lora_of(unet, "one", 1), lora_of(unet, "other", 2)
@@ -81,7 +91,7 @@ def test_two_loras_equal_the_sum_of_each_ones_own_product():
         assert float((crossed - (a + b)).abs().max()) > 0.1
 
 
-def test_the_order_of_merges_and_what_was_held_before_do_not_matter():
+def test_the_order_of_merges_and_what_was_held_before_do_not_matter() -> None:
     unets = [load_model("tiny-sd").unet for _ in range(4)]
     one, other, third = (lora_of(unets[0], name, seed) for name, seed in (("one", 1), ("other", 2), ("third", 3)))
     plans = (
@@ -102,7 +112,7 @@ def test_the_order_of_merges_and_what_was_held_before_do_not_matter():
     assert equal(weights_of(unets[3]), unets[2].state_dict())
 
 
-def test_merging_again_at_the_same_scale_changes_nothing_and_needs_no_work(monkeypatch):
+def test_merging_again_at_the_same_scale_changes_nothing_and_needs_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = load_model("tiny-sd").unet
     merged, one = MergedWeights(unet), lora_of(unet, "one", 1)
     merged.merge(one, 0.5)
@@ -111,7 +121,7 @@ def test_merging_again_at_the_same_scale_changes_nothing_and_needs_no_work(monke
     assert merged.held == {"one": 0.5}
 
 
-def test_half_precision_weights_are_rounded_once():
+def test_half_precision_weights_are_rounded_once() -> None:
     unet = load_model("tiny-sd", dtype=torch.bfloat16).unet
     before = unet.get_submodule(LINEAR).weight.clone()
     one, other = (lora_of(unet, name, seed, (LINEAR,)) for name, seed in (("one", 1), ("other", 2)))
@@ -122,13 +132,13 @@ def test_half_precision_weights_are_rounded_once():
     assert torch.equal(unet.get_submodule(LINEAR).weight, total.to(torch.bfloat16))
 
 
-def test_a_merge_that_fails_leaves_the_weights_as_they_came(monkeypatch):
+def test_a_merge_that_fails_leaves_the_weights_as_they_came(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = load_model("tiny-sd").unet
     before, merged = weights_of(unet), MergedWeights(unet)
     merged.merge(lora_of(unet, "one", 1), 1.0)
     calls = []
 
-    def product(self):
+    def product(self: Any) -> Any:
         calls.append(self)
         if len(calls) > 2:
             raise torch.cuda.OutOfMemoryError("no memory left")
@@ -141,7 +151,7 @@ def test_a_merge_that_fails_leaves_the_weights_as_they_came(monkeypatch):
     assert equal(before, unet.state_dict())
 
 
-def peft_file(unet, folder, name, seed, alpha=6):
+def peft_file(unet: Any, folder: Path, name: str, seed: int, alpha: int = 6) -> None:
     """A LoRA that diffusers and peft made and saved, its halves random."""
     from peft import LoraConfig
 
@@ -155,7 +165,7 @@ def peft_file(unet, folder, name, seed, alpha=6):
     unet.delete_adapters(name)
 
 
-def test_merges_equal_diffusers_own_fuse(tmp_path):
+def test_merges_equal_diffusers_own_fuse(tmp_path: Path) -> None:
     model, theirs = load_model("tiny-sd"), load_model("tiny-sd").unet
     for name, seed in (("one", 5), ("other", 6)):
         peft_file(load_model("tiny-sd").unet, tmp_path, name, seed)
@@ -178,7 +188,7 @@ def test_merges_equal_diffusers_own_fuse(tmp_path):
     assert float((ours[changed[0]] - load_model("tiny-sd").unet.state_dict()[changed[0]]).abs().max()) > 0.01
 
 
-def test_what_is_saved_is_read_again_here_and_by_diffusers(tmp_path):
+def test_what_is_saved_is_read_again_here_and_by_diffusers(tmp_path: Path) -> None:
     model, theirs = load_model("tiny-sdxl"), load_model("tiny-sdxl").unet
     saved = save_lora(random_lora(model.unet, "random", 4), tmp_path / "style.safetensors")
     lora = read_lora("style.safetensors", tmp_path)
@@ -195,7 +205,7 @@ def test_what_is_saved_is_read_again_here_and_by_diffusers(tmp_path):
     assert all(float(layer.product().abs().max()) > 1e-4 for layer in lora.layers.values())
 
 
-def test_older_names_of_diffusers_are_read(tmp_path):
+def test_older_names_of_diffusers_are_read(tmp_path: Path) -> None:
     unet = load_model("tiny-sd").unet
     layer = lora_of(unet, "x", 1, (LINEAR,)).layers[LINEAR]
     names = {f"unet.{LINEAR}.lora.down.weight": layer.down, f"unet.{LINEAR}.lora.up.weight": layer.up}
@@ -206,7 +216,7 @@ def test_older_names_of_diffusers_are_read(tmp_path):
     assert read.scaling == 1.0  # no alpha anywhere: the rank
 
 
-def test_images_change_with_a_lora_and_come_back(tmp_path):
+def test_images_change_with_a_lora_and_come_back(tmp_path: Path) -> None:
     model = load_model("digits")
     lora, merged, latents = lora_of(model.unet, "one", 1), MergedWeights(model.unet), []
     for scale in (0.0, 0.5, 0.0):
@@ -222,7 +232,7 @@ def test_images_change_with_a_lora_and_come_back(tmp_path):
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Any:
     """A folder of LoRAs with a good one in it, and a good one outside."""
     unet = load_model("tiny-sd").unet
     (tmp_path / "loras").mkdir()
@@ -231,7 +241,7 @@ def folder(tmp_path):
     return tmp_path / "loras"
 
 
-def test_only_safetensors_inside_the_folder_are_read(folder):
+def test_only_safetensors_inside_the_folder_are_read(folder: Path) -> None:
     assert read_lora("good.safetensors", folder).name == "good"
     os.symlink(folder.parent / "outside.safetensors", folder / "link.safetensors")
     for path in ("../outside.safetensors", folder.parent / "outside.safetensors", "link.safetensors"):
@@ -247,7 +257,7 @@ def test_only_safetensors_inside_the_folder_are_read(folder):
         read_lora("folder.safetensors", folder)
 
 
-def test_broken_files_are_refused(folder):
+def test_broken_files_are_refused(folder: Path) -> None:
     good = (folder / "good.safetensors").read_bytes()
     for name, content in (("cut", good[:-10]), ("empty", b""), ("text", b"no tensors here at all")):
         (folder / f"{name}.safetensors").write_bytes(content)
@@ -258,7 +268,7 @@ def test_broken_files_are_refused(folder):
         read_lora("none.safetensors", folder)
 
 
-def written(folder, change, metadata=None):
+def written(folder: Path, change: Any, metadata: Any = None) -> Any:
     tensors = load_file(folder / "good.safetensors")
     change(tensors)
     save_file(tensors, folder / "bad.safetensors", metadata=metadata)
@@ -290,7 +300,7 @@ def written(folder, change, metadata=None):
         ),
     ],
 )
-def test_wrong_layers_are_named(folder, change, message):
+def test_wrong_layers_are_named(folder: Path, change: Any, message: str) -> None:
     path = written(folder, change)
     with pytest.raises(InputError, match=r"bad\.safetensors: .*" + message):
         read_lora(path, folder)
@@ -306,8 +316,8 @@ def test_wrong_layers_are_named(folder, change, message):
         (json.dumps({"lora_alpha": "much"}), "lora_alpha of its lora_adapter_metadata must be a number, not 'much'"),
     ],
 )
-def test_settings_that_cannot_be_merged_are_refused(folder, metadata, message):
-    def without_alphas(tensors):
+def test_settings_that_cannot_be_merged_are_refused(folder: Path, metadata: Any, message: str) -> None:
+    def without_alphas(tensors: Any) -> None:
         for name in [name for name in tensors if name.endswith(".alpha")]:
             del tensors[name]
 
@@ -316,7 +326,7 @@ def test_settings_that_cannot_be_merged_are_refused(folder, metadata, message):
         read_lora(path, folder)
 
 
-def test_a_lora_of_another_model_is_refused_before_any_change(folder):
+def test_a_lora_of_another_model_is_refused_before_any_change(folder: Path) -> None:
     unet = load_model("digits").unet
     before, merged = weights_of(unet), MergedWeights(unet)
     with pytest.raises(InputError, match=rf"LoRA good: its layer {POINTWISE} changes a weight of .*; the model's is"):
@@ -328,7 +338,7 @@ def test_a_lora_of_another_model_is_refused_before_any_change(folder):
     assert equal(before, unet.state_dict())
 
 
-def test_random_loras_are_repeatable_and_have_the_size_of_their_rank():
+def test_random_loras_are_repeatable_and_have_the_size_of_their_rank() -> None:
     unet = load_model("tiny-sd").unet
     small, again, large = (random_lora(unet, "x", rank, seed=3) for rank in (2, 2, 4))
     module = next(iter(small.layers))

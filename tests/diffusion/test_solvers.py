@@ -1,5 +1,8 @@
 """Vectorised solvers against diffusers' own schedulers, and whole images against diffusers' own pipelines."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -35,14 +38,14 @@ LINEAR = [
 ]
 
 
-def fake_denoiser(inputs, timestep):
+def fake_denoiser(inputs: Any, timestep: Any) -> Any:
     """Bounded, nonlinear, and different at every timestep."""
     return torch.sin(3.0 * inputs + float(timestep) / 300.0)
 
 
 @pytest.mark.parametrize(("name", "options"), LINEAR)
 @pytest.mark.parametrize("steps", [2, 7, 20])
-def test_tables_equal_the_scheduler_itself(name, options, steps):
+def test_tables_equal_the_scheduler_itself(name: str, options: Any, steps: int) -> None:
     scheduler = make_scheduler(name, BASE | options)
     solver = make_solver(make_scheduler(name, BASE | options))
     assert isinstance(solver, LinearSolver)
@@ -69,7 +72,7 @@ def test_tables_equal_the_scheduler_itself(name, options, steps):
         ("HeunDiscreteScheduler", {}),
     ],
 )
-def test_what_the_tables_cannot_do_runs_as_copies(name, options):
+def test_what_the_tables_cannot_do_runs_as_copies(name: str, options: dict[Any, Any] | dict[str, Any]) -> None:
     assert isinstance(make_solver(make_scheduler(name, BASE | options)), CopiedSolver)
 
 
@@ -79,7 +82,7 @@ COPIED += ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DD
 
 
 @pytest.mark.parametrize("name", COPIED)
-def test_copies_of_a_scheduler_do_not_disturb_each_other(name):
+def test_copies_of_a_scheduler_do_not_disturb_each_other(name: str) -> None:
     """Three samples with different step counts, interleaved, against a fresh scheduler for each alone."""
     solver = CopiedSolver(make_scheduler(name, BASE))
     plans = [(6, 1), (9, 2), (13, 3)]
@@ -114,12 +117,12 @@ def test_copies_of_a_scheduler_do_not_disturb_each_other(name):
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++2m"])
-def test_guided_digits_equal_a_plain_diffusers_loop(scheduler):
+def test_guided_digits_equal_a_plain_diffusers_loop(scheduler: str) -> None:
     model = load_model("digits", scheduler=scheduler)
     states = [model.start(31, 12, 4.0, "3"), model.start(32, 12, 4.0, "8")]
     while not states[0].done:
         model.step(states)
-    reference = make_scheduler(type(model.solver._scheduler).__name__, model.solver._scheduler.config)
+    reference = make_scheduler(type(model.solver._scheduler).__name__, model.solver._scheduler.config)  # type: ignore[attr-defined]
     reference.set_timesteps(12)
     noise = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (31, 32)]
     latents = torch.cat(noise) * reference.init_noise_sigma
@@ -135,7 +138,7 @@ def test_guided_digits_equal_a_plain_diffusers_loop(scheduler):
     assert float((actual - latents).abs().max()) < 1e-4
 
 
-def tiny_tokenizer(folder):
+def tiny_tokenizer(folder: Path) -> Any:
     folder.mkdir()
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     words = [*letters, *[letter + "</w>" for letter in letters], "<|startoftext|>", "<|endoftext|>"]
@@ -144,7 +147,7 @@ def tiny_tokenizer(folder):
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=9)
 
 
-def tiny_encoder(kind, seed, width=32):
+def tiny_encoder(kind: str, seed: int, width: int = 32) -> Any:
     torch.manual_seed(seed)
     config = CLIPTextConfig(
         vocab_size=54,
@@ -158,50 +161,52 @@ def tiny_encoder(kind, seed, width=32):
         eos_token_id=53,
         pad_token_id=53,
     )
-    return kind(config).eval()
+    return kind(config).eval()  # type: ignore[operator]
 
 
 @pytest.fixture(scope="module")
-def sd_folder(tmp_path_factory):
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("sd")
     random = load_model("tiny-sd")
-    pipeline = StableDiffusionPipeline(
+    pipeline = StableDiffusionPipeline(  # type: ignore[no-untyped-call]
         vae=random.vae,
         unet=random.unet,
-        text_encoder=tiny_encoder(CLIPTextModel, 0),
+        text_encoder=tiny_encoder(CLIPTextModel, 0),  # type: ignore[arg-type]
         tokenizer=tiny_tokenizer(folder / "own"),
         scheduler=make_scheduler("DDIMScheduler", BASE | {"clip_sample": False}),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder / "saved")
+    pipeline.save_pretrained(folder / "saved")  # type: ignore[attr-defined]
     return folder / "saved", pipeline
 
 
 @pytest.fixture(scope="module")
-def sdxl_folder(tmp_path_factory):
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("sdxl")
     random = load_model("tiny-sdxl")
     tokenizer = tiny_tokenizer(folder / "own")
-    pipeline = StableDiffusionXLPipeline(
+    pipeline = StableDiffusionXLPipeline(  # type: ignore[no-untyped-call]
         vae=random.vae,
         unet=random.unet,
-        text_encoder=tiny_encoder(CLIPTextModel, 0),
-        text_encoder_2=tiny_encoder(CLIPTextModelWithProjection, 1),
+        text_encoder=tiny_encoder(CLIPTextModel, 0),  # type: ignore[arg-type]
+        text_encoder_2=tiny_encoder(CLIPTextModelWithProjection, 1),  # type: ignore[arg-type]
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         scheduler=make_scheduler("EulerDiscreteScheduler", BASE),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
-    pipeline.save_pretrained(folder / "saved")
+    pipeline.save_pretrained(folder / "saved")  # type: ignore[attr-defined]
     return folder / "saved", pipeline
 
 
 @pytest.mark.parametrize("folder", ["sd_folder", "sdxl_folder"])
 @pytest.mark.parametrize("guidance_scale", [5.0, 1.0])
-def test_a_checkpoint_folder_makes_the_images_of_its_own_pipeline(folder, guidance_scale, request):
+def test_a_checkpoint_folder_makes_the_images_of_its_own_pipeline(
+    folder: str, guidance_scale: float, request: Any
+) -> None:
     path, pipeline = request.getfixturevalue(folder)
     pipeline.set_progress_bar_config(disable=True)
     sides = {"height": 64, "width": 64}
@@ -229,21 +234,21 @@ class Remembering:
 
     init_noise_sigma = 1.0
 
-    def __init__(self):
-        self.history = []
+    def __init__(self) -> None:
+        self.history: list[Any] = []
 
-    def set_timesteps(self, steps):
+    def set_timesteps(self, steps: Any) -> None:
         self.timesteps = torch.arange(steps, 0, -1)
 
-    def scale_model_input(self, latents, timestep):
+    def scale_model_input(self, latents: Any, timestep: Any) -> Any:
         return latents
 
-    def step(self, output, timestep, latents, return_dict):
+    def step(self, output: Any, timestep: Any, latents: Any, return_dict: Any) -> Any:
         self.history.append(output)
         return (latents + sum(self.history),)
 
 
-def test_histories_that_a_shallow_copy_would_share_are_separate():
+def test_histories_that_a_shallow_copy_would_share_are_separate() -> None:
     solver = CopiedSolver(Remembering())
     progress = [solver.start(2, torch.Generator()) for _ in range(2)]
     latents, outputs = torch.zeros(2, 1, 1, 1), torch.tensor([1.0, 10.0]).view(2, 1, 1, 1)

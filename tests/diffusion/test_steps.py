@@ -1,6 +1,7 @@
 """Batched steps: mixed batches against samples alone, modes against hand-written loops, padding and buckets."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -24,16 +25,16 @@ SCHEDULERS = ["ddim", "euler", "dpm++2m", "HeunDiscreteScheduler", "PNDMSchedule
 SCHEDULERS += ["EulerAncestralDiscreteScheduler", "DEISMultistepScheduler"]
 
 
-def start_all(model):
+def start_all(model: Any) -> list[Any]:
     return [model.start(seed, steps, guidance, prompt) for seed, steps, guidance, prompt, _, _ in PLANS]
 
 
-def mode_at(plan, index):
+def mode_at(plan: Any, index: Any) -> Any:
     letters = plan[4]
     return MODES[letters[index % len(letters)] if index else letters[0]]
 
 
-def run_mixed(model, pad_rows=0):
+def run_mixed(model: Any, pad_rows: int = 0) -> Any:
     """All plans in one changing batch: samples join late and leave when done."""
     states = start_all(model)
     tick = 0
@@ -46,7 +47,7 @@ def run_mixed(model, pad_rows=0):
     return states
 
 
-def run_alone(model):
+def run_alone(model: Any) -> Any:
     states = start_all(model)
     for plan, state in zip(PLANS, states, strict=True):
         while not state.done:
@@ -55,7 +56,7 @@ def run_alone(model):
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_a_mixed_batch_equals_every_sample_alone(scheduler):
+def test_a_mixed_batch_equals_every_sample_alone(scheduler: Any) -> None:
     model = load_model("digits", scheduler=scheduler)
     for mixed, alone in zip(run_mixed(model), run_alone(model), strict=True):
         assert alone.latent.isfinite().all()
@@ -63,13 +64,13 @@ def test_a_mixed_batch_equals_every_sample_alone(scheduler):
 
 
 @pytest.mark.parametrize("name", ["tiny-sd", "tiny-sdxl"])
-def test_mixed_batches_of_other_architectures(name):
+def test_mixed_batches_of_other_architectures(name: str) -> None:
     model = load_model(name)
     for mixed, alone in zip(run_mixed(model, pad_rows=2), run_alone(model), strict=True):
         assert float((mixed.latent - alone.latent).abs().max()) < 1e-4 * float(alone.latent.abs().max())
 
 
-def test_padding_and_buckets_change_rows_and_not_results():
+def test_padding_and_buckets_change_rows_and_not_results() -> None:
     model = load_model("digits")
     plain, padded = model.start(5, 6, 4.0), model.start(5, 6, 4.0)
     assert model.step([plain]) == 2
@@ -80,12 +81,12 @@ def test_padding_and_buckets_change_rows_and_not_results():
     assert float((plain.latent - padded.latent).abs().max()) < 1e-5
     seen = []
     eager = model.denoise
-    model.denoise = lambda inputs: (seen.append([len(t) for t in inputs.tensors()]), eager(inputs))[1]
+    model.denoise = lambda inputs: (seen.append([len(t) for t in inputs.tensors()]), eager(inputs))[1]  # type: ignore[func-returns-value]
     assert model.step([plain, padded, model.start(6, 6, 1.0)]) == 8
     assert seen == [[8, 8, 8]]
 
 
-def test_rows_are_counted_by_mode_and_bucketed():
+def test_rows_are_counted_by_mode_and_bucketed() -> None:
     assert rows_of([GUIDED, REUSE, CONDITIONAL, GUIDED]) == 6
     assert bucket_of(6, None) == 6
     assert bucket_of(6, (4, 16, 8)) == 8
@@ -94,7 +95,7 @@ def test_rows_are_counted_by_mode_and_bucketed():
 
 
 @torch.inference_mode()
-def ddim_by_hand(model, seed, steps, guidance, digit, letters):
+def ddim_by_hand(model: Any, seed: int, steps: Any, guidance: Any, digit: Any, letters: Any) -> Any:
     """Guidance and DDIM written out, one forward per row, from the formulas."""
     alphas = model.solver._scheduler.alphas_cumprod.double()
     condition = model.encode_prompt(str(digit))
@@ -120,7 +121,7 @@ def ddim_by_hand(model, seed, steps, guidance, digit, letters):
 
 
 @pytest.mark.parametrize("letters", ["gggggggg", "gcgcgcgc", "ggrrgrrr", "gggcrcrg", "cccccccc"])
-def test_modes_follow_their_formulas(letters):
+def test_modes_follow_their_formulas(letters: str) -> None:
     model = load_model("digits")
     state = model.start(21, 8, 5.0, "6")
     companion = model.start(22, 8, 3.0, "2")
@@ -130,7 +131,7 @@ def test_modes_follow_their_formulas(letters):
     assert float((state.latent - expected).abs().max()) < 1e-4
 
 
-def test_modes_differ_from_each_other():
+def test_modes_differ_from_each_other() -> None:
     model = load_model("digits")
     ends = []
     for letters in ("gggggggg", "ggggcccc", "ggggrrrr"):
@@ -144,25 +145,25 @@ def test_modes_differ_from_each_other():
     assert float((ends[0] - ends[2]).norm()) < float((ends[0] - ends[1]).norm())
 
 
-def test_reuse_keeps_the_difference_of_the_last_guided_step():
+def test_reuse_keeps_the_difference_of_the_last_guided_step() -> None:
     model = load_model("digits")
     state = model.start(21, 8, 5.0)
     model.step([state])
     kept = copy.deepcopy(state.last_difference)
     model.step([state], [REUSE])
     model.step([state], [CONDITIONAL])
-    assert torch.equal(state.last_difference, kept)
+    assert torch.equal(state.last_difference, kept)  # type: ignore[arg-type]
     model.step([state], [GUIDED])
-    assert not torch.equal(state.last_difference, kept)
+    assert not torch.equal(state.last_difference, kept)  # type: ignore[arg-type]
 
 
-def test_similarity_of_the_two_x0_matches_two_forwards():
+def test_similarity_of_the_two_x0_matches_two_forwards() -> None:
     model = load_model("digits")
     state = model.start(21, 8, 5.0, "6")
     for _ in range(4):
         before, t = state.latent.clone(), state.progress.timesteps[state.step_index]
         model.step([state])
-    alpha = model.solver._scheduler.alphas_cumprod[int(t)]
+    alpha = model.solver._scheduler.alphas_cumprod[int(t)]  # type: ignore[attr-defined]
     with torch.inference_mode():
         x0s = [
             (before - (1 - alpha).sqrt() * model.unet(before, torch.tensor([t]), tokens).sample) / alpha.sqrt()
@@ -173,7 +174,7 @@ def test_similarity_of_the_two_x0_matches_two_forwards():
     assert 0 < model.x0_similarity(state) < 1
 
 
-def test_rules_of_a_step():
+def test_rules_of_a_step() -> None:
     model = load_model("digits")
     guided, unguided = model.start(1, 2, 4.0), model.start(2, 2, 1.0)
     with pytest.raises(ValueError, match="needs an earlier guided step"):
@@ -191,7 +192,7 @@ def test_rules_of_a_step():
     assert guided.step_index == 0
 
 
-def test_denoiser_calls_are_counted_by_timesteps():
+def test_denoiser_calls_are_counted_by_timesteps() -> None:
     assert load_model("digits").denoiser_calls(20) == 20
     assert load_model("digits", scheduler="HeunDiscreteScheduler").denoiser_calls(20) == 39
     assert load_model("digits", scheduler="HeunDiscreteScheduler").start(1, 20).steps == 39
@@ -199,7 +200,7 @@ def test_denoiser_calls_are_counted_by_timesteps():
         load_model("digits").start(1, 0)
 
 
-def test_seeds_of_images():
+def test_seeds_of_images() -> None:
     model = load_model("digits")
     assert image_seed(5, 0) == 5
     seeds = {image_seed(seed, image) for seed in range(30) for image in range(8)}

@@ -59,7 +59,7 @@ def test_names_that_cannot_be_are_refused_with_their_line(tmp_path: Path, column
     assert str(error.value) == f"{path}, line 3: a request asks for {words}."
 
 
-def test_scale_and_image_change_no_time():
+def test_scale_and_image_change_no_time() -> None:
     plain = [
         Request(0, 0, 2, guidance_scale=4.0, controlnets=controlnets_from(("canny",))),
         Request(1, 0, 2, controlnets=controlnets_from(("canny",))),

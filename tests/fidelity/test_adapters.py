@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,13 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SUBJECTS = [Subject(seed, str(seed)) for seed in range(3)]
 
 
-def strong_lora(unet, name="style", seed=0):
+def strong_lora(unet: Any, name: str = "style", seed: int = 0) -> Any:
     made = random_lora(unet, name, 4, seed)
     layers = {module: layer._replace(up=layer.up * 20) for module, layer in made.layers.items()}
     return LoraFile(name, made.size_bytes, layers)
 
 
-def images_of(model, lora, merged_at, steps=6):
+def images_of(model: Any, lora: Any, merged_at: Any, steps: int = 6) -> Any:
     """The subjects' images one by one, merged by hand before step ``merged_at``."""
     found = []
     for subject in SUBJECTS:
@@ -45,7 +46,7 @@ def images_of(model, lora, merged_at, steps=6):
     return torch.cat(found)
 
 
-def test_every_bound_is_compared_with_merging_at_once():
+def test_every_bound_is_compared_with_merging_at_once() -> None:
     model = load_model("digits")
     lora = strong_lora(model.unet)
     before = {name: tensor.clone() for name, tensor in model.unet.state_dict().items()}
@@ -63,7 +64,7 @@ def test_every_bound_is_compared_with_merging_at_once():
     )
     assert [row.bound_steps for row in result.rows] == [0, 1, 3, 6]
     first, *_, last = result.rows
-    assert (first.ssim, first.effect, first.psnr_db) == (pytest.approx(1.0), 1.0, 100.0)
+    assert (first.ssim, first.effect, first.psnr_db) == (pytest.approx(1.0), 1.0, 100.0)  # type: ignore[comparison-overlap]
     assert last.effect == 0.0
     by_hand = {bound: images_of(model, lora, bound) for bound in (0, 3, None)}
     third = result.rows[2]
@@ -79,7 +80,7 @@ def test_every_bound_is_compared_with_merging_at_once():
     assert all(torch.equal(before[name], tensor) for name, tensor in model.unet.state_dict().items())
 
 
-def test_a_lora_that_changes_nothing_is_refused():
+def test_a_lora_that_changes_nothing_is_refused() -> None:
     model = load_model("digits")
     module = "mid_block.resnets.0.conv1"
     shape = model.unet.get_submodule(module).weight.shape
@@ -88,7 +89,7 @@ def test_a_lora_that_changes_nothing_is_refused():
         bound_study(model, LoraFile("nothing", 0, {module: layer}), SUBJECTS[:2], steps=2)
 
 
-def lean_of(images):
+def lean_of(images: Any) -> Any:
     """Columns per line by which bright pixels lean to the right, from their second moments; mean over images."""
     weights = (images[:, 0] + 1).clamp(min=0)
     lines, columns = (torch.arange(32.0) - 15.5).view(1, 32, 1), (torch.arange(32.0) - 15.5).view(1, 1, 32)
@@ -98,7 +99,7 @@ def lean_of(images):
     return float(-((weights * x * y).sum((1, 2)) / (weights * y * y).sum((1, 2))).mean())
 
 
-def test_the_shipped_lora_makes_digits_lean():
+def test_the_shipped_lora_makes_digits_lean() -> None:
     model = load_model("digits")
     weights, leans = MergedWeights(model.unet), []
     for scale in (0.0, 0.5, 1.0):
@@ -114,7 +115,7 @@ def test_the_shipped_lora_makes_digits_lean():
     assert leans[2] - leans[0] > 0.5 * (real[1] - real[0])
 
 
-def test_the_shipped_controlnet_lays_digits_out():
+def test_the_shipped_controlnet_lays_digits_out() -> None:
     model = load_model("digits")
     result = outline_study(
         model, load_controlnet("outline", model), lambda images, prompts: torch.ones(len(prompts)), samples=10, steps=10
@@ -124,7 +125,7 @@ def test_the_shipped_controlnet_lays_digits_out():
     assert model.controlnets == {}
 
 
-def test_the_page_says_what_was_measured():
+def test_the_page_says_what_was_measured() -> None:
     page = (ROOT / "docs" / "swiftdiffusion.md").read_text(encoding="utf-8")
     with (SHIPPED_LORAS.parent / "lora-bound.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -136,13 +137,13 @@ def test_the_page_says_what_was_measured():
         assert f"| {effect:.2f} ({low:.2f}-{high:.2f}) | {float(row['recognised']):.0%} |" in page
 
 
-def test_overlap_is_intersection_over_union():
+def test_overlap_is_intersection_over_union() -> None:
     ours, theirs = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
     ours[0, 0, 0, :3], theirs[0, 0, 0, 1:] = 1, 1
     assert overlap_of(ours, theirs).tolist() == [0.5, 0.0]
 
 
-def test_the_command_writes_table_and_pictures(tmp_path, capsys):
+def test_the_command_writes_table_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_lora(strong_lora(load_model("tiny-sd").unet), tmp_path / "loras" / "style.safetensors")
     out = tmp_path / "out"
     common = ["fidelity", "--levers", "lora-bound", "--random-weights", "--model", "tiny-sd", "--out", str(out)]
@@ -180,7 +181,7 @@ def test_the_command_writes_table_and_pictures(tmp_path, capsys):
     )
 
 
-def test_levers_of_digits_share_a_folder_and_their_options(tmp_path, capsys):
+def test_levers_of_digits_share_a_folder_and_their_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     few = ["--samples", "4", "--steps", "2", "--guidance-scale", "3", "--guidance-scale", "4", "--bound", "1"]
     assert (
         main(["fidelity", "--levers", "controlnet,lora-bound", "--model", "digits", "--out", str(tmp_path), *few]) == 0

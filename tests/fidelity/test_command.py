@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tests.fidelity.test_table import HEAD
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and badly so on a busy machine
 
 
-def profile_of_digits():
+def profile_of_digits() -> Any:
     profile = affine_profile()
     profile.head = Head(model="digits", resolutions=((32, 32),))
     return profile
@@ -212,7 +213,11 @@ def test_the_command_writes_table_and_pictures(
     ],
 )
 def test_bad_options(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     large = profile_of_digits()
@@ -258,13 +263,13 @@ def test_what_skips_and_fewer_steps_buy() -> None:
     } <= names
     frame = trade_off(profile, table, 6, 4.0, loads=(1.2,), seeds=(1,), requests=150).set_index(["policy", "variant"])
     full, fewer = frame.loc[(FEWER_STEPS, "6 steps")], frame.loc[(FEWER_STEPS, "4 steps")]
-    assert full["ssim"] == 1.0
-    assert fewer["ssim"] == pytest.approx(0.972)
-    assert fewer["request_latency_mean_s"] < full["request_latency_mean_s"]
+    assert full["ssim"] == 1.0  # type: ignore[call-overload, index]
+    assert fewer["ssim"] == pytest.approx(0.972)  # type: ignore[call-overload, index]
+    assert fewer["request_latency_mean_s"] < full["request_latency_mean_s"]  # type: ignore[call-overload, index]
     always = frame.loc[("skip always", "reuse-(1, 2, 4)-6")]
     loaded = frame.loc[("skip while samples wait", "reuse-(1, 2, 4)-6")]
-    assert always["ssim"] == pytest.approx(0.97)
-    assert 0.97 < loaded["ssim"] < 1.0
-    assert always["request_latency_mean_s"] <= loaded["request_latency_mean_s"] < full["request_latency_mean_s"]
+    assert always["ssim"] == pytest.approx(0.97)  # type: ignore[call-overload, index]
+    assert 0.97 < loaded["ssim"] < 1.0  # type: ignore[call-overload, index, operator]
+    assert always["request_latency_mean_s"] <= loaded["request_latency_mean_s"] < full["request_latency_mean_s"]  # type: ignore[call-overload, index]
     with pytest.raises(InputError, match="does not cover 9 steps"):
         trade_off(profile, table, 9, 4.0)

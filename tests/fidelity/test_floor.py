@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ ROWS = (
 TABLE = FidelityTable(Path("table"), HEAD, ROWS)
 
 
-def chosen(min_ssim: float, *kinds: tuple[int, float], table: FidelityTable = TABLE):
+def chosen(min_ssim: float, *kinds: tuple[int, float], table: FidelityTable = TABLE) -> Any:
     return budget_from_floor(table, min_ssim, kinds, "digits", 32)
 
 
@@ -124,7 +125,9 @@ def test_unguided_requests_need_nothing() -> None:
         (0.999, (6, 4.0), "digits", 32, "no rule for 6 steps reaches an SSIM of 0.999"),
     ],
 )
-def test_what_the_table_cannot_say_is_an_error(min_ssim, kind, model, resolution, message: str) -> None:
+def test_what_the_table_cannot_say_is_an_error(
+    min_ssim: Any, kind: Any, model: str, resolution: list[int] | int, message: str
+) -> None:
     with pytest.raises(InputError) as caught:
         budget_from_floor(TABLE, min_ssim, [kind], model, resolution)
     assert message in str(caught.value)
@@ -132,7 +135,7 @@ def test_what_the_table_cannot_say_is_an_error(min_ssim, kind, model, resolution
 
 def test_the_solver_that_runs_decides_which_rows_count() -> None:
     euler = budget_from_floor(TABLE, 0.99, [(6, 4.0)], "digits", 32, "EulerDiscreteScheduler")
-    assert euler.budget.eligible_steps == {6: {1, 2, 3, 4, 5}}
+    assert euler.budget.eligible_steps == {6: {1, 2, 3, 4, 5}}  # type: ignore[comparison-overlap]
     with pytest.raises(InputError, match="with DEISMultistepScheduler; it has nothing with that solver"):
         budget_from_floor(TABLE, 0.99, [(6, 4.0)], "digits", 32, "DEISMultistepScheduler")
 
@@ -144,7 +147,7 @@ def test_requests_on_a_profile(tmp_path: Path) -> None:
 
     write_fidelity(tmp_path, HEAD, ROWS)
     requests = requests_at(0, 1, steps=6, guidance_scale=4.0)
-    assert floor_for_requests(0.98, requests, profile, tmp_path).budget.eligible_steps == {6: {1, 3}}
+    assert floor_for_requests(0.98, requests, profile, tmp_path).budget.eligible_steps == {6: {1, 3}}  # type: ignore[comparison-overlap]
 
 
 @pytest.mark.parametrize(

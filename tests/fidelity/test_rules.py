@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from synerdiff.fidelity.rules import (
 )
 
 
-def drawn(rule) -> str:
+def drawn(rule: Any) -> str:
     letters = {REUSE: "r", CONDITIONAL: "c"}
     return "".join(letters[rule.mode] if step in rule.skipped else "G" for step in range(rule.run_steps))
 
@@ -48,13 +49,13 @@ def drawn(rule) -> str:
         (full(4), "GGGG", 8),
     ],
 )
-def test_schedules(rule, picture: str, rows: int) -> None:
+def test_schedules(rule: Any, picture: str, rows: int) -> None:
     assert drawn(rule) == picture
     assert rule.rows == rows
 
 
 @given(st.integers(2, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1), st.integers(0, n - 1))))
-def test_a_spread_schedule_keeps_its_promises(case) -> None:
+def test_a_spread_schedule_keeps_its_promises(case: Any) -> None:
     steps, skips, warmup_steps = case
     if skips + warmup_steps >= steps:
         with pytest.raises(ValueError, match="cannot be skipped"):
@@ -99,13 +100,13 @@ def test_a_random_half_differs_by_image_and_stays_within_the_rule() -> None:
 
 
 @given(st.integers(2, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1), st.randoms())))
-def test_the_chosen_steps_cost_least_of_all_choices(case) -> None:
+def test_the_chosen_steps_cost_least_of_all_choices(case: Any) -> None:
     steps, skips, draw = case
     cost = np.array([[draw.randint(0, 40) if run else 0 for run in range(steps)] for _ in range(steps)], float)
 
-    def total(skipped) -> float:
+    def total(skipped: Any) -> float:
         guided = [step for step in range(steps) if step not in skipped]
-        return sum(cost[a][b - a - 1] for a, b in itertools.pairwise([*guided, steps]))
+        return sum(cost[a][b - a - 1] for a, b in itertools.pairwise([*guided, steps]))  # type: ignore[no-any-return]
 
     chosen = choose_skips(cost, skips)
     assert len(chosen) == skips

@@ -130,7 +130,7 @@ def test_the_conventions_of_the_documentation() -> None:
 
 def test_the_second_training_seed_of_the_documentation() -> None:
     """The ranking of the rules, and calibrated reuse against fewer steps, on a model trained from another seed."""
-    from scipy.stats import spearmanr
+    from scipy.stats import spearmanr  # type: ignore[import-untyped]
 
     folder = ROOT / "docs" / "data"
     with (folder / "fidelity-second-seed.csv").open() as file:
@@ -181,7 +181,7 @@ def test_a_floor_works_for_every_setting(setting: tuple[str, int, float]) -> Non
     choice = budget_from_floor(TABLE, 0.95, [(steps, scale)], "digits", 32, solver)
     rule = choice.rules[steps]
     assert rule.ssim_low >= 0.95
-    assert choice.budget.eligible_steps == {steps: frozenset(rule.skipped_steps)}
+    assert choice.budget.eligible_steps == {steps: frozenset(rule.skipped_steps)}  # type: ignore[arg-type]
     cheaper = [
         r for r in TABLE.rows if (*r[:3],) == setting and r.mode != GUIDED and r.skipped_steps and r.rows < rule.rows
     ]

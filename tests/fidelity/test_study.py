@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -24,7 +27,7 @@ SMALL = StudySettings(
 
 
 @pytest.fixture(scope="module")
-def digits():
+def digits() -> Any:
     return load_model("digits")
 
 
@@ -68,7 +71,9 @@ def test_scores_follow_their_formulas() -> None:
     assert psnr_db_of(a, a).tolist() == [LARGEST_PSNR_DB] * 3
 
 
-def test_images_do_not_depend_on_the_batch_and_rules_run_their_modes(digits, monkeypatch) -> None:
+def test_images_do_not_depend_on_the_batch_and_rules_run_their_modes(
+    digits: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rule = spread(6, 3)
     whole = torch.cat([latents for latents, _ in Sampler(digits, 4.0, 5, Rows()).latents(rule, SUBJECTS)])
     parts = [latents for latents, _ in Sampler(digits, 4.0, 2, Rows()).latents(rule, SUBJECTS)]
@@ -81,7 +86,7 @@ def test_images_do_not_depend_on_the_batch_and_rules_run_their_modes(digits, mon
     assert torch.allclose(state.latent, whole[1:2], atol=1e-4)
 
 
-def test_rows_are_counted_by_image(digits) -> None:
+def test_rows_are_counted_by_image(digits: Any) -> None:
     rows = Rows()
     sampler = Sampler(digits, 4.0, 5, rows)
     ((_, taken),) = sampler.latents(spread(6, 3), SUBJECTS)
@@ -102,7 +107,7 @@ def test_a_scheduler_of_more_calls_than_steps_is_refused() -> None:
         list(sampler.latents(full(5), SUBJECTS))
 
 
-def test_calibration_measures_what_reusing_the_difference_does(digits) -> None:
+def test_calibration_measures_what_reusing_the_difference_does(digits: Any) -> None:
     """Against two full forwards per step: the error of a difference of two steps ago, in x0 and at the end."""
     steps, scale = 5, 3.0
     sampler = Sampler(digits, scale, 2, Rows())
@@ -128,7 +133,7 @@ def test_calibration_measures_what_reusing_the_difference_does(digits) -> None:
     assert (found.run_cost[:, 0] == 0).all()
 
 
-def test_a_study_is_complete_and_a_second_run_computes_nothing(digits, tmp_path) -> None:
+def test_a_study_is_complete_and_a_second_run_computes_nothing(digits: Any, tmp_path: Path) -> None:
     heard: list[str] = []
     first = Study(digits, SMALL, tmp_path, lambda what, share: heard.append(what)).run(HEAD)
     assert "full-5, guidance 4" in heard
@@ -160,7 +165,7 @@ def test_a_study_is_complete_and_a_second_run_computes_nothing(digits, tmp_path)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
-def test_an_interrupted_study_goes_on_and_a_torn_part_is_made_again(digits, tmp_path) -> None:
+def test_an_interrupted_study_goes_on_and_a_torn_part_is_made_again(digits: Any, tmp_path: Path) -> None:
     class Stop(Exception):
         pass
 
@@ -186,7 +191,7 @@ def test_an_interrupted_study_goes_on_and_a_torn_part_is_made_again(digits, tmp_
     assert (tmp_path / "a" / "fidelity.csv").read_text() == (tmp_path / "b" / "fidelity.csv").read_text()
 
 
-def test_other_settings_join_the_table_and_other_models_do_not(digits, tmp_path) -> None:
+def test_other_settings_join_the_table_and_other_models_do_not(digits: Any, tmp_path: Path) -> None:
     quiet = lambda what, share: None  # noqa: E731
     Study(digits, SMALL, tmp_path, quiet).run(HEAD)
     wide = StudySettings(**{name: getattr(SMALL, name) for name in SMALL.__slots__} | {"guidance_scales": (7.5,)})
@@ -198,7 +203,7 @@ def test_other_settings_join_the_table_and_other_models_do_not(digits, tmp_path)
         Study(other, SMALL, tmp_path, quiet).run(HEAD)
 
 
-def test_without_known_coefficients_calibrated_and_adaptive_rules_are_left_out(tmp_path) -> None:
+def test_without_known_coefficients_calibrated_and_adaptive_rules_are_left_out(tmp_path: Path) -> None:
     model = load_model("digits", scheduler="UniPCMultistepScheduler")
     settings = StudySettings(steps=(5,), guidance_scales=(4.0,), samples=4, batch=4, part="all")
     result = Study(model, settings, tmp_path, lambda what, share: None).run(HEAD)
@@ -209,7 +214,9 @@ def test_without_known_coefficients_calibrated_and_adaptive_rules_are_left_out(t
     assert {row.solver for row in result.table.rows} == {"UniPCMultistepScheduler"}
 
 
-def test_the_fewest_sufficient_steps_are_found_on_the_ladder(digits, tmp_path, monkeypatch) -> None:
+def test_the_fewest_sufficient_steps_are_found_on_the_ladder(
+    digits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("synerdiff.fidelity.study.LADDER", (2, 4, 6, 8))
     settings = StudySettings(
         guidance_scales=(4.0,), samples=4, search_samples=4, calibration_samples=2, batch=4, part="core"
@@ -225,13 +232,13 @@ def test_the_fewest_sufficient_steps_are_found_on_the_ladder(digits, tmp_path, m
         Study(digits, settings, tmp_path / "none", lambda what, share: None).run(HEAD)
 
 
-def test_the_ranking_of_rules_on_the_shipped_model(digits, tmp_path) -> None:
+def test_the_ranking_of_rules_on_the_shipped_model(digits: Any, tmp_path: Path) -> None:
     """Reusing the difference is closer than dropping it, late steps matter less than early ones, at equal rows."""
     sampler = Sampler(digits, 4.0, 8, Rows())
     subjects = [Subject(i, str(i)) for i in range(8)]
     sampler.reference(full(20), subjects, tmp_path / "reference.npy")
 
-    def ssim(rule) -> float:
+    def ssim(rule: Any) -> float:
         return float(sampler.judge(rule, subjects, tmp_path / "reference.npy").ssim.mean())
 
     dropped, reused = ssim(spread(20, 9, mode=CONDITIONAL)), ssim(spread(20, 9))

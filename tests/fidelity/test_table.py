@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,16 @@ from synerdiff.fidelity.table import Score, find_fidelity, read_fidelity, write_
 HEAD = {"model": "digits", "solver": "DDIMScheduler", "resolution": 32}
 
 
-def score(skipped=(1, 3), ssim=0.98, mode=REUSE, steps=6, scale=4.0, run_steps=None, half=0.005, **more) -> Score:
+def score(
+    skipped: Any = (1, 3),
+    ssim: float = 0.98,
+    mode: Any = REUSE,
+    steps: int = 6,
+    scale: float = 4.0,
+    run_steps: Any = None,
+    half: float = 0.005,
+    **more: Any,
+) -> Score:
     fields = {
         "solver": "DDIMScheduler",
         "steps": steps,

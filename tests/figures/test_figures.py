@@ -7,6 +7,7 @@ from itertools import product
 from math import sqrt
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -34,7 +35,7 @@ from synerdiff.profile.tables import Spread
 S = 1_000_000_000
 
 
-def run(policy: str, load: float, seed: int, **changes: object) -> dict:
+def run(policy: str, load: float, seed: int, **changes: object) -> dict[str, Any]:
     row = {
         "profile": "gpu-a", "estimated": True, "policy": policy, "load": load, "seed": seed,
         "request_latency_mean_s": 2.0 * seed, "request_latency_p99_s": 5.0 * seed, "request_throughput": load,
@@ -173,8 +174,8 @@ def test_latency_curves_are_geometric_means_with_hollow_saturated_points(runs: p
     mean, _, lone, _ = figure.axes
     assert mean.get_yscale() == "log"
     curve = mean.lines[0]
-    assert list(curve.get_xdata()) == [0.5, 1.0]
-    assert list(curve.get_ydata()) == pytest.approx([2 * sqrt(2)] * 2)
+    assert list(curve.get_xdata()) == [0.5, 1.0]  # type: ignore[arg-type]
+    assert list(curve.get_ydata()) == pytest.approx([2 * sqrt(2)] * 2)  # type: ignore[arg-type]
     below, above = mean.lines[1], mean.lines[2]
     assert below.get_markerfacecolor() == POLICY_STYLES["static"].color
     assert above.get_markerfacecolor() == "white"
@@ -200,7 +201,7 @@ def test_the_evidence_is_paired_by_seed(runs: pd.DataFrame) -> None:
     assert ratios["policy"].tolist() == ["load-skip", "load-skip"]
     assert ratios[["ratio", "low", "high"]].to_numpy() == pytest.approx(0.8)
     change = latency_against_load(runs, baseline="static").axes[1]
-    assert [list(line.get_ydata()) for line in change.lines[:2]] == [pytest.approx([0.8, 0.8]), pytest.approx([0.8])]
+    assert [list(line.get_ydata()) for line in change.lines[:2]] == [pytest.approx([0.8, 0.8]), pytest.approx([0.8])]  # type: ignore[arg-type]
 
 
 def test_only_seeds_that_both_ran_are_paired(runs: pd.DataFrame) -> None:
@@ -214,10 +215,10 @@ def test_a_map_is_centred_on_one_and_draws_ties_as_ties() -> None:
     """Its colours do not follow the worst loss."""
     figure = gain_map(gains(), policy="auto", title="Gains")
     image = figure.axes[0].images[0]
-    assert image.norm.vmin == -image.norm.vmax
+    assert image.norm.vmin == -image.norm.vmax  # type: ignore[operator]
     worse = gain_map(gains(gain=0.01, low=0.009, high=0.02), policy="auto", title="Gains")
     assert worse.axes[0].images[0].norm.vmax == image.norm.vmax
-    assert [patch.get_x() for patch in figure.axes[0].patches] == [1.5, 1.5], "contention 2, both rows"
+    assert [patch.get_x() for patch in figure.axes[0].patches] == [1.5, 1.5], "contention 2, both rows"  # type: ignore[attr-defined]
     assert all(patch.get_hatch() for patch in figure.axes[0].patches)
 
 
@@ -247,7 +248,7 @@ def test_skip_fractions_stand_beside_latencies(runs: pd.DataFrame) -> None:
 
 def test_stage_bars_add_up(runs: pd.DataFrame) -> None:
     figure = where_the_time_goes(runs, (0.5,))
-    widths = [patch.get_width() for patch in figure.axes[0].patches]
+    widths = [patch.get_width() for patch in figure.axes[0].patches]  # type: ignore[attr-defined]
     assert widths == [0.5, 1.0, 0.25, 0.25] * 2
     assert "2 s" in words(figure)
     assert "not run" in words(figure), "gpu-b has no load-skip"
@@ -256,7 +257,7 @@ def test_stage_bars_add_up(runs: pd.DataFrame) -> None:
 def test_lane_chart_draws_what_overlaps_the_window(work: pd.DataFrame) -> None:
     figure = lane_chart({"static": work}, (0, 4), estimated=False)
     axis = figure.axes[0]
-    assert [(bar.get_x(), bar.get_width()) for bar in axis.patches] == [(0, 1), (1, 1), (2, 1)]
+    assert [(bar.get_x(), bar.get_width()) for bar in axis.patches] == [(0, 1), (1, 1), (2, 1)]  # type: ignore[attr-defined]
     assert axis.patches[1].get_hatch()
     assert [label.get_text() for label in axis.get_yticklabels()] == ["GPU 0 denoise", "GPU 0 decode0"]
     for said in ("3", "5\n+2p\n1c\n1r", "exclusive", "forced"):
@@ -271,8 +272,8 @@ def test_step_labels() -> None:
 def test_backlog_draws_every_policy(requests: pd.DataFrame) -> None:
     figure = backlog_over_time({"static": requests, "auto": requests.iloc[:1]}, estimated=False)
     first, second = figure.axes[1].lines
-    assert list(first.get_ydata()) == [1, 2, 1, 0]
-    assert list(second.get_ydata()) == [1, 0]
+    assert list(first.get_ydata()) == [1, 2, 1, 0]  # type: ignore[arg-type]
+    assert list(second.get_ydata()) == [1, 0]  # type: ignore[arg-type]
     assert "Peaks: static 2, auto 1." in words(figure)
 
 
@@ -301,15 +302,15 @@ def test_profile_picture_shows_held_out_points_and_gaps() -> None:
     profile.held_out_steps = {5: Spread(15_000_000, 15_000_000, 15_000_000, 9)}
     figure = profile_picture(profile)
     steps, _, s_u, s_v, gain = figure.axes[:5]
-    assert list(steps.lines[-1].get_ydata()) == [15.0]
+    assert list(steps.lines[-1].get_ydata()) == [15.0]  # type: ignore[arg-type]
     assert "held out" in words(figure)
     shown = gain.images[0].get_array()
-    assert shown.shape == (6, 13)
-    assert bool(shown.mask[5, 0])
+    assert shown.shape == (6, 13)  # type: ignore[union-attr]
+    assert bool(shown.mask[5, 0])  # type: ignore[union-attr]
     step, chunk = profile.slowdown_ppm(1, "whole", 0)
-    assert 2 ** float(shown[0, 0]) == pytest.approx(1e6 / step + 1e6 / chunk)
-    assert 2 ** float(s_u.images[0].get_array()[0, 0]) == pytest.approx(step / 1e6)
-    assert 2 ** float(s_v.images[0].get_array()[0, 0]) == pytest.approx(chunk / 1e6)
+    assert 2 ** float(shown[0, 0]) == pytest.approx(1e6 / step + 1e6 / chunk)  # type: ignore[index]
+    assert 2 ** float(s_u.images[0].get_array()[0, 0]) == pytest.approx(step / 1e6)  # type: ignore[index]
+    assert 2 ** float(s_v.images[0].get_array()[0, 0]) == pytest.approx(chunk / 1e6)  # type: ignore[index]
 
 
 def test_profile_without_co_run_times() -> None:

@@ -2,6 +2,8 @@
 
 import json
 from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,16 +27,16 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this machi
 
 
 @pytest.fixture(autouse=True)
-def few_samples(monkeypatch):
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "QUICK", FEW)
 
 
-def settings(rows="1,2,4", **other):
+def settings(rows: str = "1,2,4", **other: Any) -> Any:
     return make_settings("digits", "cpu", rows=rows, quick=True, **other)
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("profiles") / "small"
     seen = []
     with pytest.MonkeyPatch.context() as patch:
@@ -43,7 +45,7 @@ def measured(tmp_path_factory):
     return folder, profile, seen
 
 
-def test_tables_are_complete_and_read_back(measured):
+def test_tables_are_complete_and_read_back(measured: Any) -> None:
     folder, profile, seen = measured
     assert profile.provenance == "measured"
     assert profile.row_buckets == tuple(profile.steps) == (1, 2, 4)
@@ -66,7 +68,7 @@ def test_tables_are_complete_and_read_back(measured):
     assert load_profile(folder).content_hash == profile.content_hash
 
 
-def test_provenance_says_what_was_measured_and_how_well(measured):
+def test_provenance_says_what_was_measured_and_how_well(measured: Any) -> None:
     _, profile, _ = measured
     head, info = profile.head, profile.head.notes
     assert (head.model, head.size, head.dtype, info["quick"]) == ("digits", (32, 32), "float32", True)
@@ -88,11 +90,11 @@ def test_provenance_says_what_was_measured_and_how_well(measured):
     assert info["unguided_step"]["rows"] == 4
 
 
-def test_cuts_make_the_longest_chunk_as_short_as_the_measured_atoms_allow(measured):
+def test_cuts_make_the_longest_chunk_as_short_as_the_measured_atoms_allow(measured: Any) -> None:
     _, profile, _ = measured
     times = list(profile.head.notes["atoms_ns"].values())
 
-    def longest(cuts):
+    def longest(cuts: Any) -> Any:
         return max(sum(times[a:b]) for a, b in pairwise((0, *cuts, len(times))))
 
     best = min(longest(cuts) for cuts in combinations(range(1, len(times)), 3))
@@ -100,14 +102,14 @@ def test_cuts_make_the_longest_chunk_as_short_as_the_measured_atoms_allow(measur
     assert profile.head.cuts["whole"] == ()
 
 
-def test_the_step_that_is_measured_is_the_models_own_step():
+def test_the_step_that_is_measured_is_the_models_own_step() -> None:
     from profiler.pieces import SAMPLE_STEPS, StepPiece
 
     model = load_model("digits")
     model.row_buckets = (4, 8)
     seen = []
     denoise = model.denoise
-    model.denoise = lambda inputs: seen.append(inputs.latents.shape[0]) or denoise(inputs)
+    model.denoise = lambda inputs: seen.append(inputs.latents.shape[0]) or denoise(inputs)  # type: ignore[func-returns-value]
     piece = StepPiece(model, 5)
     assert piece.again()() == 8, "5 rows are padded to the bucket"
     states = piece._states
@@ -123,11 +125,11 @@ class Stop(Exception):
     pass
 
 
-def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "p"
 
-    def stop_at(point):
-        def stop(*progress):
+    def stop_at(point: Any) -> Any:
+        def stop(*progress: Any) -> None:
             if progress[0] == point:
                 raise Stop
 
@@ -171,7 +173,7 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypat
         measure_profile(settings("1,2"), folder)
 
 
-def test_the_command_measures_reports_and_draws(tmp_path, capsys):
+def test_the_command_measures_reports_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "p"
     assert main(["profile", "--model", "digits", "--rows", "1,2", "--quick", "--out", str(folder)]) == 0
     printed = capsys.readouterr()
@@ -184,8 +186,10 @@ def test_the_command_measures_reports_and_draws(tmp_path, capsys):
     assert load_profile(folder).head.notes["command"].endswith(f"--out {folder}")
 
 
-def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
-    def stop(*_):
+def test_ctrl_c_keeps_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(measuring, "measure_corun", stop)
@@ -206,7 +210,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, capsys, monkeypatch):
         (["--model", "digits", "--resolution", "33"], "multiples of 8 pixels, not 33x33"),
     ],
 )
-def test_messages(tmp_path, capsys, options, message):
+def test_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
     assert main(["profile", *options, "--out", str(tmp_path / "p")]) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -214,19 +218,19 @@ def test_messages(tmp_path, capsys, options, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU")
-def test_a_gpu_that_is_not_there(tmp_path, capsys):
+def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["profile", "--model", "digits", "--device", "cuda", "--out", str(tmp_path / "p")]) == 2
     assert "no usable CUDA GPU" in capsys.readouterr().err
 
 
-def test_a_folder_with_other_things_in_it(tmp_path, capsys):
+def test_a_folder_with_other_things_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert main(["profile", "--model", "digits", "--out", str(tmp_path)]) == 2
     assert "holds thesis.txt, which 'profile' did not write" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-def test_the_profile_that_ships_is_complete_and_was_measured_by_the_command_that_it_names():
+def test_the_profile_that_ships_is_complete_and_was_measured_by_the_command_that_it_names() -> None:
     profile = load_profile(find_profile("digits-cpu"))
     assert not profile.estimated
     command = "synerdiff profile --model digits --device cpu --out profiler/profiles/digits-cpu"
@@ -244,7 +248,7 @@ def test_the_profile_that_ships_is_complete_and_was_measured_by_the_command_that
 
 @pytest.mark.gpu
 @needs_gpu
-def test_a_gpu_is_measured_with_its_clocks(tmp_path):
+def test_a_gpu_is_measured_with_its_clocks(tmp_path: Path) -> None:
     profile = measure_profile(make_settings("digits", "cuda", rows="1,2,4", quick=True), tmp_path / "p")
     assert profile.head.execution == "CUDA graphs"
     assert profile.head.clocks["looks"] > 0

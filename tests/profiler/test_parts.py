@@ -2,6 +2,8 @@
 
 import json
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,11 +19,11 @@ from synerdiff.device import open_device
 from synerdiff.profile.tables import Corun, Profile, Spread
 
 
-def spread(value, n=10):
+def spread(value: Any, n: int = 10) -> Any:
     return Spread(value, value, value, n)
 
 
-def test_a_point_is_done_when_its_median_is_known_well_enough():
+def test_a_point_is_done_when_its_median_is_known_well_enough() -> None:
     rule = Rule(least=10, most=50, width=0.01, cap_s=4.0)
     assert not rule.enough([100] * 9, 1.0)
     assert rule.enough([100] * 10, 0.0)
@@ -35,21 +37,21 @@ def test_a_point_is_done_when_its_median_is_known_well_enough():
     assert not rule.enough([90, 110], 1000.0)
 
 
-def test_spread_is_the_median_with_the_tenth_and_ninetieth_percentile():
+def test_spread_is_the_median_with_the_tenth_and_ninetieth_percentile() -> None:
     assert spread_of(range(100, 0, -1)) == Spread(50, 11, 90, 100)
     assert spread_of([7]) == Spread(7, 7, 7, 1)
 
 
-def test_warming_up_ends_when_two_medians_agree():
+def test_warming_up_ends_when_two_medians_agree() -> None:
     times = iter([100, 100, 100, 50, 50, 50, 49, 50, 51, 1, 1, 1])
     warm_up(lambda count: [next(times) for _ in range(count)], cap_s=60)
     assert next(times) == 1, "9 runs were needed"
     calls = []
-    warm_up(lambda count: calls.append(count) or [2 ** len(calls)] * count, cap_s=60)
+    warm_up(lambda count: calls.append(count) or [2 ** len(calls)] * count, cap_s=60)  # type: ignore[func-returns-value]
     assert len(calls) == 11, "it gives up on what never settles"
 
 
-def test_only_pieces_wholly_inside_the_partners_active_time_count():
+def test_only_pieces_wholly_inside_the_partners_active_time_count() -> None:
     partner = [(100, 200), (210, 300), (5_000_000, 6_000_000)]
     assert active_times(partner) == [(100, 300), (5_000_000, 6_000_000)]
     before, inside, across_the_gap, second = (90, 150), (100, 300), (250, 5_500_000), (5_000_001, 5_900_000)
@@ -57,15 +59,15 @@ def test_only_pieces_wholly_inside_the_partners_active_time_count():
 
 
 class Sleep:
-    def __init__(self, seconds):
+    def __init__(self, seconds: Any) -> None:
         self.seconds, self.runs = seconds, 0
 
-    def again(self):
+    def again(self) -> Any:
         self.runs += 1
         return lambda: time.sleep(self.seconds)
 
 
-def test_two_sides_replay_at_the_same_time_and_alone():
+def test_two_sides_replay_at_the_same_time_and_alone() -> None:
     slow, quick = Sleep(0.02), Sleep(0.001)
     with open_device("cpu") as device:
         denoise, decode = Side(device.lane("denoise"), slow), Side(device.lane("decode0"), quick)
@@ -79,7 +81,7 @@ def test_two_sides_replay_at_the_same_time_and_alone():
     assert quick.runs >= 20, "the queue of the quick side is never empty"
 
 
-def test_pieces_in_turn_are_told_apart():
+def test_pieces_in_turn_are_told_apart() -> None:
     with open_device("cpu") as device:
         lane = device.lane("decode0")
         short, long = in_turn([Side(lane, Sleep(0.0001)), Side(lane, Sleep(0.01))], 2)
@@ -87,16 +89,16 @@ def test_pieces_in_turn_are_told_apart():
     assert max(short) < min(long)
 
 
-def test_what_a_piece_raises_reaches_the_caller():
+def test_what_a_piece_raises_reaches_the_caller() -> None:
     class Broken:
-        def again(self):
+        def again(self) -> Any:
             return lambda: 1 / 0
 
     with open_device("cpu") as device, pytest.raises(ZeroDivisionError):
         alone(Side(device.lane("denoise"), Broken()), 1)
 
 
-def test_points_follow_from_the_rows():
+def test_points_follow_from_the_rows() -> None:
     full = make_settings("digits", "cpu")
     assert full.corun_rows == (1, 2, 4, 8, 16, 32)
     assert full.held_out_corun_rows == (3, 6, 12, 24)
@@ -124,12 +126,12 @@ def test_points_follow_from_the_rows():
         ({"resolution": "0"}, "HEIGHTxWIDTH"),
     ],
 )
-def test_options_that_make_no_sense(option, problem):
+def test_options_that_make_no_sense(option: dict[str, Any], problem: str) -> None:
     with pytest.raises(InputError, match=problem):
         make_settings("digits", "cpu", **option)
 
 
-def test_the_command_line_gives_the_same_settings():
+def test_the_command_line_gives_the_same_settings() -> None:
     settings = make_settings("sdxl", "cuda:1", "float16", "768x512", "1,2,4", True)
     assert command_line(settings, "x") == (
         "synerdiff profile --model sdxl --device cuda:1 --dtype float16 --resolution 768x512 --rows 1,2,4 --quick "
@@ -138,7 +140,7 @@ def test_the_command_line_gives_the_same_settings():
     assert command_line(make_settings("digits", "cpu"), "x") == "synerdiff profile --model digits --device cpu --out x"
 
 
-def test_results_are_kept_and_only_continued_under_the_same_conditions(tmp_path):
+def test_results_are_kept_and_only_continued_under_the_same_conditions(tmp_path: Path) -> None:
     first = Partial(tmp_path, {"model": "digits", "rows": [1, 2]})
     assert first.tables == {}
     first.table("steps")["1"] = [5, 4, 6, 10]
@@ -155,7 +157,7 @@ def test_results_are_kept_and_only_continued_under_the_same_conditions(tmp_path)
         Partial(tmp_path, {})
 
 
-def test_folders_that_must_not_be_written(tmp_path):
+def test_folders_that_must_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     with pytest.raises(InputError, match="holds a\\.txt, which 'profile' did not write"):
@@ -171,7 +173,7 @@ def test_folders_that_must_not_be_written(tmp_path):
     assert (tmp_path / "new").is_dir()
 
 
-def test_the_plan_follows_from_settings_and_atoms():
+def test_the_plan_follows_from_settings_and_atoms() -> None:
     plan = Plan(make_settings("digits", "cpu"), [5, 1, 1, 1, 1, 1, 1, 9])
     assert {cut.name: len(cut) for cut in plan.chunkings} == {"whole": 1, "c4": 4, "c8": 8}
     assert plan.longest == {"whole": 0, "c4": 3, "c8": 7}
@@ -188,7 +190,7 @@ def test_the_plan_follows_from_settings_and_atoms():
     assert [few.round_due(done, 10) for done in range(10)] == list(range(1, 11))
 
 
-def made_profile():
+def made_profile() -> Any:
     """Two chunks of 1 and 3 that slow the step by 2 and 1.25 and are slowed by 1.5 and 2; whole: 2 and 2."""
     cells = {("whole", 0): (2.0, 2.0), ("c2", 0): (2.0, 1.5), ("c2", 1): (1.25, 2.0)}
     corun = {
@@ -208,14 +210,14 @@ def made_profile():
     )
 
 
-def test_a_decode_in_chunks_slows_by_what_its_chunks_do():
+def test_a_decode_in_chunks_slows_by_what_its_chunks_do() -> None:
     profile = made_profile()
     # 1.5 + 6 of time for 4 of work; the step progresses by 0.75 + 4.8 meanwhile.
     assert decode_slowdowns(profile, "c2", 1) == pytest.approx((7.5 / 5.55, 7.5 / 4))
     assert decode_slowdowns(profile, "whole", 4) == pytest.approx((2, 2))
 
 
-def test_findings_state_overlap_kappa_and_the_lookups_error():
+def test_findings_state_overlap_kappa_and_the_lookups_error() -> None:
     found = findings(made_profile(), (1, 4))
     assert found["overlap"]["whole"] == {1: 1.0, 4: 1.0}
     assert found["overlap"]["c2"][1] == pytest.approx(5.55 / 7.5 + 4 / 7.5, abs=1e-4)
@@ -228,5 +230,5 @@ def test_findings_state_overlap_kappa_and_the_lookups_error():
     assert found["dispersion"]["chunk_slowdown"] == 0
 
 
-def test_throttle_reasons_are_named_and_counted():
+def test_throttle_reasons_are_named_and_counted() -> None:
     assert throttle_counts([0, 0x1, 0x4, 0x4 | 0x40]) == {"software power cap": 2, "hardware thermal slowdown": 1}

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +41,7 @@ controlnet_services:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("world")
     write_profile(root / "p", digits_profile())
     make_world(root, load_model("digits"))
@@ -50,7 +52,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def world(folder, monkeypatch):
+def world(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(folder)
     return folder
 
@@ -59,7 +61,7 @@ def words(*more: str, out: str = "out", trace: str = "t.csv") -> list[str]:
     return ["run", "--profile", "p", "--trace", trace, "--policy", "dynamic", "--out", out, *more]
 
 
-def test_a_run_without_a_cluster_does_all_itself(world):
+def test_a_run_without_a_cluster_does_all_itself(world: Any) -> None:
     from PIL import Image
 
     assert cli.main(words(*FOLDERS, "--images", "made", "--timeline", out="own")) == 0
@@ -70,10 +72,10 @@ def test_a_run_without_a_cluster_does_all_itself(world):
     names = {event["name"] for event in json.loads((world / "own" / "timeline.json").read_text())["traceEvents"]}
     assert {"merge of a LoRA", "restore of weights", "load", "ControlNet of 2 rows"} <= names
     with Image.open(world / "made" / "0.0.png") as image:
-        assert (image.text["loras"], image.text["controlnets"]) == ("ink@0.5", "edges@0.8")
+        assert (image.text["loras"], image.text["controlnets"]) == ("ink@0.5", "edges@0.8")  # type: ignore[attr-defined]
 
 
-def test_ctrl_c_ends_the_run_and_all_its_processes(world):
+def test_ctrl_c_ends_the_run_and_all_its_processes(world: Any) -> None:
     rows = "".join(f"{0.2 * i},40,1,4.0,{i % 20},ink,edges\n" for i in range(2000))
     (world / "long.csv").write_text(HEADER + rows)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -89,7 +91,7 @@ def test_ctrl_c_ends_the_run_and_all_its_processes(world):
         assert len(beside) == 2
         os.killpg(running.pid, signal.SIGINT)
         assert running.wait(60) == 130
-        message = running.stderr.read().decode()
+        message = running.stderr.read().decode()  # type: ignore[union-attr]
     assert "Stopping: what runs is finished first" in message
     assert "Traceback" not in message
     assert not any(Path(f"/proc/{pid}").exists() for pid in beside)
@@ -103,7 +105,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in text.split()]
 
 
-def test_torchrun_starts_the_same_processes(world):
+def test_torchrun_starts_the_same_processes(world: Any) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [*launcher, "-m", "synerdiff.cli", *words("--cluster", "loaded.yaml", *FOLDERS, out="torchrun")]
@@ -122,7 +124,7 @@ def test_torchrun_starts_the_same_processes(world):
         (["--cluster", "two.yaml"], "the cluster has 2 workers; a run on hardware has one."),
     ],
 )
-def test_bad_input_is_one_sentence(world, capsys, more, sentence):
+def test_bad_input_is_one_sentence(world: Any, capsys: pytest.CaptureFixture[str], more: Any, sentence: str) -> None:
     (world / "slow.yaml").write_text("workers:\n  - {denoise_gpu: 0}\nlink: {gb_per_s: 1}\n")
     (world / "two.yaml").write_text("workers:\n  - {denoise_gpu: 0}\n  - {denoise_gpu: 1}\n")
     assert cli.main(words(*more, out="bad")) == 2
@@ -132,19 +134,21 @@ def test_bad_input_is_one_sentence(world, capsys, more, sentence):
 
 
 @contextmanager
-def alone(settings, bench):
+def alone(settings: Any, bench: Any) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as name:
         net = random_controlnet("random", bench.model)
         net.net.save_pretrained(str(Path(name) / net.name))
         yield Session(bench, Path(name), net, None)
 
 
-def test_profile_adapters_writes_every_quantity(world, capsys, monkeypatch):
+def test_profile_adapters_writes_every_quantity(
+    world: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     profile = digits_profile()
     profile.row_buckets = (1, 2)
     profile.steps = {rows: spread for rows, spread in profile.steps.items() if rows <= 2}
     for cells in profile.corun.values():
-        cells.update({2: cells.pop(32)})
+        cells.update({2: cells.pop(32)})  # type: ignore[attr-defined]
     write_profile(world / "small", profile)
     assert cli.main(["profile", "--model", "digits", "--out", "small", "--adapters", "--quick"]) == 0
     assert "adapters.csv" in capsys.readouterr().out

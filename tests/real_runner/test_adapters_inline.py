@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,17 +28,19 @@ ONE = {"workers": [{"denoise_gpu": 0}]}
 
 
 @pytest.fixture(scope="module")
-def hardware():
+def hardware() -> Iterator[Any]:
     with digits_hardware() as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def folders(hardware, tmp_path_factory):
+def folders(hardware: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make_world(tmp_path_factory.mktemp("adapters"), hardware.model)
 
 
-def run(hardware, folders, requests, policy="dynamic", described=ONE, batch=8):
+def run(
+    hardware: Any, folders: Any, requests: Any, policy: str = "dynamic", described: Any = ONE, batch: int = 8
+) -> Any:
     made = {}
     with open_serving(hardware, cluster_of(described), requests, folders) as serving:
         found = run_real(
@@ -50,11 +55,11 @@ def run(hardware, folders, requests, policy="dynamic", described=ONE, batch=8):
     return found, made
 
 
-def request(number, ms=0.0, steps=4, guidance=4.0, **more):
+def request(number: Any, ms: float = 0.0, steps: int = 4, guidance: float = 4.0, **more: Any) -> Any:
     return Request(number, round(ms * 1e6), steps, guidance_scale=guidance, seed=number, **more)
 
 
-def test_images_have_their_loras_and_controlnets_and_weights_come_back(hardware, folders):
+def test_images_have_their_loras_and_controlnets_and_weights_come_back(hardware: Any, folders: Any) -> None:
     requests = [
         request(0, loras=loras_from(("ink@0.8",))),
         request(1, loras=loras_from(("chalk", "ink@0.5")), controlnets=controlnets_from(("edges",))),
@@ -78,7 +83,7 @@ def test_images_have_their_loras_and_controlnets_and_weights_come_back(hardware,
                 assert float((latent - plain[image]).abs().max()) > 0.05, "the adapters can be seen"
 
 
-def test_records_show_what_stands_before_a_step(hardware, folders):
+def test_records_show_what_stands_before_a_step(hardware: Any, folders: Any) -> None:
     requests = [
         request(0, loras=loras_from(("ink",))),
         request(1, loras=loras_from(("chalk", "ink@0.5"))),
@@ -99,7 +104,7 @@ def test_records_show_what_stands_before_a_step(hardware, folders):
     assert all(end <= start for (_, end), (start, _) in pairwise(spans)), "one thing at a time"
 
 
-def test_samples_with_other_loras_never_share_a_step(hardware, folders):
+def test_samples_with_other_loras_never_share_a_step(hardware: Any, folders: Any) -> None:
     requests = [
         request(i, loras=loras_from(loras)) for i, loras in enumerate([("ink",), ("ink@0.5",), (), ("ink",), ()])
     ]
@@ -126,7 +131,9 @@ def test_samples_with_other_loras_never_share_a_step(hardware, folders):
         ),
     ],
 )
-def test_an_adapter_that_cannot_be_had_fails_its_request_alone(hardware, folders, more, words):
+def test_an_adapter_that_cannot_be_had_fails_its_request_alone(
+    hardware: Any, folders: Any, more: dict[str, Any], words: Any
+) -> None:
     before = weights_of(hardware.model)
     found, made = run(hardware, folders, [request(0), request(1, **more), request(2, 1, loras=loras_from(("chalk",)))])
     assert [record.status for record in found.result.requests] == ["done", "failed", "done"]
@@ -141,17 +148,19 @@ def test_an_adapter_that_cannot_be_had_fails_its_request_alone(hardware, folders
     ("storage", "reads", "copies"),
     [({}, 3, 3), ({"host_cache_mib": 100}, 1, 3), ({"device_cache_mib": 100}, 1, 1), ({"host_cache_mib": 0.01}, 3, 3)],
 )
-def test_cached_files_are_not_read_again(hardware, folders, storage, reads, copies):
+def test_cached_files_are_not_read_again(
+    hardware: Any, folders: Any, storage: dict[Any, Any] | dict[str, Any], reads: int, copies: int
+) -> None:
     described = cluster_of({**ONE, "loras": storage})
     requests = [request(0, steps=1, loras=loras_from(("ink",)))]
     with open_serving(hardware, described, requests, folders) as serving:
         for _ in range(3):
             run_real(requests, build_policy("dynamic"), digits_profile(), hardware, serving=serving)
-        assert (serving.parts.loras.reads, serving.parts.loras.copies) == (reads, copies)
+        assert (serving.parts.loras.reads, serving.parts.loras.copies) == (reads, copies)  # type: ignore[union-attr]
 
 
-def test_what_cannot_be_served_is_refused_before_the_start(hardware, folders):
-    def refused(match, asked, where=folders, described=ONE):
+def test_what_cannot_be_served_is_refused_before_the_start(hardware: Any, folders: Any) -> None:
+    def refused(match: Any, asked: Any, where: Any = folders, described: Any = ONE) -> None:
         with pytest.raises(InputError, match=match):
             run(hardware, where, [asked], described=described)
 
@@ -177,22 +186,29 @@ def test_what_cannot_be_served_is_refused_before_the_start(hardware, folders):
 class SlowSource:
     """Files that come when it is too late."""
 
-    def __init__(self):
-        self.asked, self.let_go = [], threading.Event()
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.let_go = threading.Event()
 
-    def read(self, file):
+    def read(self, file: Any) -> None:
         self.asked.append(file)
         self.let_go.wait(30)
         raise SourceLost("it was too slow anyway")
 
 
-def test_a_lora_that_does_not_come_fails_its_request_at_the_bound(hardware, folders):
+def test_a_lora_that_does_not_come_fails_its_request_at_the_bound(hardware: Any, folders: Any) -> None:
     source = SlowSource()
     requests = [request(0, steps=4, loras=loras_from(("ink",))), request(1, steps=2)]
     with open_serving(hardware, cluster_of(ONE), requests, folders, timeout_s=0.3) as serving:
         parts = serving.parts
         parts.loras = LoraStore(
-            LoraStorage(), [source], torch.device("cpu"), 0, parts.clock, parts.ledger, background=True
+            LoraStorage(),
+            [source],  # type: ignore[list-item]
+            torch.device("cpu"),
+            0,
+            parts.clock,
+            parts.ledger,
+            background=True,
         )
         serving.asynchronous, serving.bound_steps = True, 2
         found = run_real(requests, build_policy("static"), digits_profile(), hardware, serving=serving)
@@ -203,13 +219,15 @@ def test_a_lora_that_does_not_come_fails_its_request_at_the_bound(hardware, fold
     assert [fault.detail for fault in found.faults] == ["its LoRA ink.safetensors has not been loaded after 0.3 s"]
 
 
-def test_a_controlnet_whose_channels_are_unknown_fails_its_request(hardware, folders, tmp_path):
+def test_a_controlnet_whose_channels_are_unknown_fails_its_request(hardware: Any, folders: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"its config\.json does not say how many conditioning_channels it reads"):
         image_channels(tmp_path)
     assert image_channels(folders.controlnets / "edges").channels == 1
 
 
-def test_torchrun_must_start_as_many_processes_as_there_are_roles(hardware, folders, monkeypatch):
+def test_torchrun_must_start_as_many_processes_as_there_are_roles(
+    hardware: Any, folders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("WORLD_SIZE", "3")
     described = {**ONE, "strategies": {"loras": "asynchronous"}}

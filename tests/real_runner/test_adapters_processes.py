@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ HALVES = {
 }
 
 
-def request(number, ms=0.0, steps=3, guidance=4.0, **more):
+def request(number: Any, ms: float = 0.0, steps: int = 3, guidance: float = 4.0, **more: Any) -> Any:
     return Request(number, round(ms * 1e6), steps, guidance_scale=guidance, seed=number, **more)
 
 
@@ -44,32 +46,32 @@ MIXED = [
 
 
 @pytest.fixture(scope="module")
-def hardware():
+def hardware() -> Iterator[Any]:
     with digits_hardware() as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def folders(hardware, tmp_path_factory):
+def folders(hardware: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make_world(tmp_path_factory.mktemp("adapters"), hardware.model)
 
 
 @pytest.fixture(scope="module")
-def services(hardware, folders):
+def services(hardware: Any, folders: Any) -> Iterator[Any]:
     with open_serving(hardware, cluster_of(SERVICES), MIXED, folders, timeout_s=60) as serving:
         yield serving
 
 
 @pytest.fixture(scope="module")
-def halves(hardware, folders):
+def halves(hardware: Any, folders: Any) -> Iterator[Any]:
     with open_serving(hardware, cluster_of(HALVES), MIXED, folders, timeout_s=60) as serving:
         yield serving
 
 
-def run(hardware, serving, requests, batch=1, on_done=None):
+def run(hardware: Any, serving: Any, requests: Any, batch: int = 1, on_done: Any = None) -> Any:
     made = {}
 
-    def on_image(sample, state, picture):
+    def on_image(sample: Any, state: Any, picture: Any) -> None:
         made[sample.request.request_id] = state.latent
         if on_done is not None:
             on_done(sample.request.request_id)
@@ -80,12 +82,12 @@ def run(hardware, serving, requests, batch=1, on_done=None):
     return found, made
 
 
-def statuses(found):
+def statuses(found: Any) -> list[Any]:
     return [record.status for record in found.result.requests]
 
 
 @pytest.fixture(scope="module")
-def inline(hardware, folders):
+def inline(hardware: Any, folders: Any) -> Any:
     """What one process makes of the mixed requests, one at a time."""
     with open_serving(hardware, cluster_of(ONE), MIXED, folders) as serving:
         found, made = run(hardware, serving, MIXED)
@@ -93,7 +95,9 @@ def inline(hardware, folders):
     return made
 
 
-def test_a_service_makes_the_same_image_as_the_workers_own_controlnet(hardware, services, inline):
+def test_a_service_makes_the_same_image_as_the_workers_own_controlnet(
+    hardware: Any, services: Any, inline: Any
+) -> None:
     found, made = run(hardware, services, MIXED)
     assert statuses(found) == ["done"] * len(MIXED)
     assert found.faults == []
@@ -101,7 +105,7 @@ def test_a_service_makes_the_same_image_as_the_workers_own_controlnet(hardware, 
     calls = [w for w in found.result.work if w.lane == "controlnet" and w.kind == "controlnet"]
     assert {w.gpu for w in calls} == {2, 3}, "two ControlNets of a step run on two replicas"
     assert [w.rows for w in calls] == [2] * 9 + [1] * 3
-    steps = {w.samples: [] for w in found.result.work if w.kind == "step"}
+    steps: dict[Any, list[Any]] = {w.samples: [] for w in found.result.work if w.kind == "step"}
     for w in found.result.work:
         if w.kind == "step":
             steps[w.samples].append((w.start_ns, w.end_ns))
@@ -112,14 +116,14 @@ def test_a_service_makes_the_same_image_as_the_workers_own_controlnet(hardware, 
     assert {w.gpu for w in loads} == {3}
 
 
-def test_batches_at_a_service_are_the_same_within_rounding(hardware, services, folders):
+def test_batches_at_a_service_are_the_same_within_rounding(hardware: Any, services: Any, folders: Any) -> None:
     requests = [request(i, controlnets=controlnets_from([BOTH[i % 2]]), steps=2 + i % 3) for i in range(6)]
     _, made = run(hardware, services, requests, batch=4)
     for asked in requests:
         assert float((made[asked.request_id] - made_alone(hardware.model, folders, asked)).abs().max()) < 2e-4
 
 
-def test_two_processes_guide_as_one_does(hardware, halves, inline):
+def test_two_processes_guide_as_one_does(hardware: Any, halves: Any, inline: Any) -> None:
     before = weights_of(hardware.model)
     found, made = run(hardware, halves, MIXED)
     assert statuses(found) == ["done"] * len(MIXED)
@@ -137,7 +141,9 @@ def test_two_processes_guide_as_one_does(hardware, halves, inline):
     assert kinds(found.result, "loader") == [("loader", "load")] * 4
 
 
-def test_loading_beside_the_first_steps_with_bound_0_is_loading_before_them(hardware, folders, inline):
+def test_loading_beside_the_first_steps_with_bound_0_is_loading_before_them(
+    hardware: Any, folders: Any, inline: Any
+) -> None:
     described = {**ONE, "strategies": {"loras": "asynchronous", "lora_bound_steps": 0}, "loras": {"loaders": 2}}
     with open_serving(hardware, cluster_of(described), MIXED, folders) as serving:
         found, made = run(hardware, serving, MIXED)
@@ -157,7 +163,7 @@ def test_loading_beside_the_first_steps_with_bound_0_is_loading_before_them(hard
             assert statuses(found) == ["failed", "done"]
             assert f"{file}.safetensors" in found.faults[0].detail
             assert words in found.faults[0].detail
-        for process in serving.parts.crew.processes.values():
+        for process in serving.parts.crew.processes.values():  # type: ignore[union-attr]
             process.kill()
         found, _ = run(
             hardware,
@@ -168,10 +174,12 @@ def test_loading_beside_the_first_steps_with_bound_0_is_loading_before_them(hard
         failed = {fault.samples: fault.detail for fault in found.faults if fault.kind == "failed"}
         assert failed[("2.0",)] == "its LoRA chalk.safetensors cannot be loaded: no LoRA loader is left"
         assert [fault.kind for fault in found.faults].count("service lost") == 2
-    assert all(process.poll() is not None for process in serving.parts.crew.processes.values())
+    assert all(process.poll() is not None for process in serving.parts.crew.processes.values())  # type: ignore[union-attr]
 
 
-def test_a_lost_service_is_replaced_by_another_and_then_fails_its_requests_alone(hardware, services, inline):
+def test_a_lost_service_is_replaced_by_another_and_then_fails_its_requests_alone(
+    hardware: Any, services: Any, inline: Any
+) -> None:
     """Last of those that use the services: it ends them."""
     processes = services.parts.crew.processes
     requests = [
@@ -179,7 +187,7 @@ def test_a_lost_service_is_replaced_by_another_and_then_fails_its_requests_alone
     ]
     services.parts.controlnets._timeout_s = 5.0
 
-    def on_done(number):
+    def on_done(number: Any) -> None:
         if number == 1:
             processes[1].send_signal(signal.SIGSTOP)  # It lives, and answers no more.
         kill(processes, 2 if number == 3 else None)
@@ -199,7 +207,7 @@ def test_a_lost_service_is_replaced_by_another_and_then_fails_its_requests_alone
     ]
 
 
-def test_a_worker_whose_peer_is_gone_computes_both_halves(hardware, halves, inline):
+def test_a_worker_whose_peer_is_gone_computes_both_halves(hardware: Any, halves: Any, inline: Any) -> None:
     """Last of those that use the peer: it ends it."""
     processes = halves.parts.crew.processes
     found, made = run(hardware, halves, MIXED, on_done=lambda number: kill(processes, 1 if number == 0 else None))
@@ -212,13 +220,13 @@ def test_a_worker_whose_peer_is_gone_computes_both_halves(hardware, halves, inli
     assert "the worker computes both halves from now on" in lost[0]
 
 
-def kill(processes, rank):
+def kill(processes: Any, rank: Any) -> None:
     if rank is not None:
         processes[rank].kill()
         processes[rank].wait()
 
 
-def test_a_process_that_cannot_start_is_named(hardware, folders):
+def test_a_process_that_cannot_start_is_named(hardware: Any, folders: Any) -> None:
     broken = {**SERVICES, "controlnet_services": [{"gpu": 2, "controlnets": ["blur"]}]}
     with pytest.raises(InputError, match="the ControlNet service on GPU 2 cannot start: there is no ControlNet 'blur'"):
         open_serving(hardware, cluster_of(broken), MIXED[:1], folders)

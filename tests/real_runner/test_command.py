@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def run(*more: str, policy: str = "continuous-parallel") -> int:
     return cli.main(["run", "--profile", "p", "--trace", "t.csv", "--policy", policy, "--out", "out", *more])
 
 
-def test_a_run_writes_what_a_simulated_one_does_and_its_images(world, capsys):
+def test_a_run_writes_what_a_simulated_one_does_and_its_images(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     lanes = ["--decode-gpus", "0,0"]
     assert run("--model", "digits", "--images", "made", "--timeline", *lanes) == 0
     same = ["--profile", "p", "--trace", "t.csv", "--policy", "continuous-parallel", *lanes]
@@ -118,7 +119,7 @@ class Broken(ContinuousSerial):
 """
 
 
-def test_an_interrupted_run_writes_what_was_finished(world, capsys):
+def test_an_interrupted_run_writes_what_was_finished(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "halting_policies.py").write_text(INTERRUPTING)
     (world / "t.csv").write_text("arrival_s,steps\n0,2\n30,2\n60,2\n")
     assert run(policy="halting_policies:Interrupting") == 130
@@ -131,7 +132,7 @@ def test_an_interrupted_run_writes_what_was_finished(world, capsys):
     assert "Interrupted: 2 requests are unfinished; what was finished is written." in printed
 
 
-def test_a_policy_that_breaks_loses_nothing(world, capsys):
+def test_a_policy_that_breaks_loses_nothing(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "halting_policies.py").write_text(INTERRUPTING)
     (world / "t.csv").write_text("arrival_s,steps\n0,2\n0.5,2\n")
     assert run(policy="halting_policies:Broken") == 1
@@ -152,7 +153,9 @@ def test_a_policy_that_breaks_loses_nothing(world, capsys):
         (["--profile", "uncut", "--policy", "chunked"], "does not say where its chunking c4 cuts the decode"),
     ],
 )
-def test_bad_input_is_one_sentence(world, capsys, more, sentence):
+def test_bad_input_is_one_sentence(
+    world: Any, capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
+) -> None:
     write_profile(world / "nameless", affine_profile())
     uncut = digits_profile()
     uncut.head = Head(model="digits")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from real_runner.faults import LaneHung, is_out_of_memory
 from real_runner.hardware import chunking_of, open_hardware
 from synerdiff.core import REUSE, InputError, SkipBudget, loras_from
 from synerdiff.diffusion.model import SampleState
+from synerdiff.profile.tables import Profile
 from tests.builders import requests_at
 from tests.faulty import Faults, faulty, watched_chunks
 from tests.hardware import digits_hardware, digits_profile
@@ -21,29 +24,37 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def hardware():
+def hardware() -> Iterator[Any]:
     profile = digits_profile()
     with digits_hardware(profile) as opened:
         for name in profile.chunkings:
-            opened.warm_up(profile.row_buckets, chunking_of(profile, name))
+            opened.warm_up(profile.row_buckets, chunking_of(profile, name))  # type: ignore[arg-type]
         yield opened
 
 
-def burst(count: int, steps: int = 3, **more):
+def burst(count: int, steps: int = 3, **more: Any) -> Any:
     """Requests with seeds 0, 1, ... that arrive 2 ms apart."""
     return requests_at(*(2 * i for i in range(count)), steps=steps, guidance_scale=4.0, **more)
 
 
-def run_with(hardware, faults, requests, policy="continuous-parallel", profile=None, parameters=None, **more):
+def run_with(
+    hardware: Any,
+    faults: Any,
+    requests: Any,
+    policy: str = "continuous-parallel",
+    profile: Profile | None = None,
+    parameters: Any = None,
+    **more: Any,
+) -> Any:
     with faulty(hardware, faults), watched_chunks():
         return run_real(requests, build_policy(policy, parameters or {}), profile or digits_profile(), hardware, **more)
 
 
-def statuses(run):
+def statuses(run: Any) -> dict[Any, Any]:
     return {record.request.request_id: record.status for record in run.result.requests}
 
 
-def test_a_step_without_memory_is_retried_in_halves_and_later_steps_are_smaller(hardware):
+def test_a_step_without_memory_is_retried_in_halves_and_later_steps_are_smaller(hardware: Any) -> None:
     faults, made = Faults(), {}
     faults.largest_rows = 9
     requests = requests_at(*[0] * 10, steps=3, guidance_scale=4.0)
@@ -70,7 +81,7 @@ def test_a_step_without_memory_is_retried_in_halves_and_later_steps_are_smaller(
         assert float((latent - alone.latent).abs().max()) < 1e-4
 
 
-def test_a_sample_that_never_finds_memory_fails_after_one_retry(hardware):
+def test_a_sample_that_never_finds_memory_fails_after_one_retry(hardware: Any) -> None:
     faults = Faults()
     faults.never_enough_memory = {1}
     # One sample a step: which samples would share a step that finds no memory is a matter of time.
@@ -81,7 +92,7 @@ def test_a_sample_that_never_finds_memory_fails_after_one_retry(hardware):
 
 
 @pytest.mark.parametrize("lead_ms", [0, 3])
-def test_samples_that_break_fail_alone(hardware, lead_ms):
+def test_samples_that_break_fail_alone(hardware: Any, lead_ms: int) -> None:
     faults, made = Faults(), set()
     faults.raises, faults.not_a_number, faults.unprepared = {2}, {4}, {6}
     faults.bad_decode, faults.nan_decode, faults.short_of_memory_once = {8}, {9}, {10}
@@ -107,7 +118,7 @@ def test_samples_that_break_fail_alone(hardware, lead_ms):
     assert [fault.samples for fault in run.faults if fault.kind == "out of memory"] == [("10.0",)]
 
 
-def test_one_failed_image_fails_its_request_and_spares_the_others(hardware):
+def test_one_failed_image_fails_its_request_and_spares_the_others(hardware: Any) -> None:
     faults = Faults()
     faults.bad_decode = {0}
     run = run_with(hardware, faults, burst(2, images=2))
@@ -117,7 +128,7 @@ def test_one_failed_image_fails_its_request_and_spares_the_others(hardware):
 
 @pytest.mark.parametrize("lead_ms", [0, 2])
 @pytest.mark.parametrize("name", POLICIES)
-def test_no_request_is_lost_under_any_policy(hardware, name, lead_ms):
+def test_no_request_is_lost_under_any_policy(hardware: Any, name: str, lead_ms: int) -> None:
     faults = Faults()
     faults.largest_rows = 11
     faults.raises, faults.not_a_number, faults.unprepared = {3}, {5, 11}, {7}
@@ -135,8 +146,8 @@ def test_no_request_is_lost_under_any_policy(hardware, name, lead_ms):
     assert statuses(run) == {i: "failed" if i in failed else "done" for i in range(24)}
 
 
-def test_nothing_stays_in_memory(hardware):
-    def alive():
+def test_nothing_stays_in_memory(hardware: Any) -> None:
+    def alive() -> Any:
         gc.collect()
         return sum(type(found) is SampleState for found in gc.get_objects())
 
@@ -145,7 +156,7 @@ def test_nothing_stays_in_memory(hardware):
     faults.raises, faults.not_a_number, faults.bad_decode = {20, 21}, {50}, {80, 81}
     during, left = [], []
 
-    def on_image(sample, state, image):
+    def on_image(sample: Any, state: Any, image: Any) -> None:
         left.append(sample.id)
         if sample.id % 20 == 0:
             during.append((alive(), len(left)))
@@ -159,7 +170,7 @@ def test_nothing_stays_in_memory(hardware):
     assert during[-1][0] <= before + 40
 
 
-def test_a_lane_that_hangs_is_named_and_what_was_finished_is_kept():
+def test_a_lane_that_hangs_is_named_and_what_was_finished_is_kept() -> None:
     profile = digits_profile()
     opened = digits_hardware(profile)
     faults = Faults()
@@ -183,8 +194,8 @@ def test_a_lane_that_hangs_is_named_and_what_was_finished_is_kept():
     opened.close()
 
 
-def test_what_cannot_be_run_is_refused_before_the_start(hardware):
-    def refused(match, requests, **more):
+def test_what_cannot_be_run_is_refused_before_the_start(hardware: Any) -> None:
+    def refused(match: Any, requests: Any, **more: Any) -> None:
         with pytest.raises(InputError, match=match):
             run_real(requests, build_policy("static"), more.get("profile", digits_profile()), hardware)
 
@@ -192,7 +203,7 @@ def test_what_cannot_be_run_is_refused_before_the_start(hardware):
     refused("asks for 2 base models", [*requests_at(0), *requests_at(0, base_model="b")])
 
 
-def test_the_scheduler_must_make_one_call_a_step():
+def test_the_scheduler_must_make_one_call_a_step() -> None:
     with (
         open_hardware("digits", "cpu", digits_profile(), scheduler="HeunDiscreteScheduler") as heun,
         pytest.raises(InputError, match="makes 3 denoiser calls for 2 steps"),
@@ -200,7 +211,7 @@ def test_the_scheduler_must_make_one_call_a_step():
         run_real(requests_at(0, steps=2), build_policy("static"), digits_profile(), heun)
 
 
-def test_a_profile_with_steps_too_large_for_the_device_is_refused():
+def test_a_profile_with_steps_too_large_for_the_device_is_refused() -> None:
     faults = Faults()
     faults.largest_rows = 20
     with (
@@ -211,7 +222,7 @@ def test_a_profile_with_steps_too_large_for_the_device_is_refused():
         run_real(requests_at(0), build_policy("static"), digits_profile(), opened)
 
 
-def test_out_of_memory_is_recognised():
+def test_out_of_memory_is_recognised() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert is_out_of_memory(MemoryError())
     with pytest.raises(RuntimeError) as found:

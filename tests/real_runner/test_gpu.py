@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ pytestmark = [
 ]
 
 
-def made_on(device, policy, lead_ms=0, lanes=1, faults=None):
+def made_on(device: Any, policy: Any, lead_ms: int = 0, lanes: int = 1, faults: Any = None) -> Any:
     profile = digits_profile(overheads={"decision_lead": lead_ms * 1_000_000})
     made = {}
     with open_hardware("digits", device, profile, decode_lanes=lanes) as hardware:
@@ -44,7 +45,7 @@ def made_on(device, policy, lead_ms=0, lanes=1, faults=None):
 @pytest.mark.parametrize(
     "policy", ["static", "continuous-serial", "continuous-parallel", "chunked", "synerdiff-feedback"]
 )
-def test_graphs_on_streams_make_the_images_of_the_cpu(policy, lead_ms, lanes):
+def test_graphs_on_streams_make_the_images_of_the_cpu(policy: str, lead_ms: int, lanes: int) -> None:
     run, made = made_on("cuda", policy, lead_ms, lanes)
     assert [record.status for record in run.result.requests] == ["done"] * 12
     _, expected = made_on("cpu", policy)
@@ -56,7 +57,7 @@ def test_graphs_on_streams_make_the_images_of_the_cpu(policy, lead_ms, lanes):
         assert one.start_ns < one.end_ns <= following.start_ns + 2000
 
 
-def test_a_broken_sample_fails_alone_on_a_gpu():
+def test_a_broken_sample_fails_alone_on_a_gpu() -> None:
     faults = Faults()
     faults.not_a_number, faults.raises, faults.short_of_memory_once = {3}, {5}, {7}
     run, made = made_on("cuda", "continuous-parallel", 2, 1, faults)

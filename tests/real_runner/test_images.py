@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,17 +22,17 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def hardware():
+def hardware() -> Iterator[Any]:
     with digits_hardware() as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
-def expected(hardware):
+def expected(hardware: Any) -> Any:
     """What diffusers makes of (request, image, letters), made once: most policies give most samples the same modes."""
     known = {}
 
-    def find(request, image, letters):
+    def find(request: Any, image: Any, letters: Any) -> Any:
         if (request, image, letters) not in known:
             known[request, image, letters] = by_diffusers(hardware.model, request, image, letters)
         return known[request, image, letters]
@@ -38,7 +40,7 @@ def expected(hardware):
     return find
 
 
-def mixed_requests():
+def mixed_requests() -> list[Any]:
     """A burst with different steps, guidance, seeds and numbers of images, and two latecomers."""
     kinds = [(5, 4.0, 1, 11), (7, 2.0, 2, 12), (4, 1.0, 1, None), (6, 7.5, 1, 14), (8, 4.0, 3, 15), (5, 1.0, 1, 16)]
     kinds += [(6, 3.0, 1, None), (9, 4.0, 1, 18), (6, 5.0, 1, 19), (7, 1.0, 2, 20)]
@@ -50,12 +52,12 @@ def mixed_requests():
 
 
 @torch.inference_mode()
-def by_diffusers(model, request, image, letters):
+def by_diffusers(model: Any, request: Any, image: Any, letters: Any) -> Any:
     """(latent, uint8 pixels) by diffusers' scheduler, UNet, VAE and image processor, one step at a time."""
     from diffusers import DDIMScheduler
     from diffusers.image_processor import VaeImageProcessor
 
-    scheduler = DDIMScheduler.from_config(model.solver._scheduler.config)
+    scheduler = DDIMScheduler.from_config(model.solver._scheduler.config)  # type: ignore[no-untyped-call]
     scheduler.set_timesteps(request.steps)
     seed = seed_of(request)
     condition = model.encode_prompt(str(seed % 10))
@@ -81,7 +83,7 @@ def by_diffusers(model, request, image, letters):
 
 @pytest.mark.parametrize("skip_mode", [REUSE, CONDITIONAL])
 @pytest.mark.parametrize("name", POLICIES)
-def test_images_of_every_policy_are_those_of_diffusers(name, skip_mode, hardware, expected):
+def test_images_of_every_policy_are_those_of_diffusers(name: str, skip_mode: Any, hardware: Any, expected: Any) -> None:
     requests = mixed_requests()
     made = {}
     run = run_real(
@@ -108,7 +110,7 @@ def test_images_of_every_policy_are_those_of_diffusers(name, skip_mode, hardware
     assert sum(record.skipped_steps for record in run.result.requests) <= spent["r"] + spent["c"]
 
 
-def test_policies_that_skip_do_skip_in_this_burst(hardware):
+def test_policies_that_skip_do_skip_in_this_burst(hardware: Any) -> None:
     run = run_real(
         mixed_requests(),
         build_policy("skip-cfg"),
@@ -120,22 +122,22 @@ def test_policies_that_skip_do_skip_in_this_burst(hardware):
     assert letters.count("r") == sum(record.skipped_steps for record in run.result.requests) > 0
 
 
-def test_full_guidance_equals_the_pipeline_of_diffusers(hardware):
+def test_full_guidance_equals_the_pipeline_of_diffusers(hardware: Any) -> None:
     """Latents and images of one request against `StableDiffusionPipeline` itself."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     model = hardware.model
-    pipeline = StableDiffusionPipeline(
+    pipeline = StableDiffusionPipeline(  # type: ignore[no-untyped-call]
         vae=model.vae,
         text_encoder=None,
         tokenizer=None,
         unet=model.unet,
-        scheduler=DDIMScheduler.from_config(model.solver._scheduler.config),
+        scheduler=DDIMScheduler.from_config(model.solver._scheduler.config),  # type: ignore[no-untyped-call]
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.set_progress_bar_config(disable=True)  # type: ignore[attr-defined]
     made = {}
     requests = requests_at(0, 10, 15, steps=9, guidance_scale=4.0)
     run = run_real(
@@ -148,7 +150,7 @@ def test_full_guidance_equals_the_pipeline_of_diffusers(hardware):
     assert run.error is None
     for request in requests:
         condition = model.encode_prompt(str(request.request_id % 10))
-        expected = pipeline(
+        expected = pipeline(  # type: ignore[operator]
             prompt_embeds=condition.tokens,
             negative_prompt_embeds=condition.unconditional_tokens,
             latents=torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(request.request_id)),

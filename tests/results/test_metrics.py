@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import json
 
 import pandas as pd
@@ -23,7 +25,7 @@ from synerdiff.results.metrics import (
 S = 1_000_000_000
 
 
-def request_table(rows: list[dict]) -> pd.DataFrame:
+def request_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
     defaults = {
         "admitted_s": None, "denoised_s": None, "decode_started_s": None, "finished_s": None, "status": "done",
         "images": 1, "steps": 10, "skipped_steps": 0, "guidance_scale": 7.5, "slo_s": None,
@@ -35,7 +37,7 @@ def request_table(rows: list[dict]) -> pd.DataFrame:
     return table.assign(request_latency_s=table["finished_s"] - table["arrival_s"])
 
 
-def work_table(rows: list[tuple]) -> pd.DataFrame:
+def work_table(rows: list[tuple[Any, ...]]) -> pd.DataFrame:
     columns = ["gpu", "lane", "kind", "start_ns", "end_ns", "sample_ids", "chunk"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -109,7 +111,7 @@ def test_nothing_finished() -> None:
 
 
 def test_goodput_uses_the_requests_own_limit_before_three_times_solo() -> None:
-    table = twenty().assign(slo_s=[3.9] * 10 + [None] * 10)
+    table = twenty().assign(slo_s=[3.9] * 10 + [None] * 10)  # type: ignore[list-item]
     assert slo_s(table, [1.0] * 20).tolist() == [3.9] * 10 + [3.0] * 10
     found = summarize(table, no_work(), [1.4] * 20)
     assert found["good_request_count"] == 9
@@ -187,7 +189,7 @@ def test_utilisation_clips_to_the_window() -> None:
 
 def batches(count: int) -> pd.DataFrame:
     """Full batches of two: a step of 3 s, then two decodes (two chunks each) of 1 s: 2 samples in 5 s."""
-    rows: list[tuple] = []
+    rows: list[tuple[Any, ...]] = []
     for i in range(count):
         start = 5 * i * S
         ids = [f"{2 * i}.0", f"{2 * i + 1}.0"]

@@ -10,7 +10,7 @@ import pytest
 
 from policies.registry import build_policy
 from simulator import simulate
-from synerdiff.core import InputError, Request, RequestRecord, WorkRecord
+from synerdiff.core import ControlNetUse, LoraUse, InputError, Request, RequestRecord, WorkRecord
 from synerdiff.results.records import (
     REQUEST_COLUMNS,
     WORK_COLUMNS,
@@ -23,7 +23,8 @@ from synerdiff.results.records import (
 )
 from tests.builders import MS, affine_profile
 
-REQUEST = Request(3, 1_500_000_001, 30, 2, 7.5, 512, 512, "M1", ("L1", "L2@0.8"), ("C1",), slo_ns=2_000_000_000, seed=9)
+LORAS = (LoraUse("L1"), LoraUse("L2", 0.8))
+REQUEST = Request(3, 1_500_000_001, 30, 2, 7.5, 512, 512, "M1", LORAS, (ControlNetUse("C1"),), slo_ns=2_000_000_000, seed=9)
 DONE = RequestRecord(REQUEST, 1_600_000_000, 1_700_000_000, 1_800_000_000, 2_000_000_001, "done", 3, ("ggr", "gcg"))
 LOST = RequestRecord(Request(4, 5, 1), -1, -1, -1, -1, "rejected", 0, ("",))
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from policies.registry import POLICIES, build_policy
 from simulator import simulate
+from synerdiff.core import SkipBudget
+from synerdiff.profile.tables import Profile
 from tests.reference_engine import reference_simulate
 from tests.strategies import Whim, budgets, profiles, traces
 
 
-def assert_engines_agree(requests, policy, profile, gpus, budget):
+def assert_engines_agree(requests: Any, policy: Any, profile: Profile, gpus: Any, budget: SkipBudget) -> None:
     expected_work, expected_stages, _ = reference_simulate(requests, policy, profile, gpus, budget)
     asked = list(getattr(policy, "asked", []))
     result = simulate(requests, policy, profile, decode_gpus=gpus, budget=budget)
@@ -39,12 +43,16 @@ def assert_engines_agree(requests, policy, profile, gpus, budget):
     st.sampled_from(((0,), (0, 0), (1,), (0, 1))),
     budgets,
 )
-def test_engines_agree_on_any_legal_policy(requests, profile, chunking, seed, gpus, budget):
+def test_engines_agree_on_any_legal_policy(
+    requests: Any, profile: Profile, chunking: str, seed: int, gpus: Any, budget: SkipBudget
+) -> None:
     assert_engines_agree(requests, Whim(seed, chunking), profile, gpus, budget)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(traces(), profiles(), st.sampled_from(((0,), (0, 0), (1,))), budgets)
-def test_engines_agree_on_every_registered_policy(name, requests, profile, gpus, budget):
+def test_engines_agree_on_every_registered_policy(
+    name: str, requests: Any, profile: Profile, gpus: Any, budget: SkipBudget
+) -> None:
     assert_engines_agree(requests, build_policy(name), profile, gpus, budget)

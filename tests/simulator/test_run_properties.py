@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import pairwise
+from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from policies.registry import POLICIES, build_policy
 from simulator import simulate
+from synerdiff.core import RunResult, SkipBudget
+from synerdiff.profile.tables import Profile
 from tests.strategies import Whim, budgets, profiles, traces
 
 
-def check_records(requests, result, chunk_count, budget):
+def check_records(requests: Any, result: RunResult, chunk_count: Any, budget: SkipBudget) -> None:
     assert [record.request for record in result.requests] == list(requests)
     assert len(result.sample_names) == sum(request.images for request in requests)
     owner = [(request, image) for request in requests for image in range(request.images)]
@@ -65,14 +68,18 @@ def check_records(requests, result, chunk_count, budget):
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(traces(), profiles(), st.integers(0, 10**6), st.sampled_from(((0,), (0, 0), (1,))), budgets)
-def test_records_of_any_legal_policy_are_sound(requests, profile, seed, gpus, budget):
+def test_records_of_any_legal_policy_are_sound(
+    requests: Any, profile: Profile, seed: int, gpus: Any, budget: SkipBudget
+) -> None:
     result = simulate(requests, Whim(seed, "cut"), profile, decode_gpus=gpus, budget=budget)
     check_records(requests, result, profile.chunk_count("cut"), budget)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(sorted(POLICIES)), traces(), profiles(), st.sampled_from(((0,), (0, 0), (1,))), budgets)
-def test_records_of_every_registered_policy_are_sound(name, requests, profile, gpus, budget):
+def test_records_of_every_registered_policy_are_sound(
+    name: str, requests: Any, profile: Profile, gpus: Any, budget: SkipBudget
+) -> None:
     policy = build_policy(name)
     result = simulate(requests, policy, profile, decode_gpus=gpus, budget=budget)
     check_records(requests, result, profile.chunk_count(policy.chunking), budget)
@@ -80,7 +87,9 @@ def test_records_of_every_registered_policy_are_sound(name, requests, profile, g
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(traces(), profiles(), st.integers(0, 10**6))
-def test_the_same_seed_gives_the_same_run_and_another_seed_other_times(requests, profile, seed):
+def test_the_same_seed_gives_the_same_run_and_another_seed_other_times(
+    requests: Any, profile: Profile, seed: int
+) -> None:
     policy = Whim(1, "whole")
     first = simulate(requests, policy, profile, dispersion_seed=seed)
     again = simulate(requests, policy, profile, dispersion_seed=seed)
@@ -88,7 +97,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_other_times(requests,
     assert first.requests == again.requests
 
 
-def test_dispersion_reproduces_the_measured_spread():
+def test_dispersion_reproduces_the_measured_spread() -> None:
     import statistics
 
     from simulator.pieces import Times

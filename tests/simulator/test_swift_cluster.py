@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from synerdiff.core import (
     Decision,
     InputError,
     Request,
+    SkipBudget,
     View,
     WorkerInfo,
     controlnets_from,
@@ -25,14 +27,14 @@ from synerdiff.core import (
 )
 from synerdiff.profile.capacity import serial_capacity_samples_per_s
 from synerdiff.profile.tables import Profile
-from tests.simulator.test_reference import Whim, budgets, profiles, traces
+from tests.strategies import Whim, budgets, profiles, traces
 from tests.swift_builders import cluster, serve, toy_adapters, toy_profile
 
 SERIAL = "continuous-serial"
 SLOW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def worker_on(gpus: tuple[int, ...], **fields):
+def worker_on(gpus: tuple[int, ...], **fields: Any) -> Any:
     return cluster_of({"workers": [{"denoise_gpu": 0, "decode_gpus": list(gpus), **fields}]})
 
 
@@ -41,7 +43,9 @@ def worker_on(gpus: tuple[int, ...], **fields):
     traces(), profiles(), st.sampled_from(("whole", "cut")), st.integers(0, 10**6),
     st.sampled_from(((0,), (0, 0), (1,), (0, 1))), budgets,
 )  # fmt: skip
-def test_one_plain_worker_of_a_cluster_is_the_plain_engine(requests, profile, chunking, seed, gpus, budget) -> None:
+def test_one_plain_worker_of_a_cluster_is_the_plain_engine(
+    requests: Any, profile: Profile, chunking: str, seed: int, gpus: Any, budget: SkipBudget
+) -> None:
     plain_policy, policy = Whim(seed, chunking), Whim(seed, chunking)
     expected = simulate(requests, plain_policy, profile, decode_gpus=gpus, budget=budget)
     found = simulate_cluster(requests, lambda: policy, profile, worker_on(gpus), budget=budget)
@@ -54,7 +58,9 @@ def test_one_plain_worker_of_a_cluster_is_the_plain_engine(requests, profile, ch
     traces(), profiles(), st.sampled_from(("whole", "cut")), st.integers(0, 10**6),
     st.sampled_from(((0,), (0, 0), (1,), (0, 1))),
 )  # fmt: skip
-def test_a_plan_of_one_segment_is_the_plain_step(requests, profile, chunking, seed, gpus) -> None:
+def test_a_plan_of_one_segment_is_the_plain_step(
+    requests: Any, profile: Profile, chunking: str, seed: int, gpus: Any
+) -> None:
     # Unguided samples have no second half, so every step is planned and consists of one segment.
     requests = [Request(r.request_id, r.arrival_ns, r.steps, r.images, 1.0, base_model=r.base_model) for r in requests]
     plain_policy, policy = Whim(seed, chunking), Whim(seed, chunking)
@@ -83,7 +89,7 @@ def test_dispersion_of_the_first_worker_is_that_of_the_plain_engine() -> None:
 
 
 @st.composite
-def adapter_traces(draw):
+def adapter_traces(draw: Any) -> Any:
     arrival, requests = 0, []
     for number in range(draw(st.integers(1, 10))):
         arrival += draw(st.sampled_from((0, 1, 60, 400, 3000)))
@@ -102,7 +108,7 @@ def adapter_traces(draw):
 
 
 @st.composite
-def clusters(draw):
+def clusters(draw: Any) -> Any:
     fields = {
         "workers": [
             {"denoise_gpu": w, "guidance_gpu": 100 + w, "controlnet_slots": draw(st.sampled_from((None, 1, 2)))}
@@ -135,9 +141,9 @@ def clusters(draw):
     st.booleans(),
 )
 def test_nothing_is_lost_and_no_lane_does_two_things_at_once(
-    requests, described, router, name, lead, dispersed
+    requests: Any, described: Any, router: Any, name: str, lead: Any, dispersed: Any
 ) -> None:
-    def policy():
+    def policy() -> Any:
         return Whim(5, "whole") if name == "whim" else build_policy(name)
 
     profile = toy_profile(overheads={"decision_lead": lead, "text_encode": 3, "step_dispatch": 2})
@@ -181,7 +187,7 @@ def test_nothing_is_lost_and_no_lane_does_two_things_at_once(
 
 @settings(max_examples=100, deadline=None)
 @given(adapter_traces(), st.integers(0, 5))
-def test_every_sample_has_its_loras_from_the_bound_on(requests, bound: int) -> None:
+def test_every_sample_has_its_loras_from_the_bound_on(requests: Any, bound: int) -> None:
     # One sample at a time: its steps from the bound on all come after the merges of its LoRAs.
     described = cluster(loras="asynchronous", lora_bound_steps=bound)
     result = serve(requests, described, "continuous-serial")
@@ -208,7 +214,7 @@ def test_plain_workers_sustain_their_number_times_the_capacity_of_one(workers: i
     result = serve(requests, cluster(workers), lambda: build_policy("continuous-serial", {"batch": 1}))
     rate = len(requests) * NS_PER_S / result.run.end_ns
     assert rate == pytest.approx(workers * serial_capacity_samples_per_s(toy_profile(), 10, 1), rel=1e-9)
-    assert result.gpu_seconds_per_image * rate == pytest.approx(workers)
+    assert result.gpu_seconds_per_image * rate == pytest.approx(workers)  # type: ignore[operator]
     assert result.busy_gpu_seconds_per_image == pytest.approx(result.gpu_seconds_per_image)
 
 
@@ -226,11 +232,11 @@ def test_a_policy_that_waits_for_more_is_told_when_none_can_come() -> None:
 
         chunking = "whole"
 
-        def reset(self, worker, profile):
+        def reset(self, worker: WorkerInfo, profile: Profile) -> None:
             self.serial = build_policy("continuous-serial")
             self.serial.reset(worker, profile)
 
-        def decide(self, view):
+        def decide(self, view: View) -> Any:
             return self.serial.decide(view) if view.closed else Decision()
 
     requests = [Request(0, 0, 1), Request(1, 500, 1)]
@@ -242,10 +248,10 @@ def test_a_worker_that_never_starts_is_refused() -> None:
     class Idle:
         chunking = "whole"
 
-        def reset(self, worker, profile):
+        def reset(self, worker: WorkerInfo, profile: Profile) -> None:
             pass
 
-        def decide(self, view):
+        def decide(self, view: View) -> Any:
             return Decision()
 
     with pytest.raises(ContractError, match="launched nothing while nothing runs"):
@@ -316,17 +322,19 @@ X, Q = loras_from("x"), controlnets_from("q")
         (Request(4, 0, 1, loras=X), {"storage": {"mib": 5}}, {}, "knows lora_merge from 419430400 to 419430400"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_served_is_one_plain_sentence(request_, fields, changed, message) -> None:
+def test_what_cannot_be_served_is_one_plain_sentence(
+    request_: Any, fields: dict[Any, Any] | dict[str, Any], changed: dict[Any, Any] | dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         serve([request_], cluster(**fields), "continuous-serial", **changed)
 
 
 def test_a_router_of_the_user_s_own_is_checked() -> None:
     class Lost:
-        def reset(self, workers):
+        def reset(self, workers: Any) -> None:
             pass
 
-        def route(self, request, workers):
+        def route(self, request: Any, workers: Any) -> int:
             return 7
 
     with pytest.raises(InputError, match="the router sent request 0 to worker 7; there are workers 0 to 1"):

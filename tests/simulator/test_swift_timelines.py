@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from synerdiff.core import ChunkLaunch, Decision, Request, controlnets_from, loras_from
+from synerdiff.core import ChunkLaunch, Decision, Request, View, WorkerInfo, controlnets_from, loras_from
+from synerdiff.profile.tables import Profile
 from tests.builders import make_profile
 from tests.swift_builders import LORA, cluster, serve, spans, toy_adapters
 
@@ -67,7 +70,9 @@ def test_a_quick_service_hides_behind_the_encoder() -> None:
 
 
 @pytest.mark.parametrize(("services", "second_call"), [([["a"], ["b"]], (201, 25, 55)), ([["a", "b"]], (200, 55, 85))])
-def test_residuals_share_the_incoming_link_and_calls_share_a_replica(services, second_call) -> None:
+def test_residuals_share_the_incoming_link_and_calls_share_a_replica(
+    services: list[list[str]], second_call: Any
+) -> None:
     described = cluster(services=[{"controlnets": names} for names in services], controlnets="service")
     result = serve([Request(0, 0, 1, controlnets=controlnets_from(("a", "b")))], described, SERIAL)
     calls = [(gpu, start, end) for gpu, _, _, start, end in spans(result, "controlnet")]
@@ -224,7 +229,9 @@ def test_another_scale_needs_a_merge_but_no_load() -> None:
     ("caches", "second_load"),
     [({}, [(1000, 1250)]), ({"host_cache_mib": 400}, [(1000, 1050)]), ({"device_cache_mib": 400}, [])],
 )
-def test_caches_spare_the_read_or_the_whole_load(caches, second_load) -> None:
+def test_caches_spare_the_read_or_the_whole_load(
+    caches: dict[Any, Any] | dict[str, Any], second_load: list[Any]
+) -> None:
     requests = [Request(0, 0, 1, loras=loras_from(("x",))), Request(1, 1000, 1, loras=loras_from(("x",)))]
     result = serve(requests, cluster(storage=caches), SERIAL)
     assert [(start, end) for *_, start, end in spans(result, "loader")] == [(0, 250), *second_load]
@@ -297,15 +304,15 @@ def test_a_chunk_contends_with_what_runs_on_its_gpu_and_not_with_a_wait() -> Non
     class Script:
         chunking = "whole"
 
-        def reset(self, worker, profile):
+        def reset(self, worker: WorkerInfo, profile: Profile) -> None:
             self.left = [
-                Decision(admit=(0,), step=((0, "guided"),)),
-                Decision(admit=(1,), step=((1, "guided"),), chunks=(ChunkLaunch(0, 1),)),
+                Decision(admit=(0,), step=((0, "guided"),)),  # type: ignore[arg-type]
+                Decision(admit=(1,), step=((1, "guided"),), chunks=(ChunkLaunch(0, 1),)),  # type: ignore[arg-type]
                 Decision(),
                 Decision(chunks=(ChunkLaunch(1, 1),)),
             ]
 
-        def decide(self, view):
+        def decide(self, view: View) -> Any:
             return self.left.pop(0)
 
     described = cluster(services=[{"controlnets": ["a"]}], controlnets="service")

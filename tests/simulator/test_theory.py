@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from policies.registry import build_policy
 from simulator import simulate
 from synerdiff.core import Request
 from synerdiff.profile.capacity import parallel_capacity_samples_per_s, serial_capacity_samples_per_s
+from synerdiff.profile.tables import Profile
 from tests.builders import MS, affine_profile
 
 STEPS = 2
@@ -18,7 +20,7 @@ T_999_19 = 3.883  # two-sided 99.9% quantile of Student's t with 19 degrees of f
 
 
 @pytest.mark.parametrize("rho", [0.5, 0.8])
-def test_one_request_at_a_time_with_fixed_work_waits_as_m_d_1(rho):
+def test_one_request_at_a_time_with_fixed_work_waits_as_m_d_1(rho: float) -> None:
     """Mean wait = rho * D / (2 * (1 - rho)), Pollaczek-Khinchine with fixed service D."""
     profile = affine_profile()
     service_s = (STEPS * 14 + 30) / 1000  # two rows: 10 + 2 * 2 ms a step; decode 30 ms
@@ -36,7 +38,9 @@ def test_one_request_at_a_time_with_fixed_work_waits_as_m_d_1(rho):
     assert abs(np.mean(means) - expected_s) < half_width
 
 
-def saturated_rate(policy, profile, steps, samples, guidance_scale=7.5, gpus=(0,)):
+def saturated_rate(
+    policy: Any, profile: Profile, steps: Any, samples: Any, guidance_scale: float = 7.5, gpus: Any = (0,)
+) -> Any:
     """Samples per second of completions while full batches still run, first fifth dropped."""
     requests = [Request(i, 0, steps, guidance_scale=guidance_scale) for i in range(samples)]
     result = simulate(requests, policy, profile, decode_gpus=gpus)
@@ -66,7 +70,9 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("decode_ms", "s_u", "s_v", "steps", "batch", "guided", "lanes"), COMBINATIONS)
-def test_saturation_throughput_is_the_capacity_formula_s(decode_ms, s_u, s_v, steps, batch, guided, lanes):
+def test_saturation_throughput_is_the_capacity_formula_s(
+    decode_ms: Any, s_u: Any, s_v: Any, steps: Any, batch: Any, guided: Any, lanes: Any
+) -> None:
     slowdowns = {1: (round(s_u * 1e6), round(s_v * 1e6)), 32: (round(s_u * 1e6), round(s_v * 1e6))}
     profile = affine_profile(
         decode_ms=decode_ms, slowdowns=slowdowns, overheads={"step_dispatch": MS, "chunk_dispatch": MS // 2}
@@ -81,6 +87,6 @@ def test_saturation_throughput_is_the_capacity_formula_s(decode_ms, s_u, s_v, st
     assert parallel == pytest.approx(formula, rel=0.01)
 
 
-def test_some_combinations_are_limited_by_the_decode_lane():
+def test_some_combinations_are_limited_by_the_decode_lane() -> None:
     limited = [c for c in COMBINATIONS if c[0] * c[2] > c[3] * (10 + 2 * (2 if c[5] else 1) * c[4]) / c[4]]
     assert len(limited) >= 2

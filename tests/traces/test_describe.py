@@ -39,7 +39,7 @@ def test_a_small_trace_by_hand() -> None:
     assert (summary.controlnets.distinct, summary.base_models.distinct) == (1, 2)
     assert summary.gap_cv == pytest.approx(np.std([1, 0, 9]) / np.mean([1, 0, 9]))
     (second,) = summary.windows  # ten windows of 1 s hold 1, 2, 0, ... requests; the last request ends the last one
-    assert (second.window_s, second.windows, second.mean, second.largest) == (1, 10, pytest.approx(0.3), 2)
+    assert (second.window_s, second.windows, second.mean, second.largest) == (1, 10, pytest.approx(0.3), 2)  # type: ignore[comparison-overlap]
     assert second.index_of_dispersion == pytest.approx(np.var([1, 2] + [0] * 8) / 0.3)
     assert second.peak_to_mean == pytest.approx(2 / 0.3)
 

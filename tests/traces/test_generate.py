@@ -127,7 +127,7 @@ def test_gentd26_like_has_the_rate_profile_and_burstiness_of_the_trace(like_gent
     for window_s, measured in MEASURED_DISPERSION.items():
         mean = np.mean([dispersion(t, window_s, span_s) for t in times])
         assert mean == pytest.approx(measured, rel=0.3), window_s
-    by_hour = sum(np.bincount((t % DAY_S // 3600).astype(int), minlength=24) for t in times)
+    by_hour: Any = sum(np.bincount((t % DAY_S // 3600).astype(int), minlength=24) for t in times)
     assert by_hour.argmax() in (23, 0)  # the two busiest hours of the profile differ by 4%
     assert np.corrcoef(by_hour, fitted.hour_profile)[0, 1] > 0.97
     peaks = [np.bincount((t // 3600).astype(int)).max() / (len(t) / (22 * 24)) for t in times]
@@ -170,7 +170,7 @@ def test_gentd26_like_asks_for_what_the_trace_asked_for(like_gentd26: list[list[
         (loras, 2, 0.0095),
         (joint, (30, 8), 0.1272),
     ):
-        assert counts[value] / n == pytest.approx(share, abs=5 * (share * (1 - share) / (n / 8)) ** 0.5), value
+        assert counts[value] / n == pytest.approx(share, abs=5 * (share * (1 - share) / (n / 8)) ** 0.5), value  # type: ignore[index]
     assert {request.guidance_scale for request in requests} == {7.5}
     used = Counter(use.file for request in requests for use in request.loras)
     assert used.total() > 10_000
@@ -206,8 +206,8 @@ def test_mixes_and_loras_of_other_kinds() -> None:
         assert Counter(request.images for request in requests)[1] / 4000 == pytest.approx(0.578, abs=0.04)
         assert all(request.loras == () for request in requests)
     guided = generate("poisson", requests=4000, mix="guided-20-50")
-    steps = Counter(request.steps for request in guided)
-    assert (min(steps), max(steps), len(steps)) == (20, 50, 31)
+    counts = Counter(request.steps for request in guided)
+    assert (min(counts), max(counts), len(counts)) == (20, 50, 31)
     assert {request.guidance_scale for request in guided} == {7.5}
     assert sum(request.steps for request in guided) / 4000 == pytest.approx(35, abs=0.6)
     with_loras = generate("poisson", requests=4000, loras="gentd26")

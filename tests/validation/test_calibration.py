@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from synerdiff.core import WorkRecord
-from synerdiff.profile.tables import Head
+from synerdiff.profile.tables import Head, Profile
 from synerdiff.validation.calibration import STEPS_BESIDE, CellVisitor, cell_times, joined, refreshed
 from tests.builders import make_profile
 from tests.real_runner.test_rounds import rehearse
@@ -15,26 +16,26 @@ from tests.real_runner.test_rounds import rehearse
 STEPS = {1: 100_000, 2: 130_000, 3: 170_000, 4: 200_000, 8: 350_000}
 
 
-def small(chunks, overheads=None):
+def small(chunks: Any, overheads: Any = None) -> Any:
     profile = make_profile(STEPS, chunks, overheads=overheads)
     profile.head = Head(cuts={"c3": (1, 2)})
     return profile
 
 
-def visited(profile, chunking, rows, rounds=1):
+def visited(profile: Profile, chunking: str, rows: int, rounds: int = 1) -> Any:
     """All visits on lanes that keep exactly to the profile's times."""
-    visitor = CellVisitor(chunking, rows, rounds)
-    run = rehearse(visitor.requests, visitor, profile, stop=visitor.over)
+    visitor = CellVisitor(chunking, rows, rounds)  # type: ignore[arg-type]
+    run = rehearse(visitor.requests, visitor, profile, stop=visitor.over)  # type: ignore[no-untyped-call]
     assert run.error is None
     return run
 
 
 @pytest.mark.parametrize("lead_ns", [0, 40_000])
 @pytest.mark.parametrize("chunking", ["whole", "c3"])
-def test_every_cell_is_visited_and_gives_back_its_time(chunking, lead_ns) -> None:
+def test_every_cell_is_visited_and_gives_back_its_time(chunking: str, lead_ns: int) -> None:
     profile = small({"whole": [170_000], "c3": [50_000, 70_000, 50_000]}, {"decision_lead": lead_ns})
     rows = (1, 2, 3, 4, 8)
-    run = visited(profile, chunking, rows, rounds=2)
+    run = visited(profile, chunking, rows, rounds=2)  # type: ignore[arg-type]
     times = cell_times(chunking, run)
     assert tuple(times.steps) == rows
     for count, samples in times.steps.items():
@@ -56,7 +57,7 @@ def test_every_cell_is_visited_and_gives_back_its_time(chunking, lead_ns) -> Non
 
 def test_a_decode_longer_than_many_steps_ends_alone() -> None:
     profile = small({"whole": [STEPS_BESIDE * 100_000 + 5_000_000]})
-    run = visited(profile, "whole", (1, 2))
+    run = visited(profile, "whole", (1, 2))  # type: ignore[arg-type]
     times = cell_times("whole", run)
     step, chunk = times.beside["whole", 0, 1]
     assert (step.pieces, chunk.pieces) == (STEPS_BESIDE, 1)
@@ -64,7 +65,7 @@ def test_a_decode_longer_than_many_steps_ends_alone() -> None:
     assert chunk.progress_ns == pytest.approx(chunk.overlap_ns), "what it did alone is not counted"
 
 
-def piece(kind, start_ns, end_ns, chunk=-1, exclusive=False):
+def piece(kind: str, start_ns: Any, end_ns: Any, chunk: int = -1, exclusive: bool = False) -> Any:
     lane = "denoise" if kind == "step" else "decode0"
     return WorkRecord(0, lane, kind, start_ns, end_ns, 2 if kind == "step" else 0, 0, (), "", chunk, exclusive, False)
 
@@ -80,7 +81,7 @@ def test_what_each_side_loses_is_found_from_pieces_that_overlap_in_part() -> Non
         piece("step", 370, 479),
     ]
     dispatch = SimpleNamespace(step_ns=[0] * 4, chunk_ns=[0] * 2, prepare_ns=[], copy_ns=[5])
-    times = cell_times("whole", SimpleNamespace(result=SimpleNamespace(work=work), dispatch=dispatch))
+    times = cell_times("whole", SimpleNamespace(result=SimpleNamespace(work=work), dispatch=dispatch))  # type: ignore[arg-type]
     assert times.steps == {2: [100, 100]}
     assert times.chunks == {"whole": [[60]]}
     assert times.overheads["result_copy"] == [5]
@@ -95,7 +96,7 @@ def test_what_each_side_loses_is_found_from_pieces_that_overlap_in_part() -> Non
 
 def test_passes_with_several_chunkings_are_joined() -> None:
     profile = small({"whole": [170_000], "c3": [50_000, 70_000, 50_000]})
-    parts = [cell_times(name, visited(profile, name, (2, 4))) for name in ("whole", "c3")]
+    parts = [cell_times(name, visited(profile, name, (2, 4))) for name in ("whole", "c3")]  # type: ignore[arg-type]
     times = joined(parts)
     assert set(times.chunks) == {"whole", "c3"}
     assert len(times.steps[4]) == sum(len(part.steps[4]) for part in parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A small profile ``p`` of the embedded model, a trace ``t.csv``, and the working folder there."""
     small = make_profile(
         {1: 7_000_000, 2: 9_000_000, 4: 13_000_000},
@@ -36,7 +37,7 @@ def validate(*more: str) -> int:
     return cli.main(["validate", "--profile", "p", "--trace", "t.csv", "--out", "o", *more])
 
 
-def test_a_validation_measures_predicts_and_judges(world, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_validation_measures_predicts_and_judges(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     policies = ["--policy", "continuous-serial", "--policy", "continuous-parallel"]
     code = validate(*policies, "--load", "0.5", "--repeats", "1")
     data = json.loads((world / "o" / "validation.json").read_text())
@@ -70,7 +71,9 @@ def test_a_validation_measures_predicts_and_judges(world, capsys: pytest.Capture
         (["--out", "p"], "which 'validate' did not write; give another folder."),
     ],
 )
-def test_bad_input_is_one_sentence(world, capsys: pytest.CaptureFixture[str], more, sentence) -> None:
+def test_bad_input_is_one_sentence(
+    world: Any, capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
+) -> None:
     write_profile(world / "nameless", affine_profile())
     assert validate(*more) == 2
     printed = capsys.readouterr()
