@@ -124,7 +124,7 @@ def paired_comparison(
                     axis.plot([row["low"], row["high"]], [place, place], color=color)
                 axis.plot(row["ratio"], place, "o", color=color)
                 if numbers:
-                    beside(axis, percent(row["ratio"]), row["ratio"], place, (0, 3.5), ha="center", fontsize=6)
+                    beside(axis, percent(row["ratio"]), row["ratio"], place, (0, 4.2), ha="center", fontsize=6)
             name = LABELS.get(measure, measure)
             axis.axvline(1, color="#222222", linewidth=0.8, zorder=1)
             panel_title(axis, f"{cell}\n{name}" if axis is axes[0] else name, bool(own["estimated"].any()))

@@ -96,7 +96,7 @@ def latency_against_load(
         change.grid(visible=False, axis="x")
         ratio_axis(change, "y", own[["ratio", "low", "high"]].to_numpy(float).ravel().tolist(), "change", 8)
         change.axhline(1, color="#222222", linewidth=0.8, zorder=1)
-        panel_title(change, f"against {baseline}, paired by seed", estimated)
+        panel_title(change, f"against {baseline}, paired", estimated)
     for axis in grid[-1]:
         axis.set_xlabel("offered load (1 = continuous-serial saturates)")
     policy_legend(figure, styles)
