@@ -32,7 +32,7 @@ from synerdiff.diffusion import SCHEDULERS
 from synerdiff.experiments.sources import Source, arrivals
 from synerdiff.fidelity.floor import FloorChoice, floor_for_requests
 from synerdiff.profile.adapters import Adapters, load_adapters
-from synerdiff.profile.capacity import default_batch, mix_of, offered_load, solo_latency_ns
+from synerdiff.profile.capacity import default_batch, mix_of, offered_load, solo_latencies_ns
 from synerdiff.profile.folder import load_profile
 from synerdiff.profile.scaling import scaled_profile
 from synerdiff.profile.tables import Profile
@@ -144,8 +144,7 @@ class Prepared:
 
     def solo_latencies_s(self) -> list[float]:
         """Of each request, its latency alone with the steps that were asked for."""
-        solo: dict[tuple[int, int, bool], int] = {}
-        return [_solo_ns(request, self.profile, solo) / NS_PER_S for request in self.requests]
+        return [latency_ns / NS_PER_S for latency_ns in solo_latencies_ns(self.requests, self.profile)]
 
     def policy(self) -> Policy:
         """A fresh one: every worker has its own."""
@@ -392,21 +391,22 @@ def fitted(
     None it has none, and policies see no deadline.
     """
     size = profile.head.size
-    solo: dict[tuple[int, int, bool], int] = {}
-    ready = []
     for request in requests:
         if (request.height, request.width) not in ((None, None), size):
             raise InputError(
                 f"request {request.request_id} asks for {request.height}x{request.width} pixels; profile "
                 f"'{profile.name}' was made for {profile.head.pixels}."
             )
-        slo_ns = request.slo_ns
-        if slo_ns is None and slo_seconds is not None:
-            slo_ns = round(slo_seconds * NS_PER_S)
-        elif slo_ns is None and slo_multiple is not None:
-            slo_ns = round(slo_multiple * _solo_ns(request, profile, solo))
-        ready.append(replace(request, height=size and size[0], width=size and size[1], slo_ns=slo_ns))
-    return ready
+    limits_ns: list[int | None] = [None] * len(requests)
+    if slo_seconds is not None:
+        limits_ns = [round(slo_seconds * NS_PER_S)] * len(requests)
+    elif slo_multiple is not None:
+        limits_ns = [round(slo_multiple * solo_ns) for solo_ns in solo_latencies_ns(requests, profile)]
+    height, width = size or (None, None)
+    return [
+        replace(request, height=height, width=width, slo_ns=limit_ns if request.slo_ns is None else request.slo_ns)
+        for request, limit_ns in zip(requests, limits_ns, strict=True)
+    ]
 
 
 def fewer_steps(steps: int, scale: float) -> int:
@@ -493,10 +493,3 @@ def _fewer(requests: list[Request], scale: float) -> list[Request]:
     if scale == 1:
         return requests
     return [replace(request, steps=fewer_steps(request.steps, scale)) for request in requests]
-
-
-def _solo_ns(request: Request, profile: Profile, known: dict[tuple[int, int, bool], int]) -> int:
-    kind = (request.steps, request.images, request.guidance_scale > 1)
-    if kind not in known:
-        known[kind] = solo_latency_ns(request, profile)
-    return known[kind]

@@ -84,10 +84,10 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
 def _load_lines(run: dict[str, Any]) -> list[str]:
     """The load and what it is a share of, the rate beside it, and how far the trace was stretched."""
     rate, load, scale = run["rate_per_s"], run["load"], run["time_scale"]
+    if rate is None:
+        return ["  load        -: all requests arrive at once"]
     speed = "as written" if scale == 1 else f"{_number(max(scale, 1 / scale))} times as {'slow' if scale > 1 else 'fast'}"
     lines = [f"  time scale  {_number(scale)}: the trace {speed}"]
-    if rate is None:
-        return [*lines, "  load        -: all requests arrive at once"]
     lines.append(
         f"  load        {_number(load)}: {_number(rate)} of the {_number(rate / load)} requests/s that continuous-serial "
         f"sustains at batch {run['load_batch']}"

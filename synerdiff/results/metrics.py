@@ -75,7 +75,7 @@ def summarize(
 ) -> dict[str, Any]:
     """All metrics of a run, flat and ready for JSON (None where a value does not exist).
 
-    ``solo_latency_s``: per row of ``requests``, its latency alone (``capacity.solo_latencies_s``); a request without
+    ``solo_latency_s``: per row of ``requests``, its latency alone (``capacity.solo_latency_ns``); a request without
     an SLO of its own is good when it takes at most 3 times that. ``load``: the offered load, where it is defined.
 
     - trace_request_count, unfinished_count, rejected_count, failed_count, error_request_count (their sum): over the

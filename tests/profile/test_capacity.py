@@ -18,7 +18,7 @@ from synerdiff.profile.capacity import (
     offered_load,
     parallel_capacity_samples_per_s,
     serial_capacity_samples_per_s,
-    solo_latencies_s,
+    solo_latencies_ns,
     solo_latency_ns,
 )
 from synerdiff.profile.tables import Corun, Profile, Spread
@@ -109,7 +109,7 @@ def test_solo_latency_by_hand(profile: Profile) -> None:
     request = Request(0, 0, 4, images=3)
     assert solo_latency_ns(request, profile) == (5 + 4 * 42 + 2 * 9 + 4 * 22 + 9 + 3) * MS
     assert solo_latency_ns(request, profile, batch=1) == (5 + 3 * (4 * 22 + 9) + 3) * MS
-    assert solo_latencies_s([request], profile) == [0.291]
+    assert solo_latencies_ns([request, request], profile) == [291 * MS] * 2
 
 
 @pytest.mark.parametrize("images", [1, 3, 8, 9, 20])
