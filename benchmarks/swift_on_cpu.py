@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+from real_runner.adapters.processes import open_serving
 
 from policies.base import Policy
 from policies.registry import build_policy
@@ -31,7 +32,6 @@ from profiler.bench import Bench
 from profiler.measure import measure_profile
 from profiler.sampling import QUICK
 from profiler.settings import make_settings
-from real_runner.adapters.opening import open_serving
 from real_runner.adapters.serving import Folders, Serving
 from real_runner.engine import run_real
 from real_runner.hardware import Hardware, open_hardware

@@ -1,19 +1,67 @@
-"""From kept samples to a profile: tables, where they come from, and what follows from them."""
+"""Which points are measured, how samples become the tables of a profile, and what follows from them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from statistics import fmean, median
+from typing import Any, NamedTuple, cast
 
 from profiler.bench import Bench, lane_cores
-from profiler.facts import GpuWatch, code_version, device_name, host, software
-from profiler.findings import findings
-from profiler.plan import Plan
+from profiler.machine import GpuWatch, code_version, device_name, host, software
 from profiler.sampling import spread_of
-from profiler.settings import command_line
+from profiler.settings import Settings, command_line
+from profiler.timing import VISITS
+from synerdiff.core import PPM
+from synerdiff.diffusion.decoder import WHOLE, Chunking, choose_cuts
 from synerdiff.profile.tables import OVERHEADS, Corun, Head, Profile, Spread, Weights
+
+
+class Cell(NamedTuple):
+    """One co-run: a chunk beside steps of so many rows."""
+
+    chunking: str
+    chunk: int
+    rows: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.chunking} {self.chunk} {self.rows}"
+
+
+class Plan:
+    """``chunkings``: whole, then the cuts that make the longest chunk as short as the measured atoms allow, for each
+    wanted number of chunks that the decoder has atoms for. ``cells``: the co-runs, rows changing fastest, so that the
+    time left is easy to guess. ``longest``: the longest chunk of each chunking, by the atoms.
+    """
+
+    def __init__(self, settings: Settings, atoms_ns: Sequence[int]) -> None:
+        self.settings = settings
+        counts = [count for count in settings.chunk_counts if count <= len(atoms_ns)]
+        self.chunkings = (WHOLE, *(choose_cuts(atoms_ns, count) for count in counts))
+        self.longest = {cut.name: _longest(cut, atoms_ns) for cut in self.chunkings}
+        self.cells = tuple(
+            Cell(cut.name, chunk, rows)
+            for cut in self.chunkings
+            for chunk in range(len(cut))
+            for rows in settings.rows
+            if rows in settings.corun_rows or chunk == self.longest[cut.name]
+        )
+
+    def held_out(self, cell: Cell) -> bool:
+        """Whether lookups do without this cell: it shows how well they interpolate."""
+        return cell.rows not in self.settings.corun_rows
+
+    def round_due(self, visits_done: int, rounds: int) -> int:
+        """How many of ``rounds`` solo rounds belong before the next visit of a pair, spread evenly over all of them."""
+        return min(rounds, 1 + visits_done * rounds // (VISITS * len(self.cells)))
+
+
+def _longest(cut: Chunking, atoms_ns: Sequence[int]) -> int:
+    times_ns = [sum(atoms_ns[i] for i in atoms) for atoms in cut.ranges(len(atoms_ns))]
+    return times_ns.index(max(times_ns))
+
 
 Tables = Mapping[str, Mapping[str, Any]]
 """``atoms``: name -> spread; ``solo``: point -> columns of samples; ``corun``: cell -> samples of step and chunk."""
@@ -98,4 +146,90 @@ def _unguided_step(solo: Mapping[str, Any]) -> dict[str, Any]:
         "rows": rows,
         "median_ns": median_ns,
         "ratio": round(median_ns / spread_of(solo[f"step {rows}"][0]).median, 4),
+    }
+
+
+def decode_slowdowns(profile: Profile, chunking: str, rows: int) -> tuple[float, float]:
+    """(s_u, s_v) of a whole decode run as these chunks beside steps of ``rows`` rows.
+
+    With c_i the solo times and s_u,i, s_v,i the slowdowns: the decode takes W = sum(c_i * s_v,i), so
+    s_v = W / sum(c_i); the steps progress by sum(c_i * s_v,i / s_u,i) meanwhile, so s_u = W / that.
+    """
+    alone = beside = progress = 0.0
+    for chunk in range(profile.chunk_count(chunking)):
+        c = profile.chunk_ns(chunking, chunk)
+        s_u, s_v = (ppm / PPM for ppm in profile.slowdown_ppm(rows, chunking, chunk))
+        alone, beside, progress = alone + c, beside + c * s_v, progress + c * s_v / s_u
+    return beside / progress, beside / alone
+
+
+def overlap(profile: Profile, rows: Iterable[int]) -> dict[str, dict[int, float]]:
+    """1/s_u + 1/s_v of a decode, by chunking and rows; above 1 running beside pays."""
+    rows = list(rows)
+    return {
+        chunking: {r: round(sum(1 / s for s in decode_slowdowns(profile, chunking, r)), 4) for r in rows}
+        for chunking in profile.chunkings
+    }
+
+
+def kappa(profile: Profile, rows: Iterable[int]) -> dict[str, dict[int, dict[str, float]]]:
+    """Slowdown with chunks / slowdown with the whole decode, per chunking, rows and side.
+
+    Below 1 chunks contend less than a whole decode, and chunking alone raises throughput.
+    """
+    rows = list(rows)
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for chunking in profile.chunkings:
+        if chunking == "whole":
+            continue
+        found[chunking] = {}
+        for r in rows:
+            cut, whole = decode_slowdowns(profile, chunking, r), decode_slowdowns(profile, "whole", r)
+            found[chunking][r] = {"step": round(cut[0] / whole[0], 4), "chunk": round(cut[1] / whole[1], 4)}
+    return found
+
+
+def held_out_error(profile: Profile) -> dict[str, dict[str, float]]:
+    """Lookups against measured cells that lookups do not use: |lookup / measured - 1|, its mean and worst."""
+    steps = [profile.step_ns(rows) / spread.median - 1 for rows, spread in profile.held_out_steps.items()]
+    step_side, chunk_side = [], []
+    for (chunking, chunk), cells in profile.corun.items():
+        for rows, cell in cells.items():
+            if cell.held_out:
+                s_u, s_v = profile.slowdown_ppm(rows, chunking, chunk)
+                step_side.append(s_u / cell.step.median - 1)
+                chunk_side.append(s_v / cell.chunk.median - 1)
+    named = {"step_time": steps, "step_slowdown": step_side, "chunk_slowdown": chunk_side}
+    return {name: _error(values) for name, values in named.items() if values}
+
+
+def _error(values: list[float]) -> dict[str, float]:
+    sizes = [abs(value) for value in values]
+    return {"cells": len(sizes), "mean": round(fmean(sizes), 4), "worst": round(max(sizes), 4)}
+
+
+def dispersion(profile: Profile) -> dict[str, float]:
+    """(p90 - p10) / median of each table: the median over its cells."""
+    cells = [cell for by_rows in profile.corun.values() for cell in by_rows.values()]
+    tables: Mapping[str, list[Spread]] = {
+        "step_time": list(profile.steps.values()),
+        "chunk_time": [spread for spreads in profile.chunks.values() for spread in spreads],
+        "step_slowdown": [cell.step for cell in cells],
+        "chunk_slowdown": [cell.chunk for cell in cells],
+    }
+    return {
+        name: round(median((spread.p90 - spread.p10) / spread.median for spread in spreads), 4)
+        for name, spreads in tables.items()
+        if spreads
+    }
+
+
+def findings(profile: Profile, rows: Iterable[int]) -> dict[str, Any]:
+    """All of the above at these rows, for profile.yaml."""
+    rows = list(rows)
+    return {
+        "held_out_error": held_out_error(profile),
+        "dispersion": dispersion(profile),
+        "overlap": overlap(profile, rows),
+        "kappa": kappa(profile, rows),
     }

@@ -32,7 +32,7 @@ from itertools import combinations, pairwise
 from math import isfinite, sqrt
 from typing import Any
 
-from profiler.hardware_facts import Gpu, Model, decoder_atoms, find_gpu, find_model
+from profiler.datasheets import Gpu, Model, decoder_atoms, find_gpu, find_model
 from synerdiff.core import NS_PER_S, PPM, InputError
 from synerdiff.profile.tables import Corun, Head, Profile, Spread
 

@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from profiler.assemble import assemble
-from profiler.bench import Bench, open_bench
-from profiler.corun import VISITS, chunk_pieces, measure_corun
-from profiler.facts import GpuWatch, device_name, software
+from profiler.assemble import Plan, assemble
+from profiler.bench import Bench, StepPiece, open_bench
+from profiler.machine import GpuWatch, device_name, software
 from profiler.partial import Partial, numbers, require_profile_folder
-from profiler.pieces import StepPiece
-from profiler.plan import Plan
 from profiler.settings import Settings
-from profiler.solo import (
+from profiler.timing import (
     BATCH,
+    VISITS,
     Sampler,
+    chunk_pieces,
     chunks_sampler,
     measure_atoms,
+    measure_corun,
     overhead_samplers,
     step_samplers,
     take_round,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synerdiff.files import write_yaml
-from traces.gentd26_files import Gentd26Row, gentd26_rows
+from traces.gentd26 import Gentd26Row, gentd26_rows
 from traces.gentd26_parameters import PARAMETER_FILE
 
 SESSION_GAP_S = 1800

@@ -1,15 +1,26 @@
-"""Turns GenTD26 into requests."""
+"""Turns GenTD26 (Alibaba cluster-trace-v2026-GenAI) into requests: its files as published, and the joined table.
+
+The request file names no LoRAs, only their number. The last rows of the wider ``data_trace_processed.csv`` are the
+same requests in the same order and name them by hash; here a hash becomes ``L0000``, ``L0001``, ... by how often
+the wider file uses it (ties: which comes first).
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+import ast
+import tarfile
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from synerdiff.core import NS_PER_S, InputError, Request
-from synerdiff.files import Progress
-from traces.columns import IMAGES, STEPS, FieldError, whole_number
-from traces.conversion import Conversion, check_options
-from traces.gentd26_files import Gentd26Row, gentd26_rows
+from synerdiff.core import NS_PER_S, InputError, LoraUse, Request
+from synerdiff.files import Progress, csv_rows, csv_rows_of, reading
+from traces.columns import IMAGES, STEPS, FieldError, number, whole_number
+from traces.native import Conversion, check_options
 
 TEXT_TO_IMAGE = "TXT_2_IMG"
 SKIPPED_TYPES = {"IMG_2_IMG": "image-to-image", "INPAINTING": "inpainting"}
@@ -93,3 +104,206 @@ def _within(row: Gentd26Row, value: int | None, column: str, allowed: tuple[int,
         return whole_number(str(value), column, allowed)
     except FieldError as error:
         raise InputError(f"{row.where}: {error}.") from None
+
+
+WHAT = "GenTD26 trace"
+REQUEST_FILES = ("lora_request_trace.csv", "lora_request_trace.csv.gz")
+WIDE_FILES = ("data_trace_processed.tar.gz", "data_trace_processed.csv", "data_trace_processed.csv.gz")
+_WIDE_MEMBER = "data_trace_processed.csv"
+_NEEDED = (
+    "predict_type",
+    "predict_status",
+    "groupId",
+    "num_images_per_prompt",
+    "num_inference_steps",
+    "checkpoint_model_version_id",
+    "num_lora",
+)
+_MOST_LORAS = 1000
+_SHARED = (
+    "exec_time_seconds",
+    "prompt_length",
+    "negative_prompt_length",
+    "num_images_per_prompt",
+    "num_inference_steps",
+)
+"""Columns that both files have: rows that belong together agree in all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gentd26Row:
+    """One row of the request file. ``steps`` and ``images`` are None where the file has no parameters."""
+
+    where: str
+    arrival_s: int
+    predict_type: str
+    status: str
+    user: str
+    steps: int | None
+    images: int | None
+    checkpoint: str
+    lora_count: int
+    loras: tuple[LoraUse, ...]
+    """``name`` or ``name@scale``; empty when LoRAs were not asked for."""
+    cells: tuple[str, ...]
+    """The whole row, to tell exact duplicates."""
+
+
+def gentd26_rows(path: Path, with_loras: bool, progress: Progress | None = None) -> Iterator[Gentd26Row]:
+    """All rows in the file's order.
+
+    ``path`` is the request file, the joined table (it has arrival_s and lora_ids), or a folder that holds the request
+    file. With ``with_loras`` the request file needs ``data_trace_processed`` (as published or unpacked) beside it.
+    """
+    path = _request_file(path)
+    rows = csv_rows(path, WHAT, progress)
+    header = next(rows, (0, list[str]()))[1]
+    _check_header(path, header, _NEEDED)
+    joined = "lora_ids" in header
+    if not joined:
+        _check_header(path, header, ("gmt_create", *_SHARED))
+    names: Iterator[tuple[LoraUse, ...]] | None = None
+    if with_loras and not joined:
+        wanted = [(line, dict(zip(header, cells, strict=True))) for line, cells in csv_rows(path, WHAT)][1:]
+        names = iter(_joined_loras(path, wanted))
+    start: datetime | None = None
+    for line, cells in rows:
+        where = f"{path}, line {line}"
+        row = dict(zip(header, cells, strict=True))
+        if "arrival_s" in row:
+            arrival_s = _integer(where, row, "arrival_s", 2**40)
+        else:
+            moment = _moment(where, row["gmt_create"])
+            start = start or moment
+            arrival_s = round((moment - start).total_seconds())
+        if names is not None:
+            loras = next(names)
+        else:
+            loras = _loras_of_table(where, row) if with_loras else ()
+        yield Gentd26Row(
+            where=where,
+            arrival_s=arrival_s,
+            predict_type=row["predict_type"],
+            status=row["predict_status"],
+            user=row["groupId"],
+            steps=_optional(where, row, "num_inference_steps"),
+            images=_optional(where, row, "num_images_per_prompt"),
+            checkpoint=row["checkpoint_model_version_id"],
+            lora_count=_integer(where, row, "num_lora", _MOST_LORAS),
+            loras=loras,
+            cells=tuple(cells),
+        )
+
+
+def _request_file(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    for name in REQUEST_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise InputError(f"{path}: this folder holds neither {REQUEST_FILES[0]} nor {REQUEST_FILES[1]}.")
+
+
+def _check_header(path: Path, header: list[str], needed: tuple[str, ...]) -> None:
+    for column in needed:
+        if column not in header:
+            raise InputError(f"{path}, line 1: the column {column!r} is missing, so this is not a {WHAT}.")
+
+
+def _moment(where: str, text: str) -> datetime:
+    try:
+        return datetime.strptime(text, "%Y-%m-%d %H:%M:%S")
+    except ValueError:
+        raise InputError(f"{where}: gmt_create is {text!r}; a time like 2024-11-15 16:57:50 is needed.") from None
+
+
+def _integer(where: str, row: Mapping[str, str], column: str, most: int) -> int:
+    """A whole number that may be written as a float (30.0)."""
+    try:
+        value = number(row[column], column, (0, most))
+        if not value.is_integer():
+            raise FieldError(f"{column} is {row[column]!r}; a whole number is needed")
+    except FieldError as error:
+        raise InputError(f"{where}: {error}.") from None
+    return int(value)
+
+
+def _optional(where: str, row: Mapping[str, str], column: str) -> int | None:
+    return _integer(where, row, column, 2**31) if row[column].strip() else None
+
+
+def _loras_of_table(where: str, row: Mapping[str, str]) -> tuple[LoraUse, ...]:
+    ids, scales = row["lora_ids"], row.get("lora_scales", "")
+    if not ids:
+        return ()
+    split_ids, split_scales = ids.split("|"), scales.split("|")
+    if len(split_ids) != len(split_scales):
+        raise InputError(f"{where}: lora_ids names {len(split_ids)} LoRAs and lora_scales {len(split_scales)} scales.")
+    try:
+        scaled = [number(scale, "lora_scales", (0, 1000)) for scale in split_scales]
+    except FieldError as error:
+        raise InputError(f"{where}: {error}.") from None
+    return _each_once(zip(split_ids, scaled, strict=True))
+
+
+def _each_once(loras: Iterable[tuple[str, float]]) -> tuple[LoraUse, ...]:
+    """The first mention of a LoRA counts: a request merges none twice."""
+    first: dict[str, float] = {}
+    for name, scale in loras:
+        first.setdefault(name, scale)
+    return tuple([LoraUse(name, scale) for name, scale in first.items()])
+
+
+def _joined_loras(path: Path, wanted: list[tuple[int, dict[str, str]]]) -> list[tuple[LoraUse, ...]]:
+    """The LoRAs of every row of the request file, from the last rows of the wider one."""
+    wide = next((path.parent / name for name in WIDE_FILES if (path.parent / name).is_file()), None)
+    if wide is None:
+        raise InputError(
+            f"{path}: the LoRA names are in {WIDE_FILES[0]}, which is not beside it; "
+            "put it there or leave the LoRAs out with --adapters drop."
+        )
+    tail: deque[tuple[int, dict[str, str], list[tuple[str, float]]]] = deque(maxlen=len(wanted))
+    uses: Counter[str] = Counter()
+    with _wide_rows(wide) as rows:
+        header = next(rows, (0, list[str]()))[1]
+        _check_header(wide, header, ("lora_args", *_SHARED))
+        for line, cells in rows:
+            row = dict(zip(header, cells, strict=True))
+            loras = _lora_args(f"{wide}, line {line}", row["lora_args"])
+            uses.update(key for key, _ in loras)
+            tail.append((line, row, loras))
+    if len(tail) < len(wanted):
+        raise InputError(f"{wide}: it has {len(tail)} rows, fewer than the {len(wanted)} of {path}.")
+    names = {key: f"L{rank:04d}" for rank, (key, _) in enumerate(uses.most_common())}
+    found = []
+    for (line, row), (wide_line, wide_row, loras) in zip(wanted, tail, strict=True):
+        same = all(row[column] == wide_row[column] for column in _SHARED)
+        if not same or _integer(f"{path}, line {line}", row, "num_lora", _MOST_LORAS) != len(loras):
+            raise InputError(f"{wide}, line {wide_line}: this is not the request of {path}, line {line}.")
+        found.append(_each_once((names[key], scale) for key, scale in loras))
+    return found
+
+
+@contextmanager
+def _wide_rows(wide: Path) -> Iterator[Iterator[tuple[int, list[str]]]]:
+    if not wide.name.endswith(".tar.gz"):
+        yield csv_rows(wide, WHAT)
+        return
+    with reading(wide, WHAT), tarfile.open(wide, "r:gz") as archive:
+        # A Mac packed the archive: it also holds "._data_trace_processed.csv", which is no table.
+        members = [member for member in archive if Path(member.name).name == _WIDE_MEMBER and member.isfile()]
+        stream = archive.extractfile(members[0]) if members else None
+        if stream is None:
+            raise InputError(f"{wide}: the archive does not hold {_WIDE_MEMBER}.")
+        yield csv_rows_of(stream, wide, WHAT)
+
+
+def _lora_args(where: str, text: str) -> list[tuple[str, float]]:
+    """``[{'modelVersionId': hash, 'scale': 0.8}, ...]`` as (hash, scale)."""
+    if text == "[]":
+        return []
+    try:
+        parsed: Any = ast.literal_eval(text)
+        return [(str(entry["modelVersionId"]), float(entry["scale"])) for entry in parsed]
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError, MemoryError):
+        raise InputError(f"{where}: lora_args is not a list of modelVersionId and scale.") from None

@@ -24,7 +24,7 @@ from traces.columns import (
     number,
     whole_number,
 )
-from traces.conversion import Conversion, check_options
+from traces.native import Conversion, check_options
 
 WHAT = "Katz trace"
 FIELDS = ("timestamp", "scene_id", "base_model_id", "controlnets", "loras")

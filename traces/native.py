@@ -1,14 +1,17 @@
-"""Reads and writes synerdiff's own trace format: CSV, and the same columns in parquet."""
+"""Reads and writes synerdiff's own trace format, as CSV and parquet; what became of a foreign trace."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from synerdiff.core import InputError, Request
-from synerdiff.files import Progress, csv_rows, write_rows
+from synerdiff.files import Progress, csv_rows, reading, write_rows
 from traces.columns import (
     COLUMNS,
+    INTEGER_COLUMNS,
     REQUIRED,
     FieldError,
     Fields,
@@ -18,7 +21,6 @@ from traces.columns import (
     seconds_text,
     texts_of,
 )
-from traces.parquet_rows import parquet_rows
 
 WHAT = "trace"
 _ALWAYS_WRITTEN = ("arrival_s", "steps", "images", "guidance_scale")
@@ -92,3 +94,66 @@ def write_trace(path: Path, requests: Sequence[Request]) -> None:
             raise InputError(f"{path}: request {index} cannot be written: {error}.") from None
     used = [i for i, column in enumerate(COLUMNS) if column in _ALWAYS_WRITTEN or any(row[i] for row in rows)]
     write_rows(path, [COLUMNS[i] for i in used], ([row[i] for i in used] for row in rows))
+
+
+_ROWS_PER_BATCH = 16_384
+
+
+def parquet_rows(path: Path, what: str) -> Iterator[tuple[int, list[str]]]:
+    """The column names as row 0, then (row, texts) with rows counted from 1; a null is an empty text.
+
+    Raises InputError for a foreign or truncated file and for values that are neither text nor numbers.
+    """
+    with reading(path, what), path.open("rb"):  # a missing file or a folder gets its own sentence
+        pass
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = list(file.schema_arrow.names)
+            yield 0, names
+            row = 0
+            for batch in file.iter_batches(_ROWS_PER_BATCH):
+                columns = [column.to_pylist() for column in batch.columns]
+                for values in zip(*columns, strict=True):
+                    row += 1
+                    yield row, [_text(path, row, *pair) for pair in zip(names, values, strict=True)]
+    except (pyarrow.ArrowException, OSError):
+        raise InputError(f"{path}: this is not a complete parquet file, so it cannot be a {what}.") from None
+
+
+def _text(path: Path, row: int, column: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        # A column of whole numbers that has a gap is stored as floating point by most writers.
+        whole = column in INTEGER_COLUMNS and isinstance(value, float) and value.is_integer()
+        return str(int(value)) if whole else repr(value)
+    raise InputError(f"{path}, row {row}: {column} holds a {type(value).__name__}; text or a number is needed.")
+
+
+CHECKPOINTS = ("one", "keep")
+ADAPTERS = ("keep", "drop")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """``rows`` read = requests + dropped; ``noted`` counts what was kept and is worth knowing, or was changed."""
+
+    requests: list[Request]
+    rows: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    noted: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.rows == len(self.requests) + sum(self.dropped.values())
+
+
+def check_options(checkpoints: str, adapters: str) -> None:
+    """``one`` counts all checkpoints as one model; ``drop`` leaves LoRAs and ControlNets out."""
+    for name, value, allowed in (("checkpoints", checkpoints, CHECKPOINTS), ("adapters", adapters, ADAPTERS)):
+        if value not in allowed:
+            raise InputError(f"{name} is {value!r}; allowed are {' and '.join(allowed)}.")

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.floors import beside_floor, gpu_key, work_of
-from profiler.facts import device_name
-from profiler.hardware_facts import MODELS
-from profiler.replay import Side, alone
+from profiler.datasheets import MODELS
+from profiler.machine import device_name
 from profiler.sampling import QUICK, spread_of, warm_up
+from profiler.timing import Side, alone
 from synerdiff.device import open_device
 from synerdiff.device.lanes import find_device
 from synerdiff.diffusion.checkpoint import load_model

@@ -1,6 +1,6 @@
 """What a time means: achieved TFLOP/s and GB/s, and the least time that the device allows.
 
-FLOPs, bytes and data sheets come from ``profiler.hardware_facts``; models and devices that it does not know have no
+FLOPs, bytes and data sheets come from ``profiler.datasheets``; models and devices that it does not know have no
 floor, and nothing is guessed for them.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from profiler.hardware_facts import GPUS, MODELS, decoder_atoms
+from profiler.datasheets import GPUS, MODELS, decoder_atoms
 from synerdiff.core import NS_PER_S
 from synerdiff.profile.folder import fields_of
 from synerdiff.profile.tables import Profile

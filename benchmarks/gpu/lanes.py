@@ -17,12 +17,10 @@ from typing import Any
 
 import torch
 
-from profiler.bench import Bench, lane_cores
-from profiler.corun import chunk_pieces, measure_corun
-from profiler.facts import device_name
-from profiler.pieces import StepPiece
-from profiler.replay import Side, alone
+from profiler.bench import Bench, StepPiece, lane_cores
+from profiler.machine import device_name
 from profiler.sampling import QUICK, Rule
+from profiler.timing import Side, alone, chunk_pieces, measure_corun
 from synerdiff.core import PPM
 from synerdiff.device import open_device
 from synerdiff.device.lanes import find_device
@@ -137,7 +135,7 @@ def measure(model_name: str, device_text: str, rows: tuple[int, ...], quick: boo
         try:
             with bench_with(kind, model, device, rows, rule) as bench, torch.inference_mode():
                 if not cuts:
-                    from profiler.solo import measure_atoms
+                    from profiler.timing import measure_atoms
 
                     atoms = measure_atoms(bench)
                     cuts = [WHOLE, choose_cuts([spread.median for spread in atoms.values()], CHUNKS)]

@@ -319,7 +319,7 @@ def now() -> str:
 
 
 def provenance(options: Options) -> dict[str, Any]:
-    from profiler.facts import code_version, device_name, host, software
+    from profiler.machine import code_version, device_name, host, software
     from synerdiff.device.lanes import find_device
 
     found = {"device": device_name(find_device(options.device)), "commit": code_version(), **host(), **software()}

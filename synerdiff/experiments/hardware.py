@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from profiler.facts import device_name, software
+from profiler.machine import device_name, software
 from real_runner.adapters.crew import serve_under_torchrun
 from real_runner.adapters.opening import open_serving
 from real_runner.adapters.serving import Folders

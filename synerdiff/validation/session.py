@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from policies.registry import build_policy
-from profiler.facts import device_name, software
+from profiler.machine import device_name, software
 from real_runner.engine import RealRun, run_real
 from real_runner.hardware import Hardware, chunking_of, open_hardware
 from synerdiff.core import NS_PER_S, InputError, WorkerInfo

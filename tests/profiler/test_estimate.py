@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from profiler import estimate as est
-from profiler.hardware_facts import GPUS, MODELS, decoder_atoms
+from profiler.datasheets import GPUS, MODELS, decoder_atoms
 from synerdiff.cli.estimate import estimate
 from synerdiff.core import InputError
 from synerdiff.profile.folder import SHIPPED, load_profile

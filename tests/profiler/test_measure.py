@@ -10,7 +10,7 @@ import torch
 
 from profiler import bench
 from profiler import measure as measuring
-from profiler.findings import findings
+from profiler.assemble import findings
 from profiler.measure import measure_profile
 from profiler.partial import Partial
 from profiler.sampling import Rule, spread_of
@@ -103,7 +103,7 @@ def test_cuts_make_the_longest_chunk_as_short_as_the_measured_atoms_allow(measur
 
 
 def test_the_step_that_is_measured_is_the_models_own_step() -> None:
-    from profiler.pieces import SAMPLE_STEPS, StepPiece
+    from profiler.bench import SAMPLE_STEPS, StepPiece
 
     model = load_model("digits")
     model.row_buckets = (4, 8)

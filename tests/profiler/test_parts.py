@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 
-from profiler.facts import throttle_counts
-from profiler.findings import decode_slowdowns, findings
+from profiler.assemble import Plan, decode_slowdowns, findings
+from profiler.machine import throttle_counts
 from profiler.partial import FILE, Partial, require_profile_folder
-from profiler.plan import Plan
-from profiler.replay import Side, _inside, active_times, alone, in_turn, together
 from profiler.sampling import Rule, median_width, spread_of, warm_up
 from profiler.settings import command_line, make_settings
+from profiler.timing import Side, _inside, active_times, alone, in_turn, together
 from synerdiff.core import InputError
 from synerdiff.device import open_device
 from synerdiff.profile.tables import Corun, Profile, Spread

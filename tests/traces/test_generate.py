@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 
 from synerdiff.core import InputError, Request
-from traces.arrivals import mmpp_arrivals, renewal_arrivals
-from traces.generate import generate, generate_trace
+from traces.generate import generate, generate_trace, mmpp_arrivals, renewal_arrivals, session_arrivals
 from traces.gentd26_parameters import gentd26_parameters
 from traces.native import write_trace
-from traces.sessions import session_arrivals
 from traces.spec import TraceSpec, trace_spec
 
 DAY_S = 86_400
