@@ -46,7 +46,7 @@ def refused(play: Play, policy: Any) -> str:
     return text
 
 
-@pytest.mark.parametrize("leave", [lambda: sys.exit(0), helper, lambda: 1 // 0, lambda: {}["none"]])
+@pytest.mark.parametrize("leave", [lambda: sys.exit(0), helper, lambda: 1 // 0, lambda: dict[str, int]()["none"]])
 def test_what_decide_raises_names_hook_time_and_own_frames(play: Play, leave: Callable[[], Any]) -> None:
     text = refused(play, Mine(decide=leave))
     assert re.match(r"policy 'Mine' at 0\.000000000 s: decide raised \w+( \(.*\))? \[decide in test_policy_calls", text)
@@ -79,10 +79,10 @@ def test_an_input_error_of_reset_stays_one(play: Play) -> None:
         (3, "decide returned 3; a Decision is needed"),
         ("step", "decide returned 'step'; a Decision is needed"),
         ((), "decide returned a tuple; a Decision is needed"),
-        ((x for x in ()), "decide returned a generator; a Decision is needed"),
+        ((number for number in range(0)), "decide returned a generator; a Decision is needed"),
         (Decision(admit=[0]), "admit is a list; a tuple is needed"),  # type: ignore[arg-type]
         (Decision(reject=None), "reject is None; a tuple is needed"),  # type: ignore[arg-type]
-        (Decision(step=(x for x in ())), "step is a generator; a tuple is needed"),  # type: ignore[arg-type]
+        (Decision(step=(number for number in range(0))), "step is a generator; a tuple is needed"),  # type: ignore[arg-type]
         (Decision(chunks=ChunkLaunch), "chunks is a type; a tuple is needed"),  # type: ignore[arg-type]
         (Decision(pad_rows=1.0), "pad_rows is 1.0; a whole number is needed"),  # type: ignore[arg-type]
         (Decision(pad_rows=True), "pad_rows is True; a whole number is needed"),
@@ -110,7 +110,7 @@ def test_what_is_returned_of_a_wrong_type_is_refused(play: Play, found: Any, wor
     ],
 )
 def test_a_launch_of_a_wrong_type_is_refused(play: Play, launch: Any) -> None:
-    policy = Script(Decision(admit=(0,), step=((0, G),)), Decision(chunks=(launch,)))  # type: ignore[no-untyped-call,arg-type]
+    policy = Script(Decision(admit=(0,), step=((0, G),)), Decision(chunks=(launch,)))  # type: ignore[arg-type]
     assert "is no ChunkLaunch of a sample" in refused(play, policy)
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from policies.registry import build_policy
-from synerdiff.core import ChunkLaunch, Decision, Request
+from synerdiff.core import GUIDED, ChunkLaunch, Decision, Request, RunResult, View
 from tests.builders import Script, make_profile
 
 
-def spans(result, lane=None):
+def spans(result: RunResult, lane: Any = None) -> list[Any]:
     return [(w.lane, w.start_ns, w.end_ns) for w in result.work if lane is None or w.lane == lane]
 
 
-def test_an_exclusive_launch_holds_the_denoise_lane_and_runs_chunk_after_chunk(play):
+def test_an_exclusive_launch_holds_the_denoise_lane_and_runs_chunk_after_chunk(play: Any) -> None:
     profile = make_profile({2: 100}, {"whole": [90], "c3": [20, 30, 40]})
     policy = Script(
-        Decision(admit=(0,), step=((0, "guided"),)),
+        Decision(admit=(0,), step=((0, GUIDED),)),
         Decision(chunks=(ChunkLaunch(0, 3, exclusive=True),)),
         Decision(),
         Decision(),
@@ -29,14 +31,14 @@ def test_an_exclusive_launch_holds_the_denoise_lane_and_runs_chunk_after_chunk(p
     assert policy.asked == [0, 100, 120, 150, 190]
 
 
-def test_an_arrival_during_an_exclusive_launch_does_not_ask(play):
+def test_an_arrival_during_an_exclusive_launch_does_not_ask(play: Any) -> None:
     profile = make_profile({2: 100}, {"whole": [90], "c3": [20, 30, 40]})
     policy = Script(
-        Decision(admit=(0,), step=((0, "guided"),)),
+        Decision(admit=(0,), step=((0, GUIDED),)),
         Decision(chunks=(ChunkLaunch(0, 3, exclusive=True),)),
         Decision(),
         Decision(),
-        lambda view: Decision(admit=(1,), step=((1, "guided"),)),
+        lambda view: Decision(admit=(1,), step=((1, GUIDED),)),
         Decision(chunks=(ChunkLaunch(1, 3),)),
         chunking="c3",
     )
@@ -52,12 +54,12 @@ def test_an_arrival_during_an_exclusive_launch_does_not_ask(play):
     ]
 
 
-def test_everything_of_one_instant_is_taken_before_the_policy_is_asked_once(play):
+def test_everything_of_one_instant_is_taken_before_the_policy_is_asked_once(play: Any) -> None:
     # At 100 a step ends, a chunk ends, a request arrives and a wake is due.
     profile = make_profile({2: 50}, {"whole": [50]})
     seen = []
 
-    def look(view):
+    def look(view: View) -> Any:
         seen.append(
             (
                 view.now_ns,
@@ -68,11 +70,11 @@ def test_everything_of_one_instant_is_taken_before_the_policy_is_asked_once(play
                 view.closed,
             )
         )
-        return Decision(admit=(2,), step=((2, "guided"),), chunks=(ChunkLaunch(1, 1),))
+        return Decision(admit=(2,), step=((2, GUIDED),), chunks=(ChunkLaunch(1, 1),))
 
     policy = Script(
-        Decision(admit=(0,), step=((0, "guided"),)),
-        Decision(admit=(1,), step=((1, "guided"),), chunks=(ChunkLaunch(0, 1),), wake_at_ns=100),
+        Decision(admit=(0,), step=((0, GUIDED),)),
+        Decision(admit=(1,), step=((1, GUIDED),), chunks=(ChunkLaunch(0, 1),), wake_at_ns=100),
         look,
         Decision(chunks=(ChunkLaunch(2, 1),)),
     )
@@ -82,14 +84,14 @@ def test_everything_of_one_instant_is_taken_before_the_policy_is_asked_once(play
     assert policy.asked == [0, 50, 100, 150]
 
 
-def test_the_wake_asks_and_a_later_decision_replaces_it(play):
+def test_the_wake_asks_and_a_later_decision_replaces_it(play: Any) -> None:
     profile = make_profile({2: 50}, {"whole": [10]})
     policy = Script(
         Decision(wake_at_ns=30),
         Decision(wake_at_ns=200),
-        Decision(admit=(0,), step=((0, "guided"),)),
+        Decision(admit=(0,), step=((0, GUIDED),)),
         Decision(chunks=(ChunkLaunch(0, 1, exclusive=True),)),
-        lambda view: Decision(admit=(1,), step=((1, "guided"),), wake_at_ns=140),
+        lambda view: Decision(admit=(1,), step=((1, GUIDED),), wake_at_ns=140),
         Decision(),
         Decision(chunks=(ChunkLaunch(1, 1),), wake_at_ns=10_000),
     )
@@ -100,12 +102,12 @@ def test_the_wake_asks_and_a_later_decision_replaces_it(play):
     assert result.end_ns == 160
 
 
-def test_decisions_close_early_and_take_effect_at_the_real_end(play):
+def test_decisions_close_early_and_take_effect_at_the_real_end(play: Any) -> None:
     profile = make_profile({2: 100, 4: 100}, {"whole": [30]}, overheads={"decision_lead": 20})
     policy = build_policy("continuous-parallel")
     asked = []
     decide = policy.decide
-    policy.decide = lambda view: asked.append(view.now_ns) or decide(view)
+    policy.decide = lambda view: asked.append(view.now_ns) or decide(view)  # type: ignore[func-returns-value, method-assign]
     # 1 arrives at 70: in time for the decision at 80. 2 arrives at 90: too late, it joins the step from 200.
     requests = [Request(0, 0, steps=2), Request(1, 70, steps=1), Request(2, 90, steps=1)]
     result = play(requests, policy, profile)
@@ -121,7 +123,7 @@ def test_decisions_close_early_and_take_effect_at_the_real_end(play):
     assert asked == [0, 80, 180, 230, 260, 280, 300]
 
 
-def test_an_early_decision_without_a_step_is_asked_again_at_the_real_end(play):
+def test_an_early_decision_without_a_step_is_asked_again_at_the_real_end(play: Any) -> None:
     profile = make_profile({2: 100}, {"whole": [30]}, overheads={"decision_lead": 20})
     policy = build_policy("continuous-serial")
     result = play([Request(0, 0, steps=1), Request(1, 95, steps=1)], policy, profile)
@@ -129,18 +131,18 @@ def test_an_early_decision_without_a_step_is_asked_again_at_the_real_end(play):
     assert spans(result) == [("denoise", 0, 100), ("decode0", 100, 130), ("denoise", 130, 230), ("decode0", 230, 260)]
 
 
-def test_a_step_shorter_than_the_lead_is_decided_on_at_its_start(play):
+def test_a_step_shorter_than_the_lead_is_decided_on_at_its_start(play: Any) -> None:
     profile = make_profile({2: 10}, {"whole": [5]}, overheads={"decision_lead": 20})
     asked = []
     policy = build_policy("continuous-serial")
     decide = policy.decide
-    policy.decide = lambda view: asked.append(view.now_ns) or decide(view)
+    policy.decide = lambda view: asked.append(view.now_ns) or decide(view)  # type: ignore[func-returns-value, method-assign]
     result = play([Request(0, 0, steps=2)], policy, profile)
     assert asked == [0, 0, 10]  # a second round at the very start of each step; at 20 the decode is committed already
     assert spans(result) == [("denoise", 0, 10), ("denoise", 10, 20), ("decode0", 20, 25)]
 
 
-def test_the_images_of_a_request_are_samples_and_it_is_done_with_the_last(play):
+def test_the_images_of_a_request_are_samples_and_it_is_done_with_the_last(play: Any) -> None:
     profile = make_profile({2: 100, 4: 150, 6: 170}, {"whole": [30]})
     result = play([Request(0, 0, steps=1, images=3)], build_policy("continuous-serial", {"batch": 2}), profile)
     assert spans(result) == [
@@ -160,7 +162,7 @@ def test_the_images_of_a_request_are_samples_and_it_is_done_with_the_last(play):
     assert [w.rows for w in result.work] == [4, 0, 0, 2, 0]
 
 
-def test_static_pads_finished_samples_and_waits_for_batch_delay_or_the_end(play):
+def test_static_pads_finished_samples_and_waits_for_batch_delay_or_the_end(play: Any) -> None:
     profile = make_profile({2: 100, 4: 150, 6: 200}, {"whole": [30]})
     policy = build_policy("static", {"batch": 2, "max_wait_s": 1e-6})
     requests = [Request(0, 0, steps=1), Request(1, 400, steps=2), Request(2, 5000, steps=1), Request(3, 9000, steps=1)]
@@ -179,7 +181,7 @@ def test_static_pads_finished_samples_and_waits_for_batch_delay_or_the_end(play)
     ]
 
 
-def test_dynamic_lets_nobody_join_until_the_batch_is_empty(play):
+def test_dynamic_lets_nobody_join_until_the_batch_is_empty(play: Any) -> None:
     profile = make_profile({2: 100, 4: 150}, {"whole": [30]})
     requests = [Request(0, 0, steps=2), Request(1, 10, steps=1), Request(2, 20, steps=1)]
     result = play(requests, build_policy("dynamic", {"batch": 2}), profile)
@@ -193,7 +195,7 @@ def test_dynamic_lets_nobody_join_until_the_batch_is_empty(play):
     ]
 
 
-def test_continuous_admission_does_not_overtake_across_batch_keys(play):
+def test_continuous_admission_does_not_overtake_across_batch_keys(play: Any) -> None:
     profile = make_profile({2: 100, 4: 150}, {"whole": [30]})
     requests = [
         Request(0, 0, steps=2),
@@ -204,7 +206,7 @@ def test_continuous_admission_does_not_overtake_across_batch_keys(play):
     assert [w.samples for w in result.work if w.kind == "step"] == [(0,), (0,), (1,), (2,)]
 
 
-def test_buckets_cost_the_next_larger_one_and_eager_profiles_interpolate(play):
+def test_buckets_cost_the_next_larger_one_and_eager_profiles_interpolate(play: Any) -> None:
     times = {2: 100, 6: 201}
     request = [Request(0, 0, steps=1, images=2)]
     policy = build_policy("continuous-serial")

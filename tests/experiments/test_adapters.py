@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,7 +161,7 @@ def test_a_grid_of_fleets_from_file_to_figures(tmp_path: Path) -> None:
     profile, adapters = h800_profile("katz"), h800_adapters("katz")
     alone_s = worker_image_s((), Demand.of("A", 5, 0.0), profile, adapters, 380 << 20)
     assert rows["base", 0.0, None][cost] == pytest.approx(alone_s, rel=0.03)
-    _, rows_shown = publish(made.experiment, results)[0]
+    rows_shown: Any = publish(made.experiment, results)[0][1]
     shown = {row[:4]: row[4] for row in rows_shown}
     assert shown["asynchronous", "4", "service, 50% with LoRAs", "0.4"].startswith("1.")
     assert shown["base", "4", "service, 50% with LoRAs", "all wait"] == "1x"

@@ -200,7 +200,7 @@ def test_tables_by_hand(tmp_path: Path) -> None:
     assert [gain.ratio for gain in gains if gain] == [pytest.approx(1.5), pytest.approx(4.0)]
     best = {each.measure: each for each in best_of_cells(paired, ["base", "good", "slow"], ["base"], "slow")}
     saturated = best["saturation"]
-    assert (saturated.policy, saturated.gain.ratio, saturated.ties) == ("good", pytest.approx(1.5), ())
+    assert (saturated.policy, saturated.gain.ratio, saturated.ties) == ("good", pytest.approx(1.5), ())  # type: ignore[comparison-overlap]
     assert saturated.subject_gain is not None
     assert saturated.subject_gain.ratio == pytest.approx(1.9 / 3)
     assert {each.measure for each in shortfalls(best.values(), 0.02)} == {"saturation", "mean", "p99"}
@@ -224,7 +224,7 @@ def test_what_the_interval_does_not_tell_apart_is_tied() -> None:
     # log ratios near / base: 0.0488, -0.0870, 0.0180; mean -0.0067, s 0.0712, t(2) 4.303: +-0.1769.
     assert (best.policy, best.ties) == ("near", ("base",))
     assert best.gain.ratio == pytest.approx(1.0067, abs=2e-4)
-    assert (best.gain.low, best.gain.high) == (pytest.approx(0.843, abs=2e-3), pytest.approx(1.2016, abs=2e-3))
+    assert (best.gain.low, best.gain.high) == (pytest.approx(0.843, abs=2e-3), pytest.approx(1.2016, abs=2e-3))  # type: ignore[comparison-overlap]
     assert best.subject_gain is not None
     assert best.subject_gain.low > 1
 

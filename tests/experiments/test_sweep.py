@@ -73,7 +73,7 @@ def keys(grid: Grid) -> set[str]:
 
 
 def table(path: Path) -> list[dict[str, Any]]:
-    return read_table(path, {})[0].to_pylist()
+    return read_table(path, {})[0].to_pylist()  # type: ignore[no-any-return]
 
 
 def test_every_run_of_the_grid_is_a_row(world: Path) -> None:
@@ -309,7 +309,7 @@ def test_an_installed_package_and_declared_data_count(world: Path, monkeypatch: 
     (site / "rules" / "__init__.py").write_text("NAME_OF_RULE = 'mine'\n")
     monkeypatch.syspath_prepend(site)
     monkeypatch.setattr(
-        store.sysconfig,
+        store.sysconfig,  # type: ignore[attr-defined]
         "get_paths",
         lambda: (
             dict.fromkeys(("stdlib", "platstdlib"), str(world / "lib"))
@@ -697,16 +697,16 @@ def test_the_ray_backend_streams_results_and_asks_for_retries(monkeypatch: pytes
     asked: dict[str, object] = {}
     cancelled: list[object] = []
 
-    def remote(**options: object):
+    def remote(**options: object) -> Any:
         asked.update(options)
         return lambda function: types.SimpleNamespace(remote=lambda item: (function, item))
 
     fake = types.ModuleType("ray")
-    fake.is_initialized = lambda: True
-    fake.remote = remote
-    fake.wait = lambda pending, num_returns: (pending[-1:], pending[:-1])
-    fake.get = lambda reference: reference[0](reference[1])
-    fake.cancel = cancelled.append
+    fake.is_initialized = lambda: True  # type: ignore[attr-defined]
+    fake.remote = remote  # type: ignore[attr-defined]
+    fake.wait = lambda pending, num_returns: (pending[-1:], pending[:-1])  # type: ignore[attr-defined]
+    fake.get = lambda reference: reference[0](reference[1])  # type: ignore[attr-defined]
+    fake.cancel = cancelled.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "ray", fake)
     results = make_backend("ray", None).run_unordered(_refuse, [0, 1, 2])
     assert next(results) == 2
@@ -715,7 +715,7 @@ def test_the_ray_backend_streams_results_and_asks_for_retries(monkeypatch: pytes
     assert cancelled == []
     with pytest.raises(InputError, match="three"):
         list(make_backend("ray", None).run_unordered(_refuse, [1, 2, 3]))
-    assert [item for _, item in cancelled] == [1, 2]
+    assert [item for _, item in cancelled] == [1, 2]  # type: ignore[has-type, misc]
 
 
 def test_a_profile_that_changes_under_a_running_sweep_is_noticed(world: Path) -> None:

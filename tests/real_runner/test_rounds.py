@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,13 +11,14 @@ from hypothesis import strategies as st
 
 from policies.registry import POLICIES, build_policy
 from simulator import simulate
-from synerdiff.core import REUSE, ContractError, Decision, Request, SkipBudget
+from synerdiff.core import REUSE, ContractError, Decision, Request, SkipBudget, View, WorkerInfo
+from synerdiff.profile.tables import Profile
 from tests.builders import make_profile, requests_at
 from tests.exact_lanes import rehearse
-from tests.simulator.test_reference import Whim
+from tests.strategies import Whim
 
 
-def uncontended(overheads=None):
+def uncontended(overheads: Any = None) -> Profile:
     return make_profile(
         {1: 100, 2: 130, 4: 200, 8: 350, 16: 600}, {"whole": [170], "c3": [50, 70, 50]}, overheads=overheads
     )
@@ -29,7 +31,7 @@ REQUESTS = st.lists(
 )
 
 
-def trace_of(drawn) -> list[Request]:
+def trace_of(drawn: Any) -> list[Request]:
     requests, arrival_ns = [], 0
     for index, (gap_ns, steps, images, guidance) in enumerate(drawn):
         arrival_ns += gap_ns
@@ -45,7 +47,9 @@ def trace_of(drawn) -> list[Request]:
     lead_ns=st.sampled_from([0, 0, 20, 90, 5_000]),
     chunking=st.sampled_from(["whole", "c3"]),
 )
-def test_whatever_a_policy_does_both_engines_make_the_same_run(drawn, seed, lanes, lead_ns, chunking):
+def test_whatever_a_policy_does_both_engines_make_the_same_run(
+    drawn: Any, seed: int, lanes: Any, lead_ns: Any, chunking: str
+) -> None:
     requests = trace_of(drawn)
     profile = uncontended({"decision_lead": lead_ns})
     budget = SkipBudget(500_000, 1, 1, REUSE)
@@ -61,7 +65,7 @@ def test_whatever_a_policy_does_both_engines_make_the_same_run(drawn, seed, lane
 
 @pytest.mark.parametrize("lead_ns", [0, 40])
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_policy_makes_the_same_run_on_both_engines(name, lead_ns):
+def test_every_policy_makes_the_same_run_on_both_engines(name: str, lead_ns: int) -> None:
     requests = trace_of([(60 + 37 * i % 90, 2 + i % 3, 1 + i % 2, 1.0 if i % 5 == 4 else 7.5) for i in range(40)])
     profile = uncontended({"decision_lead": lead_ns})
     parameters = {"chunking": "c3"} if "chunking" in [p.name for p in getattr(POLICIES[name], "PARAMETERS", ())] else {}
@@ -73,15 +77,15 @@ def test_every_policy_makes_the_same_run_on_both_engines(name, lead_ns):
     assert real.result.requests == simulated.requests
 
 
-def test_a_broken_contract_ends_the_run_and_keeps_what_was_finished():
+def test_a_broken_contract_ends_the_run_and_keeps_what_was_finished() -> None:
     class Sleepy:
         chunking = "whole"
         inner = build_policy("continuous-serial")
 
-        def reset(self, worker, profile):
+        def reset(self, worker: WorkerInfo, profile: Profile) -> None:
             self.inner.reset(worker, profile)
 
-        def decide(self, view):
+        def decide(self, view: View) -> Any:
             return self.inner.decide(view) if view.now_ns < 1000 else Decision()
 
     real = rehearse(requests_at(0, 0.01), Sleepy(), uncontended())
@@ -90,17 +94,17 @@ def test_a_broken_contract_ends_the_run_and_keeps_what_was_finished():
     assert [record.status for record in real.result.requests] == ["done", "unfinished"]
 
 
-def test_a_stopped_run_keeps_what_was_finished():
+def test_a_stopped_run_keeps_what_was_finished() -> None:
     stop = threading.Event()
 
     class Stopper:
         chunking = "whole"
         inner = build_policy("continuous-serial")
 
-        def reset(self, worker, profile):
+        def reset(self, worker: WorkerInfo, profile: Profile) -> None:
             self.inner.reset(worker, profile)
 
-        def decide(self, view):
+        def decide(self, view: View) -> Any:
             if view.now_ns >= 2000:
                 stop.set()
             return self.inner.decide(view)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from policies.registry import build_policy
 from simulator import simulate
-from synerdiff.core import ChunkLaunch, Decision, Request
+from synerdiff.core import GUIDED, ChunkLaunch, Decision, Request, RunResult, View
 from tests.builders import Script, make_profile
 
 
-def spans(result, lane=None):
+def spans(result: RunResult, lane: Any = None) -> list[Any]:
     return [(w.lane, w.start_ns, w.end_ns) for w in result.work if lane is None or w.lane == lane]
 
 
-def test_one_request_alone_is_the_sum_of_its_parts():
+def test_one_request_alone_is_the_sum_of_its_parts() -> None:
     profile = make_profile(
         {2: 100},
         {"whole": [40]},
@@ -25,14 +27,14 @@ def test_one_request_alone_is_the_sum_of_its_parts():
     assert record.finished_ns == 1258 + 11
 
 
-def test_a_chunk_that_outlasts_its_step_runs_on_beside_the_next_at_that_step_s_slowdown():
+def test_a_chunk_that_outlasts_its_step_runs_on_beside_the_next_at_that_step_s_slowdown() -> None:
     # Rows 2: step 100 slowed by 1.5, chunk 200 slowed by 2. Rows 4: step 120 slowed by 1.25, chunk slowed by 4.
     profile = make_profile({2: 100, 4: 120}, {"whole": [200]}, {2: (1_500_000, 2_000_000), 4: (1_250_000, 4_000_000)})
     policy = Script(
-        Decision(admit=(0, 1, 2), step=((0, "guided"),)),
-        Decision(step=((1, "guided"),), chunks=(ChunkLaunch(0, 1),)),
-        Decision(step=((1, "guided"), (2, "guided"))),
-        Decision(step=((2, "guided"),)),
+        Decision(admit=(0, 1, 2), step=((0, GUIDED),)),
+        Decision(step=((1, GUIDED),), chunks=(ChunkLaunch(0, 1),)),
+        Decision(step=((1, GUIDED), (2, GUIDED))),
+        Decision(step=((2, GUIDED),)),
         Decision(),
         Decision(chunks=(ChunkLaunch(1, 1), ChunkLaunch(2, 1, 1))),
     )
@@ -52,17 +54,17 @@ def test_a_chunk_that_outlasts_its_step_runs_on_beside_the_next_at_that_step_s_s
     assert policy.asked == [0, 100, 250, 400, 550, 563]
 
 
-def test_slowdowns_add_over_decode_lanes_and_another_gpu_does_not_contend():
+def test_slowdowns_add_over_decode_lanes_and_another_gpu_does_not_contend() -> None:
     profile = make_profile({2: 100, 4: 100}, {"whole": [80]}, {2: (1_200_000, 1_500_000), 4: (1_200_000, 1_500_000)})
 
-    def decode_the_last(view):
+    def decode_the_last(view: View) -> Any:
         ready = any(sample.id == 2 and not sample.launched for sample in view.decoding)
         return Decision(chunks=(ChunkLaunch(2, 1),)) if ready else Decision()
 
-    def run(gpus):
+    def run(gpus: Any) -> Any:
         policy = Script(
-            Decision(admit=(0, 1, 2), step=((0, "guided"), (1, "guided"))),
-            Decision(step=((2, "guided"),), chunks=(ChunkLaunch(0, 1), ChunkLaunch(1, 1, 1))),
+            Decision(admit=(0, 1, 2), step=((0, GUIDED), (1, GUIDED))),
+            Decision(step=((2, GUIDED),), chunks=(ChunkLaunch(0, 1), ChunkLaunch(1, 1, 1))),
             *[decode_the_last] * 3,
         )
         requests = [Request(0, 0, steps=1), Request(1, 0, steps=1), Request(2, 0, steps=1)]

@@ -11,7 +11,7 @@ from synerdiff.core import WorkRecord
 from synerdiff.profile.tables import Head, Profile
 from synerdiff.validation.calibration import STEPS_BESIDE, CellVisitor, cell_times, joined, refreshed
 from tests.builders import make_profile
-from tests.real_runner.test_rounds import rehearse
+from tests.exact_lanes import rehearse
 
 STEPS = {1: 100_000, 2: 130_000, 3: 170_000, 4: 200_000, 8: 350_000}
 
@@ -25,7 +25,7 @@ def small(chunks: Any, overheads: Any = None) -> Any:
 def visited(profile: Profile, chunking: str, rows: int, rounds: int = 1) -> Any:
     """All visits on lanes that keep exactly to the profile's times."""
     visitor = CellVisitor(chunking, rows, rounds)  # type: ignore[arg-type]
-    run = rehearse(visitor.requests, visitor, profile, stop=visitor.over)  # type: ignore[no-untyped-call]
+    run = rehearse(visitor.requests, visitor, profile, stop=visitor.over)
     assert run.error is None
     return run
 
