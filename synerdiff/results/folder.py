@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
+SETTLED = 0.98
+"""Share of what is offered below which a run did not keep up with it."""
 NEAR_SATURATION = 0.9
 """Share of what the policy sustains from which on small errors of the times move latencies much."""
 
@@ -60,7 +62,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     lines = [
         f"  requests    {summary['trace_request_count']}, of which {measured} measured"
         f" and {lost} unfinished, rejected or failed",
-        *_load_lines(run),
+        *_load_lines(run, summary),
         f"  SLO         {_span(run['slo_lowest_s'], run['slo_highest_s'])} s: {run['slo']}",
         f"  latency, s  {latency}",
         *_claim_lines(summary, measured, done),
@@ -81,7 +83,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _load_lines(run: dict[str, Any]) -> list[str]:
+def _load_lines(run: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     """The load and what it is a share of, the rate beside it, and how far the trace was stretched."""
     rate, load, scale = run["rate_per_s"], run["load"], run["time_scale"]
     if rate is None:
@@ -95,13 +97,18 @@ def _load_lines(run: dict[str, Any]) -> list[str]:
     if run["policy_capacity_per_s"] is not None:
         lines.append(
             f"  capacity    {_number(run['policy_capacity_per_s'])} requests/s by {run['policy']} at its own batch, of "
-            f"which {_number(100 * run['policy_load'])}% are offered: {_state(run['policy_load'])}"
+            f"which {_number(100 * run['policy_load'])}% are offered: {state(run['policy_load'], summary)}"
         )
     return lines
 
 
-def _state(policy_load: float) -> str:
-    return "saturated" if policy_load > 1 else "near saturation" if policy_load > NEAR_SATURATION else "stable"
+def state(policy_load: float, summary: dict[str, Any]) -> str:
+    """``stable``, ``near saturation`` or ``saturated``: more is offered than the policy sustains, or the backlog grew:
+    fewer than 98% of what was offered was served meanwhile, and latency rose from the run's start to its end."""
+    served, offered = summary["request_throughput"] or 0.0, summary["offered_request_rate"] or 0.0
+    if policy_load > 1 or (served < SETTLED * offered and summary["latency_rises"]):
+        return "saturated"
+    return "near saturation" if policy_load > NEAR_SATURATION else "stable"
 
 
 def _claim_lines(summary: dict[str, Any], measured: int, done: int) -> list[str]:

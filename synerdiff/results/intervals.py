@@ -92,6 +92,22 @@ def requests_per_block(load: float) -> int | None:
     return max(2, ceil(10 * load / (1 - load) ** 2)) if load < 1 else None
 
 
+def rises(values: Sequence[float], confidence: float = 0.99) -> bool:
+    """Whether values of one run rise from its start to its end: the slope of 10 block means, by a one-sided t test.
+
+    Least squares with 8 degrees of freedom. False with fewer than two values a block.
+    """
+    size = len(values) // BLOCKS
+    if size < 2:
+        return False
+    means = [fmean(values[i * size : (i + 1) * size]) for i in range(BLOCKS)]
+    places = [i - (BLOCKS - 1) / 2 for i in range(BLOCKS)]
+    spread = sum(x * x for x in places)
+    slope = sum(x * y for x, y in zip(places, means, strict=True)) / spread
+    rest = sum((y - fmean(means) - slope * x) ** 2 for x, y in zip(places, means, strict=True))
+    return slope > t_quantile(2 * confidence - 1, BLOCKS - 2) * sqrt(rest / (BLOCKS - 2) / spread)
+
+
 @dataclass(frozen=True, slots=True)
 class PairedRatio:
     """Geometric mean over seeds of a / b, with its interval; below 1 means that a is smaller."""

@@ -20,6 +20,7 @@ from synerdiff.results.intervals import (
     p99_upper_bound,
     requests_for_p99_claim,
     requests_per_block,
+    rises,
 )
 
 WARMUP_PERCENT = 10
@@ -84,6 +85,7 @@ def summarize(
     - request_latency_mean_s / _p50_s / _p90_s / _p99_s over the done ones. request_latency_mean_ci_low_s and
       _ci_high_s (95%): by the means of 10 to 20 blocks (``intervals.requests_per_block``); None where the run has too
       few requests for its load, or no load. Percentiles of one run have no interval: latencies are correlated.
+    - latency_rises: from the run's start to its end, at 99% (``intervals.rises``).
     - p99_claimable: at least 459 measured requests, all of them done; request_latency_p99_upper_s: the bound that P99
       can be claimed at 99% confidence not to exceed. slo_p99_claimable: "99% of requests meet their SLO" can be.
     - benchmark_duration_s: from the first measured arrival to the last measured finish. request_throughput (the
@@ -141,6 +143,7 @@ def _latency(values: list[float], measured_count: int, load: float | None) -> di
     for name, quantile in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
         found[f"request_latency_{name}_s"] = float(np.quantile(values, quantile)) if values else None
     complete = len(values) == measured_count
+    found["latency_rises"] = rises(values)
     found["p99_claimable"] = complete and measured_count >= requests_for_p99_claim()
     found["request_latency_p99_upper_s"] = _finite(p99_upper_bound(values)) if values and complete else None
     return found

@@ -11,6 +11,7 @@ from synerdiff.config.cluster import cluster_of
 from synerdiff.core import NS_PER_S, Decision, InputError, Request, View, WorkerInfo
 from synerdiff.experiments.run import Outcome, Prepared, RunSpec, execute, prepare
 from synerdiff.profile.tables import Profile
+from synerdiff.results.folder import state
 from tests.builders import affine_profile
 
 REQUESTS = tuple(Request(i, i * i * 10_000_000 + 40_000_000, 8, 1 + i % 2) for i in range(60))
@@ -107,6 +108,21 @@ def test_what_is_printed_tells_how_the_trace_was_stretched_and_what_cannot_be_cl
     assert "(cannot be claimed)" in text
     assert "51 of 51 measured requests: 459, all done, are needed (a trace of 538)" in text
     assert "no interval" in text
+
+
+@pytest.mark.parametrize(
+    ("policy_load", "throughput", "rising", "word"),
+    [
+        (0.8, 1.0, True, "stable"),
+        (0.8, 0.9, False, "stable"),
+        (0.8, 0.9, True, "saturated"),
+        (0.95, 1.0, False, "near saturation"),
+        (1.01, 1.0, False, "saturated"),
+    ],
+)
+def test_a_backlog_that_grew_is_told(policy_load: float, throughput: float, rising: bool, word: str) -> None:
+    summary = {"request_throughput": throughput, "offered_request_rate": 1.0, "latency_rises": rising}
+    assert state(policy_load, summary) == word
 
 
 def test_a_run_that_served_nothing_has_no_latency_and_no_capacity() -> None:

@@ -17,6 +17,7 @@ from synerdiff.results.intervals import (
     percentile_interval,
     requests_for_p99_claim,
     requests_per_block,
+    rises,
     t_interval,
     t_quantile,
 )
@@ -74,6 +75,15 @@ def test_blocks_of_one_run_cover_the_mean_of_a_queue() -> None:
             covered[size] += interval.low <= true_s <= interval.high
     assert covered[block] >= 80
     assert covered[3] <= 70
+
+
+def test_a_rise_is_told_from_scatter() -> None:
+    random = Random(1)
+    flat = [[random.gauss(5, 1) for _ in range(100)] for _ in range(200)]
+    assert sum(map(rises, flat)) <= 6  # 1% of 200, give or take
+    assert all(rises([value + i / 30 for i, value in enumerate(values)]) for values in flat)
+    assert not rises([1.0] * 100)
+    assert not rises([float(i) for i in range(19)])
 
 
 def test_no_block_is_long_enough_from_load_1_on() -> None:
