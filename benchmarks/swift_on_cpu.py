@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from real_runner.adapters.processes import open_serving
 
 from policies.base import Policy
 from policies.registry import build_policy
@@ -33,6 +32,7 @@ from profiler.measure import measure_profile
 from profiler.sampling import QUICK
 from profiler.settings import make_settings
 from real_runner.adapters.serving import Folders, Serving
+from real_runner.adapters.start import open_serving
 from real_runner.engine import run_real
 from real_runner.hardware import Hardware, open_hardware
 from simulator import simulate_cluster

@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from policies.base import Policy
+from real_runner.account import FAILED, STOPPED, Dispatch, Fault
 from real_runner.adapters.serving import Serving
-from real_runner.dispatch import Dispatch
 from real_runner.execution import GPU, LOOK_EVERY_NS, Execution, OnImage
-from real_runner.faults import FAILED, STOPPED, Fault
 from real_runner.hardware import Hardware, chunking_of
 from real_runner.intake import Intake, no_controls
 from real_runner.pieces import Image

@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from real_runner.dispatch import Dispatch
-from real_runner.faults import FAILED, HUNG, OUT_OF_MEMORY, Fault, LaneHung
+from real_runner.account import FAILED, HUNG, OUT_OF_MEMORY, Dispatch, Fault, LaneHung
 from real_runner.hardware import ChunkFunctions, Hardware
 from real_runner.pieces import ChunkPiece, Image, Picture, StepPiece, picture_of
 from synerdiff.core import NS_PER_S, PPM, LaneView, Mode, Phase, Sample, SampleId, WorkRecord

@@ -8,7 +8,7 @@ from types import TracebackType
 
 import torch
 
-from real_runner.faults import is_out_of_memory
+from real_runner.account import is_out_of_memory
 from real_runner.pieces import picture_of
 from synerdiff.core import InputError
 from synerdiff.device import open_device

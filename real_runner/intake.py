@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from real_runner.faults import one_line
+from real_runner.account import one_line
 from synerdiff.core import NS_PER_S, Request
 from synerdiff.device.lanes import Lane, Work
 from synerdiff.diffusion.denoisers.controlnet import ControlUse

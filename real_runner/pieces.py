@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from real_runner.faults import is_out_of_memory, one_line
+from real_runner.account import is_out_of_memory, one_line
 from synerdiff.core import Mode, Sample
 from synerdiff.diffusion.model import DiffusionModel, SampleState
 from synerdiff.diffusion.solvers import LinearProgress

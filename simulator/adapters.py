@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from simulator.pieces import Draws
 from synerdiff.config.cluster import LoraStorage, Service
 from synerdiff.core import NS_PER_S, InputError, LoraUse, SampleId, WorkRecord
-from synerdiff.engine.caches import Cache
+from synerdiff.engine.adapters import Cache
 from synerdiff.profile.adapters import Adapters
 
 

@@ -12,8 +12,7 @@ from simulator.adapters import ControlNetServices, Loader, transfer_ns
 from simulator.pieces import Draws, Piece, Times
 from synerdiff.config.cluster import Cluster, Link, WorkerEntry
 from synerdiff.core import NS_PER_S, LoraUse
-from synerdiff.engine.adapters import Restore, Wait, plan_weights
-from synerdiff.engine.caches import Cache
+from synerdiff.engine.adapters import Cache, Restore, Wait, plan_weights
 from synerdiff.engine.rounds import NEVER
 from synerdiff.engine.worker import Step
 from synerdiff.profile.adapters import Adapters

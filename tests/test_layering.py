@@ -54,8 +54,7 @@ WITHOUT_NUMPY = (*LIGHT[:4], "synerdiff.config", "synerdiff.engine", "synerdiff.
 
 # What does not keep a rule yet.
 LATE: set[str] = {
-    "real_runner.adapters.process",
-    "real_runner.adapters.spans",
+    "real_runner.adapters.ledger",
     "real_runner.hardware",
 }
 """Modules below the commands with an import of anything but a heavy library inside a function."""

@@ -1,4 +1,5 @@
-"""Where a step's ControlNets run: on the worker's own device before its forward, or in services beside its encoder."""
+"""Where a step's ControlNets run, on the worker's own device before its forward or in services beside its encoder, and
+the forward that they steer."""
 
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from real_runner.adapters.spans import Clock, Ledger
-from real_runner.faults import SERVICE_LOST
+from real_runner.account import SERVICE_LOST
+from real_runner.adapters.ledger import Clock, Instant, Ledger
 from synerdiff.core import InputError, SampleId
 from synerdiff.device.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion import SHIPPED_CONTROLNETS
 from synerdiff.diffusion.denoisers.controlnet import ControlCall, ControlNet, ControlUse, control_calls
-from synerdiff.diffusion.denoisers.unet import Residuals
+from synerdiff.diffusion.denoisers.unet import Residuals, sum_residuals
+from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.rows import RowInputs
 
 IMAGES_KEPT = 256
@@ -74,7 +76,7 @@ Parts = list[tuple[tuple[int, ...], Residuals]]
 """Rows and their residuals, per call."""
 
 
-class Source(Protocol):
+class ControlNetSource(Protocol):
     """``begin`` runs or sends the calls; what it returns waits for their residuals."""
 
     inline: bool
@@ -257,3 +259,25 @@ def controlnet_place(name: str, folder: Path | None) -> Path:
         return SHIPPED_CONTROLNETS[name]
     where = "give its folder with --controlnets" if folder is None else f"{folder} has no folder of that name"
     raise InputError(f"there is no ControlNet '{name}'; {where} (shipped: {', '.join(SHIPPED_CONTROLNETS)}).")
+
+
+class Forwarded(NamedTuple):
+    """What the forward gave, and when it began: ControlNets that ran before it on the same device not included."""
+
+    outputs: torch.Tensor
+    began: Instant
+
+
+@torch.inference_mode()
+def forward(
+    model: DiffusionModel, inputs: RowInputs, calls: Sequence[Call], controlnets: ControlNetSource | None, clock: Clock
+) -> Forwarded:
+    """Predicted noise of all rows. Services compute while encoder and mid block run; the decoder waits for them."""
+    began = clock.now()
+    if not calls:
+        return Forwarded(model.denoise(inputs), began)
+    assert controlnets is not None
+    residuals = controlnets.begin(calls)
+    if controlnets.inline:
+        began = clock.now()
+    return Forwarded(model.split(inputs, lambda: sum_residuals(len(inputs.latents), residuals())), began)

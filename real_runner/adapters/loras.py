@@ -1,35 +1,37 @@
-"""LoRA files on their way from storage through the host to the worker's device, and what is kept of them.
+"""LoRA files on their way from storage through the host to the worker's device, what is kept of them, and what the
+weights of a step hold.
 
-The rules are the simulator's: a file stays while a sample needs it, whatever the caches do; files are loaded in the
-order in which they are asked for, each by the loader that is free first; a cached file is not read again.
+A file stays while a sample needs it, whatever the caches do; files are loaded in the order in which they are asked
+for, each by the loader that is free first; a cached file is not read again.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from real_runner.adapters.peer import lora_in
-from real_runner.adapters.spans import Clock, Ledger
-from real_runner.faults import SERVICE_LOST, one_line
+from real_runner.account import SERVICE_LOST, one_line
+from real_runner.adapters.ledger import Clock, Instant, Ledger
+from real_runner.adapters.peer import GuidancePeer, lora_in
 from synerdiff.config.cluster import MIB, LoraStorage
-from synerdiff.core import InputError, SampleId
+from synerdiff.core import InputError, LoraUse, SampleId
 from synerdiff.device.link import Link, LinkLost, Op
 from synerdiff.diffusion.lora import LoraFile, read_lora
-from synerdiff.engine.caches import Cache
+from synerdiff.diffusion.merging import MergedWeights
+from synerdiff.engine.adapters import Cache
 
 
 class SourceLost(RuntimeError):
     """A source of files does not answer any more; what was asked of it can be asked of another."""
 
 
-class Source(Protocol):
+class FileSource(Protocol):
     """Where files come from; ``read`` is called by one thread at a time.
 
     It raises InputError for a file that cannot be had and SourceLost when it can never serve again.
@@ -85,7 +87,7 @@ class LoraStore:
     def __init__(
         self,
         storage: LoraStorage,
-        sources: Sequence[Source],
+        sources: Sequence[FileSource],
         device: torch.device,
         gpu: int,
         clock: Clock,
@@ -168,7 +170,7 @@ class LoraStore:
                 return None
             return loading
 
-    def _run(self, lane: str, source: Source) -> None:
+    def _run(self, lane: str, source: FileSource) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         else:
@@ -195,7 +197,7 @@ class LoraStore:
                 job[1].failure = f"its LoRA {job[0]}.safetensors cannot be loaded: no LoRA loader is left"
                 job[1].ended.set()
 
-    def _load(self, lane: str, source: Source, file: str, loading: Loading) -> None:
+    def _load(self, lane: str, source: FileSource, file: str, loading: Loading) -> None:
         """Read unless the host has it, copy to the device, and tell who waits."""
         clock = self._clock
         start = clock.now()
@@ -236,3 +238,41 @@ def _keep(cache: Cache, files: dict[str, LoraFile], file: str, lora: LoraFile) -
         files[file] = lora
     for name in [name for name in files if name not in cache]:
         del files[name]
+
+
+class Weights:
+    """Only the denoise lane calls it, between two forwards."""
+
+    def __init__(
+        self, merged: MergedWeights, gpu: int, clock: Clock, ledger: Ledger, second: GuidancePeer | None
+    ) -> None:
+        self.ledger = ledger
+        self._merged, self._gpu, self._clock, self._second = merged, gpu, clock, second
+
+    @property
+    def held(self) -> list[LoraUse]:
+        """The LoRAs that are merged, in that order."""
+        return [LoraUse(file, scale) for file, scale in self._merged.held.items()]
+
+    def merge(self, lora: LoraFile, scale: float, samples: tuple[SampleId, ...]) -> None:
+        """Raises InputError, before any change, for a file that does not fit the model."""
+        self._merged.check(lora)
+        start = self._clock.now()
+        if self._second is not None:
+            self._second.merge(lora, scale, samples)
+        self._merged.merge(lora, scale)
+        self._ended("merge", start, samples)
+
+    def restore(self, leaving: Collection[LoraUse], samples: tuple[SampleId, ...] = ()) -> None:
+        """Take these out of the weights."""
+        keep = [lora.file for lora in self.held if lora not in leaving]
+        start = self._clock.now()
+        if self._second is not None:
+            self._second.restore(keep, samples)
+        self._merged.restore(keep)
+        self._ended("restore", start, samples)
+
+    def _ended(self, kind: str, start: Instant, samples: tuple[SampleId, ...]) -> None:
+        self.ledger.add(self._gpu, "denoise", kind, start, self._clock.now(), samples=samples)
+        if self._second is not None:
+            self._second.followed()

@@ -7,9 +7,9 @@ from contextlib import suppress
 
 import torch
 
+from real_runner.account import SERVICE_LOST
 from real_runner.adapters.controlnets import Call, ImagesSent
-from real_runner.adapters.spans import Ledger
-from real_runner.faults import SERVICE_LOST
+from real_runner.adapters.ledger import Ledger
 from synerdiff.core import SampleId
 from synerdiff.device.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion.lora import LoraFile, LoraLayer

@@ -15,14 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-from real_runner.adapters.controlnets import NumberedUse, Source, calls_for, controlnet_place
-from real_runner.adapters.crew import Crew
-from real_runner.adapters.forward import forward
-from real_runner.adapters.loras import LoraStore
+from real_runner.account import one_line
+from real_runner.adapters.controlnets import ControlNetSource, NumberedUse, calls_for, controlnet_place, forward
+from real_runner.adapters.ledger import Clock, Instant, Ledger
+from real_runner.adapters.loras import LoraStore, Weights
 from real_runner.adapters.peer import GuidancePeer, PeerLost
-from real_runner.adapters.spans import Clock, Instant, Ledger
-from real_runner.adapters.weights import Weights
-from real_runner.faults import one_line
+from real_runner.adapters.processes import Processes
 from real_runner.hardware import Hardware
 from real_runner.intake import seed_of
 from real_runner.pieces import Image, StepPiece
@@ -52,13 +50,13 @@ class Parts:
 
     weights: Weights
     loras: LoraStore | None
-    controlnets: Source | None
+    controlnets: ControlNetSource | None
     served: frozenset[str] | None
     """ControlNets that services serve; None: any that there is."""
     peer: GuidancePeer | None
     ledger: Ledger
     clock: Clock
-    crew: Crew | None = None
+    processes: Processes | None = None
     """The processes beside the worker."""
 
 
@@ -114,8 +112,8 @@ class Serving:
     def close(self) -> None:
         if self.parts.loras is not None:
             self.parts.loras.close()
-        if self.parts.crew is not None:
-            self.parts.crew.close()
+        if self.parts.processes is not None:
+            self.parts.processes.close()
 
     def __enter__(self) -> Serving:
         return self

@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import Field
 
 from synerdiff.core import NS_PER_S, ControlNetUse, InputError, LoraUse, Request
-from synerdiff.engine.caches import Cache
+from synerdiff.engine.adapters import Cache
 from synerdiff.schema import Section
 
 SOURCE = "Katz's production trace, read off the plots of modelscope/Katz (commit 3552744), about +-0.01 loads"

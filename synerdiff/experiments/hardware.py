@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from profiler.machine import device_name, software
-from real_runner.adapters.crew import serve_under_torchrun
-from real_runner.adapters.opening import open_serving
+from real_runner.account import LaneHung
+from real_runner.adapters.beside import serve_under_torchrun
 from real_runner.adapters.serving import Folders
+from real_runner.adapters.start import open_serving
 from real_runner.engine import RealRun, run_real
-from real_runner.faults import LaneHung
 from real_runner.hardware import Hardware, open_hardware
 from real_runner.pictures import PictureFolder
 from synerdiff.config.cluster import Cluster, cluster_of

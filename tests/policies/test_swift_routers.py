@@ -8,7 +8,7 @@ import pytest
 
 from policies.routers import AdapterAffinity, LeastWork, RoundRobin, ShortestQueue, WorkerState, build_router
 from synerdiff.core import InputError, Request, loras_from
-from synerdiff.engine.caches import Cache
+from synerdiff.engine.adapters import Cache
 from tests.swift_builders import cluster, serve
 
 PLAIN = Request(0, 0, 4)

@@ -14,8 +14,8 @@ import torch
 
 from policies.registry import build_policy
 from real_runner.adapters.loras import LoraStore, SourceLost
-from real_runner.adapters.opening import open_serving
 from real_runner.adapters.serving import Folders, image_channels
+from real_runner.adapters.start import open_serving
 from real_runner.engine import run_real
 from synerdiff.config.cluster import LoraStorage, cluster_of
 from synerdiff.core import InputError, Request, controlnets_from, loras_from

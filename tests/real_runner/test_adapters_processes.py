@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from policies.registry import build_policy
-from real_runner.adapters.opening import open_serving
+from real_runner.adapters.start import open_serving
 from real_runner.engine import run_real
 from synerdiff.config.cluster import cluster_of
 from synerdiff.core import InputError, Request, controlnets_from, loras_from
@@ -163,7 +163,7 @@ def test_loading_beside_the_first_steps_with_bound_0_is_loading_before_them(
             assert statuses(found) == ["failed", "done"]
             assert f"{file}.safetensors" in found.faults[0].detail
             assert words in found.faults[0].detail
-        for process in serving.parts.crew.processes.values():  # type: ignore[union-attr]
+        for process in serving.parts.processes.started.values():  # type: ignore[union-attr]
             process.kill()
         found, _ = run(
             hardware,
@@ -174,14 +174,14 @@ def test_loading_beside_the_first_steps_with_bound_0_is_loading_before_them(
         failed = {fault.samples: fault.detail for fault in found.faults if fault.kind == "failed"}
         assert failed[("2.0",)] == "its LoRA chalk.safetensors cannot be loaded: no LoRA loader is left"
         assert [fault.kind for fault in found.faults].count("service lost") == 2
-    assert all(process.poll() is not None for process in serving.parts.crew.processes.values())  # type: ignore[union-attr]
+    assert all(process.poll() is not None for process in serving.parts.processes.started.values())  # type: ignore[union-attr]
 
 
 def test_a_lost_service_is_replaced_by_another_and_then_fails_its_requests_alone(
     hardware: Any, services: Any, inline: Any
 ) -> None:
     """Last of those that use the services: it ends them."""
-    processes = services.parts.crew.processes
+    processes = services.parts.processes.started
     requests = [
         request(i, controlnets=controlnets_from(("edges",))) if i != 4 else request(4, steps=8) for i in range(6)
     ]
@@ -209,7 +209,7 @@ def test_a_lost_service_is_replaced_by_another_and_then_fails_its_requests_alone
 
 def test_a_worker_whose_peer_is_gone_computes_both_halves(hardware: Any, halves: Any, inline: Any) -> None:
     """Last of those that use the peer: it ends it."""
-    processes = halves.parts.crew.processes
+    processes = halves.parts.processes.started
     found, made = run(hardware, halves, MIXED, on_done=lambda number: kill(processes, 1 if number == 0 else None))
     assert statuses(found) == ["done"] * len(MIXED)
     for number, latent in inline.items():

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from policies.registry import POLICIES, build_policy
+from real_runner.account import LaneHung, is_out_of_memory
 from real_runner.engine import run_real
-from real_runner.faults import LaneHung, is_out_of_memory
 from real_runner.hardware import chunking_of, open_hardware
 from synerdiff.core import REUSE, InputError, SkipBudget, loras_from
 from synerdiff.diffusion.model import SampleState

@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from real_runner.dispatch import Dispatch
+from real_runner.account import Dispatch
 from synerdiff.core import RunResult
 from synerdiff.experiments.run import RunSpec, execute
 from synerdiff.profile.tables import Profile

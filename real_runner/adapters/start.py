@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from real_runner.adapters.controlnets import OwnControlNets, RemoteControlNets, Source, controlnet_place
-from real_runner.adapters.crew import Crew, require_processes, started_by_torchrun
-from real_runner.adapters.layout import Role, roles_of
-from real_runner.adapters.loras import LoraStore, OwnReader, RemoteReader
-from real_runner.adapters.loras import Source as FileSource
+from real_runner.adapters.controlnets import ControlNetSource, OwnControlNets, RemoteControlNets, controlnet_place
+from real_runner.adapters.ledger import Clock, Ledger
+from real_runner.adapters.loras import FileSource, LoraStore, OwnReader, RemoteReader, Weights
 from real_runner.adapters.peer import GuidancePeer
-from real_runner.adapters.process import Spec, replicas_of
+from real_runner.adapters.processes import (
+    Process,
+    Processes,
+    Spec,
+    processes_of,
+    replicas_of,
+    require_processes,
+    started_by_torchrun,
+)
 from real_runner.adapters.serving import Folders, Parts, Serving
-from real_runner.adapters.spans import Clock, Ledger
-from real_runner.adapters.weights import Weights
 from real_runner.hardware import Hardware
 from synerdiff.config.cluster import Cluster
 from synerdiff.core import Request
@@ -35,23 +39,23 @@ def open_serving(
 
     Use as a context manager: leaving ends the processes. Raises InputError for what cannot be served.
     """
-    roles = roles_of(cluster)
+    layout = processes_of(cluster)
     names = tuple(sorted({use.name for request in requests for use in request.controlnets}))
-    spec = spec_for(hardware, cluster, folders, names, timeout_s)
+    spec = _spec_for(hardware, cluster, folders, names, timeout_s)
     if folders.loras is None:
-        roles = [role for role in roles if role.kind != "loader"]
-    require_processes(roles)
-    crew = Crew(roles, spec) if len(roles) > 1 else None
+        layout = [process for process in layout if process.kind != "loader"]
+    require_processes(layout)
+    processes = Processes(layout, spec) if len(layout) > 1 else None
     try:
-        parts = _parts(hardware, cluster, folders, names, roles, crew, timeout_s)
+        parts = _parts(hardware, cluster, folders, names, layout, processes, timeout_s)
     except BaseException:
-        if crew is not None:
-            crew.close()
+        if processes is not None:
+            processes.close()
         raise
     return Serving(hardware, cluster, folders, parts, timeout_s)
 
 
-def spec_for(
+def _spec_for(
     hardware: Hardware, cluster: Cluster, folders: Folders, controlnets: tuple[str, ...], timeout_s: float
 ) -> Spec:
     model = hardware.model
@@ -75,23 +79,23 @@ def _parts(
     cluster: Cluster,
     folders: Folders,
     names: tuple[str, ...],
-    roles: list[Role],
-    crew: Crew | None,
+    layout: list[Process],
+    processes: Processes | None,
     timeout_s: float,
 ) -> Parts:
-    links = {} if crew is None else crew.links
-    device, gpu = hardware.model.device, roles[0].gpu
+    links = {} if processes is None else processes.links
+    device, gpu = hardware.model.device, layout[0].gpu
     ledger, clock = Ledger(), Clock(device)
-    peer = next((GuidancePeer(links[r.rank], ledger, timeout_s) for r in roles if r.kind == "guidance"), None)
+    peer = next((GuidancePeer(links[r.rank], ledger, timeout_s) for r in layout if r.kind == "guidance"), None)
     store = None
     if folders.loras is not None:
-        loaders = [RemoteReader(links[role.rank], timeout_s) for role in roles if role.kind == "loader"]
+        loaders = [RemoteReader(links[process.rank], timeout_s) for process in layout if process.kind == "loader"]
         sources: list[FileSource] = [*loaders] if loaders else [OwnReader(folders.loras)]
         store = LoraStore(cluster.loras, sources, device, gpu, clock, ledger, background=bool(loaders))
-    controlnets: Source
+    controlnets: ControlNetSource
     served = None
     if cluster.strategies.controlnets == "service":
-        replicas = replicas_of(roles, cluster, links)
+        replicas = replicas_of(layout, cluster, links)
         if all(replica.fixed for replica in replicas):
             served = frozenset().union(*(replica.names for replica in replicas))
         controlnets = RemoteControlNets(replicas, ledger, timeout_s)
@@ -100,4 +104,4 @@ def _parts(
         nets = {name: load_controlnet(place, hardware.model, name) for name, place in places.items()}
         controlnets = OwnControlNets(nets, gpu, "denoise", clock, ledger)
     weights = Weights(MergedWeights(hardware.model.unet), gpu, clock, ledger, peer)
-    return Parts(weights, store, controlnets, served, peer, ledger, clock, crew)
+    return Parts(weights, store, controlnets, served, peer, ledger, clock, processes)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from real_runner.faults import Fault
+from real_runner.account import Fault
 from synerdiff.core import SampleId, WorkRecord
 
 Instant = Callable[[], int]

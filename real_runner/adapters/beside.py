@@ -1,15 +1,23 @@
-"""What the processes beside a worker do with a message: run a ControlNet, run half of the guidance, read a LoRA."""
+"""A process beside the worker: ControlNet service, guidance peer or LoRA loader, run by ``python -m`` or torchrun.
+
+It answers one message after another until it is told to stop or its worker is gone, and leaves Ctrl-C to the worker.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from real_runner.account import one_line
 from real_runner.adapters.controlnets import (
     Call,
     ImageMemory,
@@ -17,21 +25,47 @@ from real_runner.adapters.controlnets import (
     RemoteControlNets,
     control_call_in,
     controlnet_place,
+    forward,
 )
-from real_runner.adapters.forward import forward
+from real_runner.adapters.ledger import Clock, Ledger, at
 from real_runner.adapters.loras import OwnReader
 from real_runner.adapters.peer import lora_fields, lora_in, lora_tensors
-from real_runner.adapters.spans import Clock, Ledger, at
-from synerdiff.config.cluster import Service
-from synerdiff.device.link import Message, Op
+from real_runner.adapters.processes import (
+    Process,
+    Spec,
+    core_of,
+    device_of,
+    open_links,
+    own_rank,
+    processes_of,
+    ready_key,
+    replicas_of,
+    spec_from,
+    torchrun_store,
+)
+from synerdiff.config.cluster import Cluster, Service, cluster_of
+from synerdiff.device.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion.controlnet import load_controlnet
 from synerdiff.diffusion.denoisers.controlnet import ControlCall, ControlNet
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.rows import RowInputs, select_rows
-from synerdiff.engine.caches import Cache
+from synerdiff.engine.adapters import Cache
+
+LOADER_NICENESS = 10
+
 
 Answer = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
+"""Fields and tensors of a message."""
+
+
+class Answers(Protocol):
+    """What a process does. ``answer`` may be called by one thread per link; what it raises is sent back as a reason."""
+
+    def answer(self, message: Message, memory: Any) -> Answer: ...
+
+    def new_memory(self) -> Any:
+        """What is remembered of one link."""
 
 
 class LoraLoader:
@@ -141,3 +175,96 @@ class GuidanceHalf:
         done = forward(self._model, inputs, calls, self._controlnets, self._clock)
         self._ledger.add(self._gpu, "guidance", "half", done.began, self._clock.now(), len(inputs.latents), samples)
         return done.outputs
+
+
+def serve(rank: int, spec: Spec, store: Any) -> None:
+    """Be the process of that rank until the worker says stop or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    cluster = cluster_of(spec.cluster)
+    layout = processes_of(cluster)
+    process = layout[rank]
+    device = device_of(process, spec)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store.set(f"up{rank}", "1")
+    links = open_links(process, layout, spec, store)
+    worker = links[0]
+    try:
+        answers = _answers_for(process, layout, cluster, spec, device, links)
+    except Exception as error:  # the worker reports it
+        store.set(ready_key(rank), f"failed: {one_line(error)}")
+        return
+    store.set(ready_key(rank), "ready")
+    if spec.device == "cpu":
+        if (core := core_of(rank)) is not None:
+            os.sched_setaffinity(0, {core})
+        if process.kind == "loader":
+            # Nobody waits for a file before the bound; who computes on the same core comes first.
+            os.nice(LOADER_NICENESS)
+    if process.kind == "controlnet":
+        for link in [link for other, link in links.items() if other != 0]:
+            threading.Thread(target=_answer_all, args=(link, answers), daemon=True).start()
+    _answer_all(worker, answers)
+
+
+def _answers_for(
+    process: Process,
+    layout: list[Process],
+    cluster: Cluster,
+    spec: Spec,
+    device: torch.device,
+    links: Mapping[int, Link],
+) -> Answers:
+    if process.kind == "loader":
+        return LoraLoader(Path(spec.loras))
+    model = spec.load_model(device)
+    if process.kind == "controlnet":
+        return ControlNetService(cluster.controlnet_services[process.index], model, spec.controlnet_folder)
+    remote = None
+    if cluster.strategies.controlnets == "service":
+        remote = RemoteControlNets(replicas_of(layout, cluster, links), Ledger(), spec.timeout_s)
+    places = {name: controlnet_place(name, spec.controlnet_folder) for name in spec.controlnet_names}
+    return GuidanceHalf(process.gpu, model, places, remote, Clock(device))
+
+
+def _answer_all(link: Link, answers: Answers) -> None:
+    memory = answers.new_memory()
+    try:
+        while (message := link.receive()).op is not Op.STOP:
+            number = {"number": message.fields.get("number", 0)}
+            try:
+                fields, tensors = answers.answer(message, memory)
+            except Exception as error:  # it concerns what was asked, and this process lives on
+                reason = {"reason": one_line(error.with_traceback(None)), "spans": [], "faults": []}
+                link.send(Op.FAILED, reason | number)
+            else:
+                link.send(Op.DONE, dict(fields) | number, tensors)
+    except LinkLost:
+        return
+
+
+def serve_under_torchrun() -> None:
+    """Be the process of this rank, once the worker has said what it needs; this process then ends."""
+    store = torchrun_store()
+    with suppress(LinkLost):
+        serve(own_rank(), spec_from(store.get("spec").decode()), store)
+    os._exit(0)
+
+
+def main(arguments: list[str]) -> None:
+    """RANK STORE SPEC: this process's rank, the file where the processes meet, and the spec as JSON."""
+    rank, store, spec = arguments
+    distributed: Any = torch.distributed
+    try:
+        serve(int(rank), spec_from(spec), distributed.FileStore(store, -1))
+    except LinkLost:
+        return
+    finally:
+        sys.stderr.flush()
+    # Threads that still wait for a link must not hold the process.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
