@@ -137,19 +137,19 @@ class Best:
 
 
 def best_of_cells(
-    found: PairedRuns, policies: Sequence[str], baselines: Sequence[str], subject: str | None = None
+    paired: PairedRuns, policies: Sequence[str], baselines: Sequence[str], subject: str | None = None
 ) -> list[Best]:
     """Per cell and measure who is best, and how the subject compares with that; cells without values are left out."""
     others = [policy for policy in policies if policy != subject]
     rows = []
-    for cell, at in ((cell, at) for cell, measures in found.values.items() for at in measures):
-        best, baseline = found.best(cell, at, others), found.best(cell, at, baselines)
+    for cell, at in ((cell, at) for cell, measures in paired.values.items() for at in measures):
+        best, baseline = paired.best(cell, at, others), paired.best(cell, at, baselines)
         if best is None or baseline is None:
             continue
-        gain = found.gain(cell, at, best, baseline)
+        gain = paired.gain(cell, at, best, baseline)
         assert gain is not None  # both have a value in every seed
-        ties = tuple(name for name in others if name != best and tied(found.gain(cell, at, best, name)))
-        own = None if subject is None else found.gain(cell, at, subject, best)
+        ties = tuple(name for name in others if name != best and tied(paired.gain(cell, at, best, name)))
+        own = None if subject is None else paired.gain(cell, at, subject, best)
         rows.append(Best(cell, *at, best, ties, baseline, gain, own))
     return rows
 

@@ -41,11 +41,11 @@ def variants(table: FidelityTable, steps: int, guidance_scale: float, profile: P
 
     Raises InputError for a table of another model or one that does not cover the setting.
     """
-    found = [Variant(FEWER_STEPS, f"{steps} steps", steps, NO_SKIPS, 0)]
+    ways = [Variant(FEWER_STEPS, f"{steps} steps", steps, NO_SKIPS, 0)]
     for row in table.rows:
         own = row.solver == table.solver and row.steps == steps and row.guidance_scale == guidance_scale
         if own and row.mode == GUIDED and row.run_steps < steps:
-            found.append(Variant(FEWER_STEPS, f"{row.run_steps} steps", row.run_steps, NO_SKIPS, 0))
+            ways.append(Variant(FEWER_STEPS, f"{row.run_steps} steps", row.run_steps, NO_SKIPS, 0))
     model, resolution = profile.head.model, profile.head.size
     budgets: list[SkipBudget] = []
     for floor in FLOORS:
@@ -56,9 +56,9 @@ def variants(table: FidelityTable, steps: int, guidance_scale: float, profile: P
         if choice.budget not in budgets:
             budgets.append(choice.budget)
             rule = choice.rules[steps].rule
-            found.append(Variant(ALWAYS, rule, steps, choice.budget, 0))
-            found.append(Variant(QUEUE, rule, steps, choice.budget, 1))
-    return found
+            ways.append(Variant(ALWAYS, rule, steps, choice.budget, 0))
+            ways.append(Variant(QUEUE, rule, steps, choice.budget, 1))
+    return ways
 
 
 def trade_off(

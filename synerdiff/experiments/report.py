@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from synerdiff.config.experiment import Experiment, Workload, load_experiment
-from synerdiff.experiments.adapter_mix import cache_curves
+from synerdiff.experiments.adapter_mix import CURVES_FILE, cache_curves
 from synerdiff.experiments.backends import make_backend
 from synerdiff.experiments.compare import (
     MEASURES,
@@ -110,7 +110,7 @@ def publish(experiment: Experiment, results: Results) -> list[Printed]:
             temporary.write_text(text, encoding="utf-8")
     drawn = _draw(report, experiment, results) if experiment.figures else 0
     counts = (
-        f"{results.folder}: {len(results.rows)} runs, {results.computed} computed now and {results.found} found "
+        f"{results.folder}: {len(results.rows)} runs, {results.computed} computed now and {results.reused} found "
         "(those that compared batch sizes included)"
     )
     pictures = f"{results.folder / FIGURES}: {len(report.figures)} figures, {drawn} drawn now"
@@ -444,7 +444,7 @@ def _subject_lines(subject: str, judged: Sequence[Best], at: float) -> list[str]
 def _adapters(experiment: Experiment, results: Results) -> Report:
     """Where each set of strategies pays, what each is worth alone, and what caches spare.
 
-    The published cache curves are compared with where SYNERDIFF_DATA names their folder.
+    The published cache curves stand beside where SYNERDIFF_DATA names their folder.
     """
     paired, base = compare(results.rows, by="fleet"), experiment.baselines[0]
     names = [base, *dict.fromkeys(fleet.name for fleet in experiment.fleets if fleet.name != base)]
@@ -459,8 +459,8 @@ def _adapters(experiment: Experiment, results: Results) -> Report:
                 text = "-" if gain is None else f"{gain.ratio:.3g}x"
                 lines.append((name, str(cell.gpus), cell.asked, _load(load), text))
     cases = ablation()
-    folder = os.environ.get("SYNERDIFF_DATA")
-    points = [asdict(point) for point in cache_curves(Path(folder) if folder else None)]
+    folder = Path(os.environ.get("SYNERDIFF_DATA", ""))
+    points = [asdict(point) for point in cache_curves(folder if (folder / CURVES_FILE).is_file() else None)]
     alone = [
         {name: getattr(case, name) for name in ("name", "system", "gpus", "latency_s", "gpu_seconds")} for case in cases
     ]

@@ -97,8 +97,8 @@ def policy_hash(name: str, base_folder: Path) -> str:
         if not report.is_file():
             said = done.stderr.strip().splitlines() or ["it ended without a word"]
             raise InputError(f"policy '{name}' cannot be imported in a process of its own ({said[-1]}).")
-        found: list[str] = json.loads(report.read_text(encoding="utf-8"))
-    return sha256_of_files([*map(Path, found), *data_files(name, base_folder)])
+        files: list[str] = json.loads(report.read_text(encoding="utf-8"))
+    return sha256_of_files([*map(Path, files), *data_files(name, base_folder)])
 
 
 def report_files(name: str, base_folder: str, report: str) -> None:
@@ -138,11 +138,11 @@ def _counts(path: str) -> bool:
 
 def data_files(name: str, base_folder: Path) -> list[Path]:
     """What the policy's class lists in ``DATA_FILES``; InputError for what is not there."""
-    found = policy_class(name, base_folder)
-    listed = getattr(found, "DATA_FILES", ())
+    policy = policy_class(name, base_folder)
+    listed = getattr(policy, "DATA_FILES", ())
     if isinstance(listed, str) or not all(isinstance(entry, str) for entry in listed):
         raise InputError(f"policy '{name}': DATA_FILES is {listed!r}; a list of file names is needed.")
-    source = getattr(sys.modules[found.__module__], "__file__", None) or "."
+    source = getattr(sys.modules[policy.__module__], "__file__", None) or "."
     files = [Path(source).resolve().parent / entry for entry in listed]
     for file in files:
         if not file.is_file():

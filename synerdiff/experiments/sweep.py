@@ -42,7 +42,7 @@ class Results:
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
     """Workload -> what its trace file holds and is not replayed, by reason."""
     computed: int = 0
-    found: int = 0
+    reused: int = 0
     """Runs that had been computed before."""
 
 
@@ -66,7 +66,7 @@ def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], No
 
     def tell() -> None:
         if on_progress is not None:
-            on_progress(results.found + results.computed, total)
+            on_progress(results.reused + results.computed, total)
 
     searched = _rows(search, backend, results, tell)
     best = {}
@@ -92,7 +92,7 @@ def _rows(
         row = finished_row(run.folder, key, run.keep_requests)
         if row is not None:
             rows[key] = row
-    results.found += len(rows)
+    results.reused += len(rows)
     tell()
     missing = [run for run in runs.values() if run.key not in rows]
     # The longest first, so that no process is left alone with one at the end.

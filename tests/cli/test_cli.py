@@ -483,7 +483,7 @@ def test_a_cluster_is_simulated_by_the_same_command(
         "arrival_s,steps,loras,controlnets\n0,4,,canny\n0.5,4,style@0.8,canny;depth\n1,4,style@0.8,rare\n9,4,,\n"
     )
     arguments = ["simulate", "--profile", str(tmp_path / "card" / "h800-sdxl-katz-estimated"), "--trace", str(trace)]
-    arguments += ["--cluster", str(ROOT / "experiments" / "swift-cluster.yaml"), "--policy", "continuous-serial"]
+    arguments += ["--cluster", str(ROOT / "experiments" / "cluster.yaml"), "--policy", "continuous-serial"]
     arguments += ["--set", "batch=1", "--out", str(tmp_path / "out"), "--timeline"]
     assert cli.main([*arguments, "--router", "adapter-affinity"]) == 0
     assert "2 LoRAs asked for" in capsys.readouterr().out

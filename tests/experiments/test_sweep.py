@@ -78,7 +78,7 @@ def table(path: Path) -> list[dict[str, Any]]:
 
 def test_every_run_of_the_grid_is_a_row(world: Path) -> None:
     results = swept(small(world))
-    assert (results.computed, results.found) == (8, 0)
+    assert (results.computed, results.reused) == (8, 0)
     rows = table(world / "out" / "runs.parquet")
     assert [row["key"] for row in rows] == sorted(row["key"] for row in rows)
     found = {(row["policy"], row["policy_name"], row["batch"], row["load"], row["seed"]) for row in rows}
@@ -133,7 +133,7 @@ def test_a_second_time_computes_nothing_and_gives_the_same_bytes(world: Path) ->
     names = ("runs.parquet", "requests.parquet", "manifest.json")
     before = [(world / "out" / name).read_bytes() for name in names]
     results = swept(small(world))
-    assert (results.computed, results.found) == (0, 8)
+    assert (results.computed, results.reused) == (0, 8)
     assert [(world / "out" / name).read_bytes() for name in names] == before
 
 
@@ -145,7 +145,7 @@ def test_missing_and_broken_runs_are_computed_again(world: Path) -> None:
     runs[1].write_bytes(runs[1].read_bytes()[:-30])
     runs[2].write_bytes(runs[3].read_bytes())
     results = swept(small(world))
-    assert (results.computed, results.found) == (3, 5)
+    assert (results.computed, results.reused) == (3, 5)
     assert (world / "out" / "requests.parquet").read_bytes() == before
 
 
@@ -582,7 +582,7 @@ def test_a_broken_policy_ends_the_sweep_and_keeps_what_is_done(world: Path, caps
     assert json.loads((world / "out" / "manifest.json").read_text())["complete"] is False
     kept = len(list((world / "out" / "runs").glob("*.parquet")))
     results = swept(small(world))
-    assert results.found >= min(kept, 1)
+    assert results.reused >= min(kept, 1)
 
 
 LONG = SMALL.replace("requests: 30", "requests: 200").replace("seeds: [1, 2]", "seeds: [1, 2, 3, 4, 5, 6, 7, 8]")
@@ -716,6 +716,15 @@ def test_the_ray_backend_streams_results_and_asks_for_retries(monkeypatch: pytes
     with pytest.raises(InputError, match="three"):
         list(make_backend("ray", None).run_unordered(_refuse, [1, 2, 3]))
     assert [item for _, item in cancelled] == [1, 2]  # type: ignore[has-type, misc]
+    sizes: list[int] = []
+
+    def wait(pending: list[object], num_returns: int) -> tuple[list[object], list[object]]:
+        sizes.append(len(pending))
+        return pending[:1], pending[1:]
+
+    monkeypatch.setattr(fake, "wait", wait)
+    assert list(make_backend("ray", 2).run_unordered(_refuse, [0, 1, 2, 4])) == [0, 1, 2, 4]
+    assert sizes == [2, 2, 2, 1], "no more than --jobs tasks at a time"
 
 
 def test_a_profile_that_changes_under_a_running_sweep_is_noticed(world: Path) -> None:
