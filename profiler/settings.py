@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from synerdiff.core import InputError
+from synerdiff.diffusion import DTYPES
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 QUICK_ROWS = (1, 2, 4, 8, 16)
@@ -13,7 +14,6 @@ CORUN_ROWS = (1, 2, 4, 8, 16, 32)
 QUICK_CORUN_ROWS = (1, 4, 16)
 CHUNKS = (4, 8)
 QUICK_CHUNKS = (4,)
-DTYPES = ("float32", "bfloat16", "float16")
 MOST_ROWS = 1024
 
 

@@ -21,8 +21,6 @@ from synerdiff.profile.tables import Profile
 
 ChunkFunctions = tuple[ChunkFunction, ...]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 class Hardware:
     """One denoise lane, decode lanes, and two places that are no lanes of the worker: ``intake`` and ``results``.
@@ -149,14 +147,11 @@ def open_hardware(
     made_for = profile.head.model
     if made_for and made_for != model_name:
         raise InputError(f"profile '{profile.name}' was made for the model {made_for}, not for {model_name}.")
-    wanted = dtype or profile.head.dtype or None
-    if wanted is not None and wanted not in DTYPES:
-        raise InputError(f"the dtype is {wanted!r}; allowed are {', '.join(DTYPES)}.")
     device = open_device(device_name)
     model = load_model(
         model_name,
         device.torch_device,
-        None if wanted is None else DTYPES[wanted],
+        dtype or profile.head.dtype or None,
         profile.head.size,
         scheduler,
     )

@@ -22,3 +22,5 @@ SHIPPED_CONTROLNETS = {"outline": MODELS / "digits" / "controlnet-outline"}
 """Trained for `digits`."""
 SCHEDULERS = {"ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
 """Short name -> diffusers class; every other scheduler goes by its class name."""
+DTYPES = ("float32", "bfloat16", "float16")
+"""Of weights, as torch names them."""

@@ -12,7 +12,7 @@ import torch
 
 from synerdiff.core import InputError
 from synerdiff.device.lanes import find_device, free_bytes
-from synerdiff.diffusion import SCHEDULERS, SHIPPED
+from synerdiff.diffusion import DTYPES, SCHEDULERS, SHIPPED
 from synerdiff.diffusion.architectures import empty_modules, fill_randomly, known_architectures, read_architecture
 from synerdiff.diffusion.conditioning import ClassTokens, ClipText, Condition, PromptEncoder, RandomText, pooled_width
 from synerdiff.diffusion.denoisers.unet import require_fed
@@ -58,6 +58,8 @@ def load_model(
     if dtype is None:
         dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
     elif isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise InputError(f"the dtype is '{dtype}'; allowed are {', '.join(DTYPES)}.")
         dtype = getattr(torch, dtype)
     assert isinstance(dtype, torch.dtype)
     if (Path(name) / "unet").is_dir():

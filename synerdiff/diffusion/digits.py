@@ -115,9 +115,3 @@ def load_classifier(path: Path = SHIPPED_WEIGHTS) -> DigitsClassifier:
     classifier = DigitsClassifier()
     classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
     return classifier.eval()
-
-
-@torch.inference_mode()
-def recognised_fraction(classifier: DigitsClassifier, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """The share of (n, 1, 32, 32) images in [-1, 1] whose most likely class is the given label."""
-    return float((classifier(images.float()).argmax(dim=1) == labels).float().mean())

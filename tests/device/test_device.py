@@ -1,5 +1,6 @@
 """Lanes: order, overlap, errors and clocks on a CPU; streams and graphs where there is a GPU."""
 
+import os
 import threading
 import time
 from itertools import pairwise
@@ -9,7 +10,7 @@ import torch
 
 from synerdiff.core import GUIDED, REUSE, InputError
 from synerdiff.device import open_device
-from synerdiff.device.lanes import available_cores
+from synerdiff.device.lanes import available_cores, free_bytes
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.decoder import Chunking
 
@@ -167,3 +168,8 @@ def test_out_of_memory_is_the_works_error_and_not_the_lanes() -> None:
         assert lane.submit(lambda: 1).result() == 1
         with pytest.raises(torch.cuda.OutOfMemoryError):
             broken.result()
+
+
+def test_free_memory_of_a_cpu_is_part_of_all_of_it() -> None:
+    free = free_bytes(torch.device("cpu"))
+    assert free is None or 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -9,9 +9,9 @@ import torch
 
 from synerdiff.diffusion import SHIPPED
 from synerdiff.diffusion.checkpoint import load_model
-from synerdiff.diffusion.digits import digits_split, load_classifier, recognised_fraction
+from synerdiff.diffusion.digits import digits_split, load_classifier
 from tools.training import train_digits
-from tools.training.digits_images import augment
+from tools.training.digits_images import augment, recognised_fraction
 
 torch.set_num_threads(1)
 

@@ -148,7 +148,7 @@ def test_a_policy_that_breaks_loses_nothing(world: Any, capsys: pytest.CaptureFi
         (["--images", "p"], "p: the folder for images holds "),
         (["--model", "sdxl"], "profile 'test' was made for the model digits, not for sdxl."),
         (["--device", "tpu"], "There is no device tpu; use cpu, cuda or cuda:N."),
-        (["--dtype", "int8"], "the dtype is 'int8'; allowed are float32, float16, bfloat16."),
+        (["--dtype", "int8"], "the dtype is 'int8'; allowed are float32, bfloat16, float16."),
         (["--profile", "nameless"], "profile 'test' does not say for which model it was made; give --model."),
         (["--profile", "uncut", "--policy", "chunked"], "does not say where its chunking c4 cuts the decode"),
     ],

@@ -19,8 +19,8 @@ import torch.nn.functional as functional
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
-from synerdiff.diffusion.digits import LabelledImages, digits_split, recognised_fraction
-from tools.training.digits_images import augment, save_classifier, train_classifier
+from synerdiff.diffusion.digits import LabelledImages, digits_split
+from tools.training.digits_images import augment, recognised_fraction, save_classifier, train_classifier
 
 CONFIG = json.loads(
     (Path(__file__).resolve().parents[2] / "synerdiff" / "diffusion" / "configs" / "digits.json").read_text(

@@ -17,10 +17,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from synerdiff.diffusion.digits import LabelledImages, digits_split, recognised_fraction
+from synerdiff.diffusion.digits import LabelledImages, digits_split
 from synerdiff.diffusion.lora import LoraFile, LoraLayer, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
-from tools.training.digits_images import STYLES, augment, save_classifier, train_classifier
+from tools.training.digits_images import STYLES, augment, recognised_fraction, save_classifier, train_classifier
 from tools.training.shipped_digits import encode, frozen_digits
 from tools.training.train_digits import OutOfTime, train_stage, unet_loss
 
