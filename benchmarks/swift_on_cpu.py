@@ -162,14 +162,14 @@ def bench_of(hardware: Hardware) -> Bench:
 def means_of(samples: dict[tuple[str, int], list[int]], adapters: Adapters) -> Adapters:
     """The table with means of all times in the place where lookups look."""
 
-    def mean(name: str, at: int, found: Spread) -> Spread:
+    def mean(name: str, at: int, spread: Spread) -> Spread:
         taken = samples.get((name, at))
         timed = taken is not None and QUANTITIES[name][1] == "ns"
-        value = round(fmean(taken)) if timed else found.median
-        return Spread(value, min(found.p10, value), max(found.p90, value), found.n)
+        value = round(fmean(taken)) if timed else spread.median
+        return Spread(value, min(spread.p10, value), max(spread.p90, value), spread.n)
 
     tables = {
-        name: {at: mean(name, at, found) for at, found in table.items()} for name, table in adapters.tables.items()
+        name: {at: mean(name, at, spread) for at, spread in table.items()} for name, table in adapters.tables.items()
     }
     return Adapters("mean", tables)
 
@@ -193,7 +193,7 @@ def serve(
 
 
 @dataclass
-class Found:
+class Measured:
     """What was measured of one case."""
 
     seconds: list[float] = field(default_factory=list)
@@ -218,30 +218,30 @@ def compare(
             case.name: stack.enter_context(open_serving(hardware, clusters[case.name], case.requests, folders))
             for case in cases
         }
-        found = {case.name: Found() for case in cases}
+        measured = {case.name: Measured() for case in cases}
         passes = []
         for number in range(-1, rounds):
             for _ in range(CELLS_PER_ROUND):
-                seen = plain_cells(plain, hardware, profile)
+                times = plain_cells(plain, hardware, profile)
                 session.round(keep=number >= 0)
                 if number >= 0:
-                    passes.append(seen)
+                    passes.append(times)
             turn = number % len(alone)
             these = alone[turn:] + alone[:turn] + (loaded if number % load_every == 0 else [])
             for case in these:
-                kept = found[case.name] if number >= 0 else Found()
+                one = measured[case.name] if number >= 0 else Measured()
                 file = root / "loras" / f"{LORA[0]}.safetensors"
-                kept.seconds.append(serve(case, servings[case.name], profile, hardware, file, kept.pieces))
+                one.seconds.append(serve(case, servings[case.name], profile, hardware, file, one.pieces))
             say(f"round {number + 1} of {rounds}")
-        times = refreshed(profile, passes, passes)
+        means = refreshed(profile, passes, passes)
         adapters = means_of(session.samples, Adapters("measured", session.tables()))
         predicted = {
             case.name: mean_latency_s(
-                simulate_cluster(case.requests, case.policy, times, clusters[case.name], adapters=adapters).run
+                simulate_cluster(case.requests, case.policy, means, clusters[case.name], adapters=adapters).run
             )
             for case in cases
         }
-    report(found, predicted, out, say)
+    report(measured, predicted, out, say)
     steps, count = alone[0].requests[0].steps, len(loaded[0].requests)
     caption = (
         f"digits, {steps} guided steps; one request alone (batch 1, {rounds} runs each) and "
@@ -254,15 +254,15 @@ def compare(
         for name, table in adapters.tables.items() if QUANTITIES[name][1] == "ns"
         for at, spread in table.items()
     ))  # fmt: skip
-    say("steps, ms: " + ", ".join(f"{at}: {spread.median / 1e6:.2f}" for at, spread in times.steps.items()))
+    say("steps, ms: " + ", ".join(f"{at}: {spread.median / 1e6:.2f}" for at, spread in means.steps.items()))
 
 
-def report(found: dict[str, Found], predicted: dict[str, float], out: Path, say: Callable[[str], None]) -> None:
+def report(measured: dict[str, Measured], predicted: dict[str, float], out: Path, say: Callable[[str], None]) -> None:
     """A line for each case, and the same as CSV."""
     with out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["case", "runs", "predicted_s", "mean_s", "half_interval_s", "least_s", "largest_s", "error"])
-        for name, case in found.items():
+        for name, case in measured.items():
             runs, mean_s = case.seconds, fmean(case.seconds)
             values = predicted[name], mean_s, half_interval(runs), min(runs), max(runs), mean_s / predicted[name] - 1
             writer.writerow([name, len(runs), *(f"{value:.5f}" for value in values)])
@@ -271,7 +271,7 @@ def report(found: dict[str, Found], predicted: dict[str, float], out: Path, say:
                 f"{name:<48} predicted {ms[0]:6.1f} ms  measured {ms[1]:6.1f} +- {ms[2]:.1f} ms "
                 f"({ms[3]:.1f} to {ms[4]:.1f})  {values[5]:+.1%}"
             )
-    for name, case in found.items():
+    for name, case in measured.items():
         say(f"{name}: " + ", ".join(f"{kind} {fmean(spent) / 1e6:.2f} ms" for kind, spent in case.pieces.items()))
 
 

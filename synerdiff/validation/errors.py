@@ -84,7 +84,7 @@ class Check:
 
     case: ValidationCase
     what: str
-    found: str
+    value: str
     allowed: str
     passed: bool
 
@@ -106,56 +106,56 @@ class CaseErrors:
 def case_errors(session: Validation, case: ValidationCase) -> CaseErrors:
     """Compare the complete repeats of one case."""
     observed = session.observations[case][: session.repeats]
-    found = CaseErrors(case)
+    errors = CaseErrors(case)
     pairs = []
     for one in observed:
         profile = session.profile_of(one)
         assert one.predicted is not None
         pairs.append((_metrics(one.measured, one, profile), _metrics(one.predicted, one, profile)))
-        found.faults += len(one.run.faults)
+        errors.faults += len(one.run.faults)
     for key, (_, kind) in METRICS.items():
         known: list[tuple[float, float]] = []
-        errors: list[float] = []
+        ratios: list[float] = []
         for measured, predicted in pairs:
             if measured.get(key) is None or predicted.get(key) is None:
                 continue
             known.append((measured[key], predicted[key]))
             error = _error(kind, *known[-1], predicted["request_latency_mean_s"])
             if error is not None:
-                errors.append(error)
+                ratios.append(error)
         if not known:
             continue
-        found.metrics[key] = MetricError(
+        errors.metrics[key] = MetricError(
             median(m for m, _ in known),
             median(p for _, p in known),
-            percentile_interval(errors, 0.5) if errors else None,
+            percentile_interval(ratios, 0.5) if ratios else None,
             tuple(known),
         )
     if not case.saturated:
-        found.range_s = _range(observed)
-    found.blame = _blame(found)
+        errors.range_s = _range(observed)
+    errors.blame = _blame(errors)
     for name, values_ns in (("step", "step_ns"), ("chunk", "chunk_ns"), ("decide", "decide_ns")):
         every = [value for one in observed for value in getattr(one.run.dispatch, values_ns)]
-        found.dispatch_s[name] = median(every) / NS_PER_S if every else 0.0
-    found.latencies = _latencies(observed)
-    return found
+        errors.dispatch_s[name] = median(every) / NS_PER_S if every else 0.0
+    errors.latencies = _latencies(observed)
+    return errors
 
 
 def checks(errors: CaseErrors, tolerance: Tolerance) -> list[Check]:
     """The verdicts on one case."""
     case = errors.case
-    found = [
+    verdicts = [
         _within(case, errors, "step_time_s", tolerance.stage),
         _within(case, errors, "decode_time_s", tolerance.stage),
         _within(case, errors, "request_throughput", tolerance.throughput),
     ]
     if not case.saturated:
         if case.load <= LOW_LOAD and not tolerance.range_everywhere:
-            found.append(_within(case, errors, "request_latency_mean_s", tolerance.latency))
+            verdicts.append(_within(case, errors, "request_latency_mean_s", tolerance.latency))
         else:
-            found.append(_in_range(case, errors, tolerance))
-    found.append(Check(case, "faults", str(errors.faults), "none", errors.faults == 0))
-    return found
+            verdicts.append(_in_range(case, errors, tolerance))
+    verdicts.append(Check(case, "faults", str(errors.faults), "none", errors.faults == 0))
+    return verdicts
 
 
 def _within(case: ValidationCase, errors: CaseErrors, key: str, limit: float) -> Check:
@@ -171,8 +171,8 @@ def _in_range(case: ValidationCase, errors: CaseErrors, tolerance: Tolerance) ->
     assert errors.range_s is not None
     below, above = errors.range_s
     allowed = f"in the simulated range for all times -{tolerance.range_factor:.0%} to +{tolerance.range_factor:.0%}"
-    found = f"{below:.3f} of its low end, {above:.3f} of its high end"
-    return Check(case, "mean latency", found, allowed, below >= 1 >= above)
+    value = f"{below:.3f} of its low end, {above:.3f} of its high end"
+    return Check(case, "mean latency", value, allowed, below >= 1 >= above)
 
 
 def _range(observed: Sequence[Observation]) -> tuple[float, float]:
@@ -242,11 +242,11 @@ def _latencies(observed: Sequence[Observation]) -> list[tuple[int, float, float]
     measured: dict[int, list[float]] = {}
     for one in observed:
         assert one.predicted is not None
-        for found, run in ((predicted, one.predicted), (measured, one.measured)):
+        for latencies, run in ((predicted, one.predicted), (measured, one.measured)):
             for record in run.result.requests:
                 if record.status == "done":
                     latency_s = (record.finished_ns - record.request.arrival_ns) / NS_PER_S
-                    found.setdefault(record.request.request_id, []).append(latency_s)
+                    latencies.setdefault(record.request.request_id, []).append(latency_s)
     complete = [i for i in sorted(predicted) if len(predicted[i]) == len(measured.get(i, ())) == len(observed)]
     return [(i, median(predicted[i]), median(measured[i])) for i in complete]
 

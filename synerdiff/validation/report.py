@@ -91,7 +91,7 @@ def as_json(
             {
                 "case": check.case.label,
                 "what": check.what,
-                "found": check.found,
+                "found": check.value,
                 "allowed": check.allowed,
                 "passed": check.passed,
             }
@@ -106,7 +106,7 @@ def drift(before: Profile, now: Profile, session: Validation) -> dict[str, float
     cells = session.passes[0]
     corun = [(now.corun[key[:2]][key[2]], before.corun.get(key[:2], {}).get(key[2])) for key in cells.beside]
     known = [(new, old) for new, old in corun if old is not None]
-    found = {
+    tables = {
         "step_time": [now.steps[r].median / before.step_ns(r) for r in cells.steps],
         "chunk_time": [
             new.median / old.median
@@ -116,7 +116,7 @@ def drift(before: Profile, now: Profile, session: Validation) -> dict[str, float
         "step_slowdown": [new.step.median / old.step.median for new, old in known],
         "chunk_slowdown": [new.chunk.median / old.chunk.median for new, old in known],
     }
-    return {name: median(ratios) for name, ratios in found.items() if ratios}
+    return {name: median(ratios) for name, ratios in tables.items() if ratios}
 
 
 def _case_json(one: CaseErrors) -> dict[str, Any]:

@@ -104,10 +104,10 @@ def score_table(scores: Sequence[PublishedNumber]) -> tuple[list[str], list[list
         cases.setdefault(score.case, {})[score.measure] = score
     headers = ["case", "predicted", *(text for measure in measures for text in (measure, "error"))]
     rows = []
-    for case, found in cases.items():
-        row = [case, f"{next(iter(found.values())).predicted_s:.3f}"]
+    for case, scores_of_case in cases.items():
+        row = [case, f"{next(iter(scores_of_case.values())).predicted_s:.3f}"]
         for measure in measures:
-            one = found.get(measure)
+            one = scores_of_case.get(measure)
             row += ["", ""] if one is None else [f"{one.published_s:.3f}", f"{one.error:+.1%}"]
         rows.append(row)
     return headers, rows

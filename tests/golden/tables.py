@@ -258,7 +258,7 @@ def verdicts() -> Table:
                         "load": check.case.load,
                         "tolerance": name,
                         "what": check.what,
-                        "text": check.found,
+                        "text": check.value,
                         "allowed": check.allowed,
                         "passed": check.passed,
                     }
