@@ -38,6 +38,8 @@ from synerdiff.results.intervals import paired_log_ratio
 
 MOST_NUMBERS = 60
 """More numbers than this in one picture are not read: then colours speak alone."""
+ALIKE = 1.005
+"""Ratios within this are alike, however small their interval is."""
 LARGER_IS_BETTER = ("request_throughput", "image_throughput", "goodput", "good_fraction")
 LABELS = {
     "request_latency_mean_s": "mean latency",
@@ -94,8 +96,8 @@ def ratio_axis(axis: Axes, side: str, values: Sequence[float], label: str, most:
 
 
 def verdict(ratio: float, low: float, high: float, larger: bool) -> str:
-    """Colour of a ratio: blue better, orange worse, grey where the interval holds 1 or is not known."""
-    if low <= 1 <= high:
+    """Colour of a ratio: blue better, orange worse, grey where the interval holds 1 or lies within 0.5% of it."""
+    if low <= 1 <= high or (low >= 1 / ALIKE and high <= ALIKE):
         return GREY
     return BLUE if (ratio > 1) is larger else ORANGE
 
@@ -136,7 +138,7 @@ def paired_comparison(
     for axis, measure in zip(grid[-1], measures, strict=True):
         own = ratios[ratios["measure"] == measure]
         ratio_axis(axis, "x", own[["ratio", "low", "high"]].to_numpy(float).ravel().tolist(), f"against {baseline}", 4)
-    looks = ((BLUE, "better"), (GREY, "a tie: the interval holds 0%"), (ORANGE, "worse"))
+    looks = ((BLUE, "better"), (GREY, "a tie: the interval holds 0% or lies within 0.5%"), (ORANGE, "worse"))
     legend_above(figure, [Line2D([], [], color=c, marker="o", label=label) for c, label in looks])
     note = "Geometric means over seeds of paired ratios, lines: 95% t intervals."
     return finish(figure, title, f"{note} {caption}")

@@ -18,7 +18,7 @@ from matplotlib.text import Annotation, Text
 from profiler.estimate import estimate_profile
 from synerdiff.core import InputError
 from synerdiff.figures.adapters import strategy_map, strategy_steps
-from synerdiff.figures.comparison import best_policy_map, compare_at, gain_map, paired_ratios
+from synerdiff.figures.comparison import best_policy_map, compare_at, gain_map, paired_ratios, verdict
 from synerdiff.figures.lanes import lane_chart, step_label, where_the_time_goes
 from synerdiff.figures.load import (
     backlog_over_time,
@@ -29,7 +29,7 @@ from synerdiff.figures.load import (
     throughput_against_p99,
 )
 from synerdiff.figures.profile import profile_picture
-from synerdiff.figures.style import GREY, PAGE_IN, POLICY_STYLES, marked_panels, policy_styles, save
+from synerdiff.figures.style import BLUE, GREY, ORANGE, PAGE_IN, POLICY_STYLES, marked_panels, policy_styles, save
 from synerdiff.profile.tables import Spread
 
 S = 1_000_000_000
@@ -231,6 +231,12 @@ def test_a_picture_has_at_most_sixty_numbers() -> None:
         assert sum(text.get_text() == "+20%" for axis in figure.axes for text in axis.texts) == 0
     few = gain_map(gains(), policy="auto", title="Gains")
     assert sum(text.get_text() == "+20%" for axis in few.axes for text in axis.texts) == 12
+
+
+def test_ratios_within_half_a_percent_are_a_tie() -> None:
+    assert verdict(1.001, 1.0005, 1.002, larger=False) == GREY
+    assert verdict(1.004, 1.002, 1.007, larger=False) == ORANGE
+    assert verdict(1.02, 1.01, 1.03, larger=True) == BLUE
 
 
 def test_a_ratio_that_is_not_told_apart_is_grey(runs: pd.DataFrame) -> None:
