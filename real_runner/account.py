@@ -76,7 +76,7 @@ def _spread(values_ns: Sequence[int]) -> dict[str, float | int | None]:
     if not count:
         return {"count": 0, "mean_s": None, "p50_s": None, "p90_s": None, "p99_s": None, "max_s": None}
     ranks = {"p50_s": 50, "p90_s": 90, "p99_s": 99}
-    found: dict[str, float | int | None] = {"count": count, "mean_s": sum(ordered) / count / NS_PER_S}
+    spread: dict[str, float | int | None] = {"count": count, "mean_s": sum(ordered) / count / NS_PER_S}
     for name, percent in ranks.items():
-        found[name] = ordered[min(count - 1, count * percent // 100)] / NS_PER_S
-    return found | {"max_s": ordered[-1] / NS_PER_S}
+        spread[name] = ordered[min(count - 1, count * percent // 100)] / NS_PER_S
+    return spread | {"max_s": ordered[-1] / NS_PER_S}

@@ -90,8 +90,8 @@ def run_real(
     error: Exception | None = None
     try:
         run.run(stop or threading.Event(), on_progress)
-    except Exception as found:  # what was finished until then is not lost
-        error = found
+    except Exception as raised:  # what was finished until then is not lost
+        error = raised
     finally:
         run.cancel.set()
     if error is not None and not hardware.hung:

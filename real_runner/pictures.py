@@ -49,8 +49,8 @@ class PictureFolder:
         self._queue.put((self._folder / f"{sample.name}.png", image, parameters))
 
     def _write_all(self) -> None:
-        while (found := self._queue.get()) is not None:
-            path, image, parameters = found
+        while (job := self._queue.get()) is not None:
+            path, image, parameters = job
             try:
                 write_png(path, image, parameters)
                 self.written += 1

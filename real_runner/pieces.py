@@ -69,9 +69,9 @@ class StepPiece:
         try:
             self.advance(batch, pad_rows)
             return
-        except Exception as found:  # whatever it is, it concerns these samples and not the run
+        except Exception as raised:  # whatever it is, it concerns these samples and not the run
             # The traceback would keep the failed attempt's tensors alive during the retry.
-            error = found.with_traceback(None)
+            error = raised.with_traceback(None)
         no_memory = is_out_of_memory(error)
         # A scheduler copied per sample may have moved before the error, so its step cannot be repeated.
         repeatable = all(isinstance(image.state.progress, LinearProgress) for image, _ in batch)

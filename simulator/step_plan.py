@@ -326,10 +326,10 @@ def _until(instant_ns: int) -> Begin:
 
 def _controlnet_rows(step: Step, guided_rows: int, other_rows: int) -> dict[str, int]:
     """ControlNet -> rows of the step's samples that use it, in the order in which they come."""
-    found: dict[str, int] = {}
+    rows_of: dict[str, int] = {}
     for sample, letter in zip(step.samples, step.modes, strict=True):
         rows = guided_rows if letter == "g" else other_rows
         if rows:
             for use in sample.request.controlnets:
-                found[use.name] = found.get(use.name, 0) + rows
-    return found
+                rows_of[use.name] = rows_of.get(use.name, 0) + rows
+    return rows_of

@@ -161,9 +161,9 @@ class Replica:
             answer = self.link.receive(timeout_s)
             self._early[int(answer.fields["number"])] = answer
         self.waiting -= rows
-        found = self._early.pop(number)
+        answer = self._early.pop(number)
         self._early = {later: answer for later, answer in self._early.items() if later >= oldest}
-        return found
+        return answer
 
 
 class RemoteControlNets:
@@ -233,9 +233,9 @@ class ImageMemory:
             if number not in self._images:
                 self._images[number] = message.tensors[f"image {number}"].clone()
             self._images.move_to_end(number)
-        found = torch.cat([self._images[number] for number in numbers])
+        batch = torch.cat([self._images[number] for number in numbers])
         _trim(self._images)
-        return found
+        return batch
 
 
 def _trim(images: OrderedDict[int, Any]) -> None:

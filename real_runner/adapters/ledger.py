@@ -89,9 +89,9 @@ class Ledger:
     def sent(self) -> dict[str, Any]:
         """All of it as fields of a message, for the ledger of another process; this one is then empty."""
         spans = [[*span[:3], span.start(), span.end(), *span[5:]] for span in self.spans]
-        found = {"spans": spans, "faults": [fault[1:] for fault in self.faults]}
+        fields = {"spans": spans, "faults": [fault[1:] for fault in self.faults]}
         self.clear()
-        return found
+        return fields
 
     def take_in(self, fields: Mapping[str, Any]) -> None:
         """What another process has `sent`."""
@@ -102,12 +102,12 @@ class Ledger:
 
     def records(self, zero_ns: int) -> list[WorkRecord]:
         """All spans as records, counted from ``zero_ns``."""
-        found = []
+        records = []
         for span in list(self.spans):
             start_ns = max(0, span.start() - zero_ns)
             end_ns = max(start_ns, span.end() - zero_ns)
-            found.append(WorkRecord.other(span.gpu, span.lane, span.kind, start_ns, end_ns, span.samples, span.rows))
-        return found
+            records.append(WorkRecord.other(span.gpu, span.lane, span.kind, start_ns, end_ns, span.samples, span.rows))
+        return records
 
     def faults_since(self, zero_ns: int) -> list[Fault]:
         return [fault._replace(time_ns=max(0, fault.time_ns - zero_ns)) for fault in self.faults]

@@ -93,8 +93,8 @@ class Worker:
         """Denoising steps that its samples have taken, and those that rejected ones will not take."""
         self._idle_decisions = 0
         """Decisions in a row that started, admitted, rejected and ended nothing."""
-        self._kept: tuple[tuple[tuple[SampleId, Mode], ...], Step] | None = None
-        """The last decided step and what it was found to be, while no mode was a skip and no member has left."""
+        self._last_step: tuple[tuple[tuple[SampleId, Mode], ...], Step] | None = None
+        """The last decided step and what it is, while no mode was a skip and no member has left."""
         self._arrived: list[Sample] = []
         self._step_done: list[Sample] = []
         self._chunk_done: list[Sample] = []
@@ -141,7 +141,7 @@ class Worker:
                 del self.active[sample.id]
                 self.decoding[sample.id] = sample
                 step.freed.append(sample)
-                self._kept = None
+                self._last_step = None
         self._step_done.extend(step.samples)
 
     @staticmethod
@@ -203,7 +203,7 @@ class Worker:
                     self.exclusive_lane = None
         for place in (self.waiting, self.active, self.decoding):
             place.pop(sample.id, None)
-        self._kept = None
+        self._last_step = None
         self._end(sample, Phase.FAILED)
 
     def _end(self, sample: Sample, phase: Phase) -> None:
@@ -309,9 +309,9 @@ class Worker:
     def _make_step(self, batch: tuple[tuple[SampleId, Mode], ...], pad_rows: int, now_ns: int) -> Step:
         if not self.view.denoise_free:
             self._refuse(now_ns, "a step was decided while the denoise lane is busy or held")
-        # The same members take most steps: what was found of them is kept while they are the same.
-        if self._kept is not None and self._kept[0] is batch and not pad_rows:
-            known = self._kept[1]
+        # The same members take most steps: what is known of them holds while they are the same.
+        if self._last_step is not None and self._last_step[0] is batch and not pad_rows:
+            known = self._last_step[1]
             if known.rows <= self.view.max_rows:
                 for sample in known.samples:
                     sample.in_step = True
@@ -347,7 +347,7 @@ class Worker:
         if rows > self.view.max_rows:
             self._refuse(now_ns, f"the step has {rows} rows; at most {self.view.max_rows} are possible")
         step = Step(samples, tuple([s.id for s in samples]), letters, rows, pad_rows)
-        self._kept = None if skips or pad_rows else (batch, step)
+        self._last_step = None if skips or pad_rows else (batch, step)
         return step
 
     def _rows_of(self, sample: Sample, mode: Mode, now_ns: int) -> int:
