@@ -69,7 +69,6 @@ TWICE: set[str] = {
     "Link",
     "Piece",
     "Plan",
-    "Source",
     "StepPiece",
 }
 """Class names that stand for several things."""
