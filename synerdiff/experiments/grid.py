@@ -19,7 +19,8 @@ from synerdiff.experiments.adapter_mix import AdapterTrace
 from synerdiff.experiments.compare import GridCell
 from synerdiff.experiments.h800 import built_profile
 from synerdiff.experiments.layouts import CONTROLNETS, Demand, layout, worker_image_s
-from synerdiff.experiments.run import RunSpec, fewer_steps, fitted
+from synerdiff.experiments.offer import fewer_steps, fitted
+from synerdiff.experiments.run import RunSpec
 from synerdiff.experiments.sources import Source, arrivals, search_source, sources
 from synerdiff.experiments.store import policy_hash, run_key
 from synerdiff.fidelity.floor import floor_for_requests, image_ssim, require_same_images

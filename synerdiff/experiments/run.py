@@ -29,6 +29,7 @@ from synerdiff.core import (
     WorkerInfo,
 )
 from synerdiff.diffusion import SCHEDULERS
+from synerdiff.experiments.offer import fitted, limits_from, stretch, window_s, with_fewer_steps
 from synerdiff.experiments.sources import Source, arrivals
 from synerdiff.fidelity.floor import FloorChoice, floor_for_requests
 from synerdiff.profile.adapters import Adapters, load_adapters
@@ -37,9 +38,9 @@ from synerdiff.profile.folder import load_profile
 from synerdiff.profile.scaling import scaled_profile
 from synerdiff.profile.tables import Profile
 from synerdiff.results import folder, records
-from synerdiff.results.metrics import SLO_FACTOR, saturation_throughput, summarize
+from synerdiff.results.metrics import saturation_throughput, summarize
 from synerdiff.results.metrics import slo_s as limits_s
-from traces.scaling import check_time_scale, rate_per_s, scaled, time_scale_for_rate
+from traces.scaling import rate_per_s, scaled
 
 if TYPE_CHECKING:
     import pandas
@@ -165,7 +166,9 @@ class Prepared:
             request = self.requests[len(taken) % len(self.requests)]
             taken.append(replace(request, request_id=len(taken), arrival_ns=0))
             images -= request.images
-        return replace(self, requests=taken, served=_fewer(taken, self.spec.steps_scale), time_scale=0.0, load=None)
+        return replace(
+            self, requests=taken, served=with_fewer_steps(taken, self.spec.steps_scale), time_scale=0.0, load=None
+        )
 
     def described(self) -> dict[str, Any]:
         """What was run, for ``summary.json``."""
@@ -308,11 +311,13 @@ def prepare(spec: RunSpec) -> Prepared:
         budget=spec.budget if floor is None else floor.budget,
         floor=floor,
         window=window,
-        slo_from=_slo_from(asked, spec),
+        slo_from=limits_from(asked, spec.slo_seconds, spec.slo_multiple),
     )
-    scale, load = _stretch(prepared)
+    scale, load = stretch(requests, window, prepared.load_of, spec.load, spec.rate_per_s, spec.time_scale)
     requests = scaled(requests, scale)
-    return replace(prepared, requests=requests, served=_fewer(requests, spec.steps_scale), time_scale=scale, load=load)
+    return replace(
+        prepared, requests=requests, served=with_fewer_steps(requests, spec.steps_scale), time_scale=scale, load=load
+    )
 
 
 def execute(prepared: Prepared, engine: Engine | None = None, on_progress: OnProgress | None = None) -> Outcome:
@@ -382,81 +387,6 @@ def simulator(prepared: Prepared, on_progress: OnProgress | None = None, /) -> S
     return Served(fleet.run, fleet.worker_of, facts)
 
 
-def fitted(
-    requests: Sequence[Request], profile: Profile, slo_seconds: float | None = None, slo_multiple: float | None = None
-) -> list[Request]:
-    """The requests as this profile serves them: an empty height and width become its resolution, any other is refused.
-
-    A request without an SLO of its own gets ``slo_seconds``, or ``slo_multiple`` times its solo latency; when both are
-    None it has none, and policies see no deadline.
-    """
-    size = profile.head.size
-    for request in requests:
-        if (request.height, request.width) not in ((None, None), size):
-            raise InputError(
-                f"request {request.request_id} asks for {request.height}x{request.width} pixels; profile "
-                f"'{profile.name}' was made for {profile.head.pixels}."
-            )
-    limits_ns: list[int | None] = [None] * len(requests)
-    if slo_seconds is not None:
-        limits_ns = [round(slo_seconds * NS_PER_S)] * len(requests)
-    elif slo_multiple is not None:
-        limits_ns = [round(slo_multiple * solo_ns) for solo_ns in solo_latencies_ns(requests, profile)]
-    height, width = size or (None, None)
-    return [
-        replace(request, height=height, width=width, slo_ns=limit_ns if request.slo_ns is None else request.slo_ns)
-        for request, limit_ns in zip(requests, limits_ns, strict=True)
-    ]
-
-
-def fewer_steps(steps: int, scale: float) -> int:
-    """That share of the steps, rounded, at least 1."""
-    return max(1, round(steps * scale))
-
-
-def window_s(requests: Sequence[Request], window: tuple[float, float] | None) -> float:
-    """Length of the stated window, else requests times the mean gap between the first arrival and the last.
-
-    So a slice of a trace has the same load wherever it starts. InputError when all arrive at once.
-    """
-    if window is not None:
-        return window[1] - window[0]
-    if requests[-1].arrival_ns == requests[0].arrival_ns:
-        raise InputError("all requests arrive at once, so the load is undefined; give a window or a time scale.")
-    return len(requests) / rate_per_s(requests)
-
-
-def _stretch(prepared: Prepared) -> tuple[float, float | None]:
-    """(time scale, load) at the load, rate or time scale that is given, or as the requests are."""
-    spec, requests, window = prepared.spec, prepared.requests, prepared.window
-    given = {"--load": spec.load, "--rate": spec.rate_per_s, "--time-scale": spec.time_scale}
-    flags = [flag for flag, value in given.items() if value is not None]
-    if len(flags) > 1:
-        raise InputError(f"{flags[0]} and {flags[1]} exclude each other; give one of them.")
-    if spec.load is not None:
-        if not 0 < spec.load <= 100:
-            raise InputError(f"--load is {spec.load:g}; a number above 0 and up to 100 is needed.")
-        return prepared.load_of(window_s(requests, window)) / spec.load, spec.load
-    scale = 1.0 if spec.time_scale is None else spec.time_scale
-    check_time_scale(scale)
-    if spec.rate_per_s is not None:
-        scale = time_scale_for_rate(requests, spec.rate_per_s)
-    if window is None and requests[-1].arrival_ns == requests[0].arrival_ns:
-        return scale, None
-    return scale, prepared.load_of(window_s(requests, window) * scale)
-
-
-def _slo_from(requests: Sequence[Request], spec: RunSpec) -> str:
-    own = sum(request.slo_ns is not None for request in requests)
-    if own == len(requests):
-        return "as the trace says"
-    if spec.slo_seconds is not None:
-        rest = "as was asked for"
-    else:
-        rest = f"{spec.slo_multiple or SLO_FACTOR:g} times the latency alone"
-    return f"as the trace says, else {rest}" if own else rest
-
-
 def _floor(spec: RunSpec, requests: Sequence[Request], profile: Profile) -> FloorChoice | None:
     """What ``min_ssim`` chooses from a fidelity table; None without it."""
     if spec.min_ssim is None:
@@ -487,9 +417,3 @@ def profile_as_it_was(folder: Path, content_hash: str, contention: float = 1.0, 
     if profile.content_hash != content_hash:
         raise InputError(f"{folder}: the profile changed while the sweep ran; start the sweep again.")
     return scaled_profile(profile, contention, decode_share)
-
-
-def _fewer(requests: list[Request], scale: float) -> list[Request]:
-    if scale == 1:
-        return requests
-    return [replace(request, steps=fewer_steps(request.steps, scale)) for request in requests]

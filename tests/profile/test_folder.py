@@ -10,7 +10,7 @@ import pytest
 
 from synerdiff import cli
 from synerdiff.core import InputError
-from synerdiff.experiments.run import fitted
+from synerdiff.experiments.offer import fitted
 from synerdiff.files import read_yaml, write_yaml
 from synerdiff.profile.folder import find_profile, load_profile, shipped_profiles, write_profile
 from synerdiff.profile.scaling import scaled_profile
