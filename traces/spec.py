@@ -12,7 +12,7 @@ from traces.columns import GUIDANCE_SCALE, IMAGES, STEPS
 from traces.gentd26_parameters import gentd26_parameters
 
 MAX_REQUESTS = 2_000_000
-Kind = Literal["poisson", "gamma", "mmpp", "gentd26-like"]
+Kind = Literal["poisson", "gamma", "mmpp", "gentd26-like", "mlperf"]
 Mix = Literal["gentd26", "fixed", "guided-20-50", "unguided-4", "unguided-8"]
 Loras = Literal["none", "gentd26"]
 
@@ -25,6 +25,7 @@ _ONLY_FOR: dict[str, tuple[str, str]] = {
     "burst_ratio": ("kind", "mmpp"),
     "burst_share": ("kind", "mmpp"),
     "burst_s": ("kind", "mmpp"),
+    "min_requests": ("kind", "mlperf"),
     "steps": ("mix", "fixed"),
     "images": ("mix", "fixed"),
     "guidance_scale": ("mix", "fixed"),
@@ -38,12 +39,15 @@ class TraceSpec(Section):
     """
 
     kind: Kind
-    """poisson; gamma: a renewal process; mmpp: Poisson whose rate switches; gentd26-like: fitted to GenTD26."""
-    seed: int = Field(default=0, ge=0, lt=2**63)
+    """poisson; gamma: a renewal process; mmpp: Poisson whose rate switches; gentd26-like: fitted to GenTD26;
+    mlperf: the schedule that LoadGen of MLPerf Inference draws from this seed, to the nanosecond."""
+    seed: int = Field(default=0, ge=0, lt=2**64)
     requests: int | None = Field(default=None, ge=1, le=MAX_REQUESTS)
     """How many; either this or duration_s."""
+    min_requests: int | None = Field(default=None, ge=0, le=MAX_REQUESTS)
+    """mlperf: go on after duration_s until there are so many (default 0)."""
     duration_s: float | None = Field(default=None, gt=0, le=1e9)
-    """Arrivals before this instant; how many is then random."""
+    """Arrivals before this instant; how many is then random. mlperf: up to the first one at or past it."""
     rate_per_s: float | None = Field(default=None, gt=0, le=1e6)
     """Mean arrivals per second, in the long run (default 1; gentd26-like: that of GenTD26, 0.013483)."""
     cv: float | None = Field(default=None, ge=0.05, le=20)
@@ -54,10 +58,10 @@ class TraceSpec(Section):
     """mmpp: share of the time that bursts take (default 0.2)."""
     burst_s: float | None = Field(default=None, gt=0, le=1e9)
     """mmpp: mean length of a burst in seconds (default 60)."""
-    mix: Mix = "gentd26"
+    mix: Mix | None = None
     """gentd26: its joint frequencies of steps and images, guidance 7.5; fixed: the next three fields;
     guided-20-50: 20 to 50 steps, evenly, guidance 7.5; unguided-4, unguided-8: 4 or 8 steps, guidance 1; all three
-    with the numbers of images of GenTD26."""
+    with the numbers of images of GenTD26. Default: fixed for mlperf, else gentd26."""
     steps: Steps | None = None
     """fixed: default 30."""
     images: Images | None = None
@@ -72,11 +76,19 @@ class TraceSpec(Section):
         if (self.requests is None) == (self.duration_s is None):
             raise ValueError("give either requests or duration_s")
         for name, (field, value) in _ONLY_FOR.items():
-            if getattr(self, name) is not None and getattr(self, field) != value:
-                raise ValueError(f"{name} belongs to {field} '{value}', and {field} is '{getattr(self, field)}'")
+            chosen = self.asked if field == "mix" else self.kind
+            if getattr(self, name) is not None and chosen != value:
+                raise ValueError(f"{name} belongs to {field} '{value}', and {field} is '{chosen}'")
+        if self.kind == "mlperf" and (self.duration_s is None or self.rate_per_s is None):
+            raise ValueError("kind 'mlperf' needs duration_s and rate_per_s")
         if self.duration_s is not None and self.mean_rate_per_s * self.duration_s > MAX_REQUESTS:
             raise ValueError(f"rate_per_s * duration_s exceeds {MAX_REQUESTS} requests, the most that is generated")
         return self
+
+    @property
+    def asked(self) -> Mix:
+        """The mix, its default filled in."""
+        return self.mix or ("fixed" if self.kind == "mlperf" else "gentd26")
 
     @property
     def mean_rate_per_s(self) -> float:

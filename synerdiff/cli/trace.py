@@ -70,18 +70,24 @@ def describe(
 
 @trace_app.command()
 def generate(
-    kind: Annotated[str, typer.Argument(help="poisson, gamma, mmpp or gentd26-like.")],
+    kind: Annotated[str, typer.Argument(help="poisson, gamma, mmpp, gentd26-like or mlperf (LoadGen's schedule).")],
     out: Annotated[Path, typer.Option(help="The trace to write (.csv).")],
     requests: Annotated[int | None, typer.Option(help="How many requests; or give --duration.")] = None,
     duration: Annotated[float | None, typer.Option(help="Seconds that the trace covers.")] = None,
     rate: Annotated[
         float | None, typer.Option(help="Mean requests per second (default 1; gentd26-like: 0.013483).")
     ] = None,
+    min_requests: Annotated[
+        int | None, typer.Option(help="mlperf: go on after --duration until there are so many.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same trace.")] = 0,
     mix: Annotated[
-        str,
-        typer.Option(help="Steps and images: gentd26, fixed, guided-20-50, unguided-4 or unguided-8 (4 or 8 steps)."),
-    ] = "gentd26",
+        str | None,
+        typer.Option(
+            help="Steps and images: gentd26, fixed, guided-20-50, unguided-4 or unguided-8 (4 or 8 steps); "
+            "default gentd26, for mlperf fixed."
+        ),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps per image; with --mix fixed (default 30).")] = None,
     images: Annotated[int | None, typer.Option(help="Images per request; with --mix fixed (default 1).")] = None,
     guidance_scale: Annotated[
@@ -103,6 +109,7 @@ def generate(
     fields = {
         "kind": kind,
         "requests": requests,
+        "min_requests": min_requests,
         "duration_s": duration,
         "rate_per_s": rate,
         "seed": seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,14 @@ import numpy as np
 import pytest
 
 from synerdiff.core import InputError, Request
-from traces.generate import generate, generate_trace, mmpp_arrivals, renewal_arrivals, session_arrivals
+from traces.generate import (
+    generate,
+    generate_trace,
+    loadgen_schedule_ns,
+    mmpp_arrivals,
+    renewal_arrivals,
+    session_arrivals,
+)
 from traces.gentd26_parameters import gentd26_parameters
 from traces.native import write_trace
 from traces.spec import TraceSpec, trace_spec
@@ -218,7 +226,7 @@ def test_mixes_and_loras_of_other_kinds() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "uniform", "requests": 1}, "kind is 'uniform'; it must be 'poisson', 'gamma', 'mmpp' or"),
+        ({"kind": "uniform", "requests": 1}, "kind is 'uniform'; it must be 'poisson', 'gamma', 'mmpp', "),
         ({"kind": "poisson"}, "give either requests or duration_s"),
         ({"kind": "poisson", "requests": 1, "duration_s": 1.0}, "give either requests or duration_s"),
         ({"kind": "poisson", "requests": 0}, "requests is 0; it must be greater than or equal to 1"),
@@ -242,3 +250,42 @@ def test_bad_descriptions_get_one_sentence(fields: dict[str, Any], message: str)
         generate_trace(trace_spec(fields, "here"))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_mlperf_schedule_is_loadgens_to_the_nanosecond() -> None:
+    """The public H100 run (Inference v4.1, SDXL Server) logged a count of 9703 and a duration of 600100727873 ns."""
+    seed = 14962580496156340209
+    arrivals, next_ns = loadgen_schedule_ns(seed, 16.2, 600.0)
+    assert (len(arrivals), next_ns) == (9703, 600_100_727_873)
+    assert arrivals[-2] < 600 * 10**9 <= arrivals[-1]
+    # By hand: the twister's first outputs are 261333752 and 3375688894, hence u = 0.785964 and a gap of 95.16 ms.
+    u = (261333752 + 3375688894 * 2**32) / 2**64
+    assert arrivals[:2] == [0, math.floor(-math.log(1 - u) / 16.2 * 10**9)] == [0, 95_161_123]
+    requests = generate("mlperf", seed=seed, rate_per_s=16.2, duration_s=600.0, steps=20, guidance_scale=8.0)
+    assert [request.arrival_ns for request in requests] == arrivals
+    assert {(request.steps, request.guidance_scale, request.images) for request in requests} == {(20, 8.0, 1)}
+
+
+def test_mlperf_goes_on_until_there_are_enough() -> None:
+    few, _ = loadgen_schedule_ns(7, 5.0, 10.0)
+    more, _ = loadgen_schedule_ns(7, 5.0, 10.0, min_requests=len(few) + 40)
+    assert len(more) == len(few) + 40
+    assert more[: len(few)] == few
+    # LoadGen seeds with 32 bits of the seed's 64.
+    assert loadgen_schedule_ns(7 + 5 * 2**32, 5.0, 10.0)[0] == few
+    with pytest.raises(InputError, match="over 100 requests"):
+        loadgen_schedule_ns(7, 50.0, 10.0, most=100)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"kind": "mlperf", "requests": 5, "rate_per_s": 1.0}, "needs duration_s and rate_per_s"),
+        ({"kind": "mlperf", "duration_s": 5.0}, "needs duration_s and rate_per_s"),
+        ({"kind": "poisson", "requests": 5, "min_requests": 3}, "min_requests belongs to kind 'mlperf'"),
+        ({"kind": "mlperf", "duration_s": 5.0, "rate_per_s": 1.0, "seed": 2**64}, "seed"),
+    ],
+)
+def test_what_does_not_fit_an_mlperf_schedule(fields: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        trace_spec(fields, "trace generate")
