@@ -22,7 +22,7 @@ from profiler.sampling import spread_of
 from profiler.second_process import SecondProcess, open_second_process
 from profiler.settings import Settings
 from synerdiff.core import NS_PER_S, InputError
-from synerdiff.device.lanes import Lane
+from synerdiff.device.lanes import Lane, find_device
 from synerdiff.device.link import LinkLost
 from synerdiff.diffusion.controlnet import example_call, load_controlnet, random_controlnet
 from synerdiff.diffusion.denoisers.controlnet import ControlNet
@@ -47,12 +47,13 @@ OnProgress = Callable[[int, int, str], None]
 
 
 def measure_adapters(
-    profile: Profile, device: torch.device, quick: bool = False, on_progress: OnProgress | None = None
+    profile: Profile, device_name: str, quick: bool = False, on_progress: OnProgress | None = None
 ) -> Adapters:
     """Measure the table for a finished profile, with its model, dtype, resolution and row buckets.
 
     Raises InputError when the profile does not say what it was made of, and when the second process dies.
     """
+    device = find_device(device_name)
     settings = settings_of(profile, device, quick)
     rounds = QUICK_ROUNDS if quick else ROUNDS
     try:

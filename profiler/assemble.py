@@ -30,7 +30,7 @@ class Cell(NamedTuple):
         return f"{self.chunking} {self.chunk} {self.rows}"
 
 
-class Plan:
+class MeasuringPlan:
     """``chunkings``: whole, then the cuts that make the longest chunk as short as the measured atoms allow, for each
     wanted number of chunks that the decoder has atoms for. ``cells``: the co-runs, rows changing fastest, so that the
     time left is easy to guess. ``longest``: the longest chunk of each chunking, by the atoms.
@@ -67,7 +67,9 @@ Tables = Mapping[str, Mapping[str, Any]]
 """``atoms``: name -> spread; ``solo``: point -> columns of samples; ``corun``: cell -> samples of step and chunk."""
 
 
-def assemble(plan: Plan, tables: Tables, bench: Bench, watch: GpuWatch | None, spent_s: float, out: str) -> Profile:
+def assemble(
+    plan: MeasuringPlan, tables: Tables, bench: Bench, watch: GpuWatch | None, spent_s: float, out: str
+) -> Profile:
     """The profile named after its folder ``out``. Every point of the plan must be there."""
     settings, solo = plan.settings, tables["solo"]
     corun: dict[tuple[str, int], dict[int, Corun]] = {}
@@ -102,7 +104,7 @@ def _overhead(name: str, solo: Mapping[str, Any]) -> Spread:
     return Spread(found.p90, found.p10, found.p90, found.n) if name == "decision_lead" else found
 
 
-def _head(plan: Plan, bench: Bench, watch: GpuWatch | None, notes: dict[str, Any]) -> Head:
+def _head(plan: MeasuringPlan, bench: Bench, watch: GpuWatch | None, notes: dict[str, Any]) -> Head:
     model = bench.model
     return Head(
         device=device_name(bench.device.torch_device),
@@ -120,7 +122,7 @@ def _head(plan: Plan, bench: Bench, watch: GpuWatch | None, notes: dict[str, Any
     )
 
 
-def _notes(plan: Plan, tables: Tables, bench: Bench) -> dict[str, Any]:
+def _notes(plan: MeasuringPlan, tables: Tables, bench: Bench) -> dict[str, Any]:
     """What only people read about the measurement."""
     rule, notes = bench.rule, {**host(), **software()}
     if not bench.on_gpu:

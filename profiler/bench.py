@@ -68,7 +68,7 @@ GUIDANCE = 7.5
 UNGUIDED = 1.0
 
 
-class StepPiece:
+class TimedStep:
     """``DiffusionModel.step`` of ``rows`` rows, all that the runner executes as one step.
 
     That is: scaling the latents, assembling (and padding) the rows, the denoiser, guidance, the scheduler's update.
@@ -98,7 +98,7 @@ class StepPiece:
         return lambda: model.step(states)
 
 
-class ChunkPiece:
+class TimedChunk:
     """One chunk, always on the same input (what the chunk before it made). Its output is dropped."""
 
     def __init__(self, function: ChunkFunction, hidden: torch.Tensor) -> None:

@@ -55,7 +55,7 @@ COPY_LATENCY_S = 100e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class RooflinePiece:
     """Solo time of one piece of work, and its demands: shares of that time for which it needs a resource."""
 
     seconds: float
@@ -121,21 +121,23 @@ def _exactly(seconds: float) -> Spread:
     return Spread(ns, ns, ns, 0)
 
 
-def _piece(gpu: Gpu, flops: float, traffic: float, kernels: float, efficiency: float) -> Piece:
+def _piece(gpu: Gpu, flops: float, traffic: float, kernels: float, efficiency: float) -> RooflinePiece:
     compute = flops / (gpu.peak_flops * efficiency)
     memory = traffic / (gpu.bandwidth * BANDWIDTH_EFFICIENCY)
     working = max(compute, memory)
     seconds = kernels * KERNEL_OVERHEAD_S + working
-    return Piece(seconds, working / seconds, flops / (gpu.peak_flops * ATTAINABLE_COMPUTE) / seconds, memory / seconds)
+    return RooflinePiece(
+        seconds, working / seconds, flops / (gpu.peak_flops * ATTAINABLE_COMPUTE) / seconds, memory / seconds
+    )
 
 
-def _step(gpu: Gpu, model: Model, rows: int) -> Piece:
+def _step(gpu: Gpu, model: Model, rows: int) -> RooflinePiece:
     activations = (model.step_traffic_bytes - model.step_weight_bytes) * FUSED_SHARE
     traffic = model.step_weight_bytes + rows * activations
     return _piece(gpu, rows * model.step_flops, traffic, model.step_kernels, gpu.step_efficiency)
 
 
-def _decode_pieces(gpu: Gpu, model: Model, scale: float) -> list[Piece]:
+def _decode_pieces(gpu: Gpu, model: Model, scale: float) -> list[RooflinePiece]:
     atoms = decoder_atoms(model.resolution)
     bytes_per_element = model.decode_traffic_bytes * FUSED_SHARE / sum(atom.elements for atom in atoms)
     efficiency = gpu.step_efficiency * DECODE_SHARE
@@ -145,17 +147,17 @@ def _decode_pieces(gpu: Gpu, model: Model, scale: float) -> list[Piece]:
     ]
 
 
-def _joined(pieces: list[Piece]) -> Piece:
+def _joined(pieces: list[RooflinePiece]) -> RooflinePiece:
     """Pieces that run one after the other, as one: demands are means over time."""
     seconds = sum(piece.seconds for piece in pieces)
     means = [
         sum(piece.seconds * demand for piece, demand in zip(pieces, demands, strict=True)) / seconds
         for demands in zip(*((piece.busy, piece.compute, piece.memory) for piece in pieces), strict=True)
     ]
-    return Piece(seconds, *means)
+    return RooflinePiece(seconds, *means)
 
 
-def _cut(pieces: list[Piece], count: int) -> list[list[Piece]]:
+def _cut(pieces: list[RooflinePiece], count: int) -> list[list[RooflinePiece]]:
     """Cut into ``count`` runs so that the longest is as short as possible, then the others as even as possible.
 
     All cuts are tried: 20 layers into 8 chunks is 50,388 of them.
@@ -187,7 +189,7 @@ def share(u: float, v: float) -> tuple[float, float]:
     return 1 + k * v, 1 + k * u
 
 
-def slowdowns(step: Piece, chunk: Piece, contention: float) -> tuple[float, float]:
+def slowdowns(step: RooflinePiece, chunk: RooflinePiece, contention: float) -> tuple[float, float]:
     """(step, chunk) slowdowns, between perfect sharing (contention 0) and taking turns (1), and on beyond."""
     compute, memory = share(step.compute, chunk.compute), share(step.memory, chunk.memory)
     turns = share(step.busy, chunk.busy)
@@ -196,7 +198,7 @@ def slowdowns(step: Piece, chunk: Piece, contention: float) -> tuple[float, floa
     return pair[0], pair[1]
 
 
-def _corun_cell(step: Piece, chunk: Piece, contention: float) -> Corun:
+def _corun_cell(step: RooflinePiece, chunk: RooflinePiece, contention: float) -> Corun:
     step_ppm, chunk_ppm = (round(PPM * slowdown) for slowdown in slowdowns(step, chunk, contention))
     return Corun(Spread(step_ppm, step_ppm, step_ppm, 0), Spread(chunk_ppm, chunk_ppm, chunk_ppm, 0), held_out=False)
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from profiler.assemble import Plan, assemble
-from profiler.bench import Bench, StepPiece, open_bench
+from profiler.assemble import MeasuringPlan, assemble
+from profiler.bench import Bench, TimedStep, open_bench
 from profiler.machine import GpuWatch, device_name, software
 from profiler.partial import Partial, numbers, require_profile_folder
 from profiler.settings import Settings
@@ -33,6 +33,8 @@ from profiler.timing import (
 from synerdiff.core import InputError
 from synerdiff.device.lanes import find_device
 from synerdiff.diffusion.stages import prepare_chunks
+from synerdiff.figures.profile import profile_picture
+from synerdiff.figures.style import save
 from synerdiff.profile.folder import load_profile, write_profile
 from synerdiff.profile.tables import Profile
 
@@ -65,6 +67,12 @@ def measure_profile(settings: Settings, out: Path, on_progress: OnProgress | Non
     return load_profile(out)
 
 
+def draw_profile(profile: Profile, out: Path) -> None:
+    """Steps, decodes and slowdowns as the picture ``profile.png`` in the folder."""
+    head = profile.head
+    save(profile_picture(profile, caption=f"{head.model} on {head.device}, {head.date}."), out, "profile")
+
+
 class _Session:
     """One pass over all points: what ``partial`` has is left alone, what is missing is measured and kept."""
 
@@ -81,9 +89,9 @@ class _Session:
         self._rounds = max(1, bench.rule.most // BATCH)
 
     @cached_property
-    def plan(self) -> Plan:
+    def plan(self) -> MeasuringPlan:
         """Known once the atoms are."""
-        return Plan(self.settings, [kept[0] for kept in self.partial.table("atoms").values()])
+        return MeasuringPlan(self.settings, [kept[0] for kept in self.partial.table("atoms").values()])
 
     def measure(self) -> None:
         """Atoms first, because they decide the cuts; then co-runs, interrupted by rounds of solo times."""
@@ -92,7 +100,7 @@ class _Session:
             atoms |= {name: numbers(spread) for name, spread in measure_atoms(self.bench).items()}
             self._keep("decoder")
         functions = {cut.name: prepare_chunks(self.bench.model, cut, self.bench.decode) for cut in self.plan.chunkings}
-        steps = {rows: StepPiece(self.bench.model, rows) for rows in self.settings.rows}
+        steps = {rows: TimedStep(self.bench.model, rows) for rows in self.settings.rows}
         samplers = self._samplers(functions, steps[self.settings.rows[0]])
         warm_up_all(self.bench, samplers)
         chunks = {name: chunk_pieces(self.bench, parts) for name, parts in functions.items()}
@@ -106,7 +114,7 @@ class _Session:
                     visited[cell.key] = 1
                     self._keep("pairs")
 
-    def _samplers(self, functions: dict[str, Any], step: StepPiece) -> dict[str, Sampler]:
+    def _samplers(self, functions: dict[str, Any], step: TimedStep) -> dict[str, Sampler]:
         rows = (*self.settings.rows, *self.settings.held_out_step_rows)
         unguided = max((r for r in self.settings.rows if r <= 8), default=self.settings.rows[0])
         return {

@@ -15,7 +15,7 @@ from math import ceil
 from statistics import median
 from typing import NamedTuple, Protocol
 
-from profiler.bench import Bench, ChunkPiece, StepPiece, linked
+from profiler.bench import Bench, TimedChunk, TimedStep, linked
 from profiler.sampling import spread_of, warm_up
 from synerdiff.core import PPM, InputError
 from synerdiff.device.lanes import Lane, Work
@@ -28,7 +28,7 @@ TOP_UP_S = 0.008
 LARGEST_GAP_NS = 500_000
 
 
-class Piece(Protocol):
+class Repeatable(Protocol):
     """Something that a lane can run again and again."""
 
     def again(self) -> Callable[[], object]:
@@ -39,7 +39,7 @@ class Side(NamedTuple):
     """One lane and what it replays."""
 
     lane: Lane
-    piece: Piece
+    piece: Repeatable
 
     def submit(self) -> Work[object]:
         return self.lane.submit(self.piece.again())
@@ -122,16 +122,16 @@ Slowdowns = tuple[list[int], list[int]]
 """Samples (ppm) of the step and of the chunk."""
 
 
-def chunk_pieces(bench: Bench, functions: Sequence[ChunkFunction]) -> list[ChunkPiece]:
+def chunk_pieces(bench: Bench, functions: Sequence[ChunkFunction]) -> list[TimedChunk]:
     """Each chunk with the input that it has in a decode, to be run on its own."""
     hidden, pieces = bench.latent(), []
     for function in functions:
-        pieces.append(ChunkPiece(function, hidden))
+        pieces.append(TimedChunk(function, hidden))
         hidden = bench.decode.submit(lambda function=function, hidden=hidden: function(hidden)).result()  # type: ignore[misc]
     return pieces
 
 
-def measure_corun(bench: Bench, step: StepPiece, chunk: ChunkPiece, kept: Slowdowns) -> Slowdowns:
+def measure_corun(bench: Bench, step: TimedStep, chunk: TimedChunk, kept: Slowdowns) -> Slowdowns:
     """One visit of a pair: its samples so far and new ones, slowdowns (ppm) of the step and of the chunk.
 
     Blocks of solo, co-run, solo: each co-run time is divided by the median of the solo times on both sides of it, so
@@ -177,8 +177,8 @@ Sampler = Callable[[int], Columns]
 
 def step_samplers(bench: Bench, rows: Iterable[int], unguided_rows: int) -> dict[str, Sampler]:
     """``step R`` for each number of rows, and ``unguided R``: as many rows as one-row samples."""
-    pieces = {f"step {r}": StepPiece(bench.model, r) for r in rows}
-    pieces[f"unguided {unguided_rows}"] = StepPiece(bench.model, unguided_rows, guided=False)
+    pieces = {f"step {r}": TimedStep(bench.model, r) for r in rows}
+    pieces[f"unguided {unguided_rows}"] = TimedStep(bench.model, unguided_rows, guided=False)
     sides = {name: Side(bench.denoise, piece) for name, piece in pieces.items()}
     return {name: lambda count, side=side: [alone(side, count)] for name, side in sides.items()}  # type: ignore[misc]
 
@@ -189,11 +189,11 @@ def chunks_sampler(bench: Bench, functions: Sequence[ChunkFunction]) -> Sampler:
     return lambda count: in_turn(sides, count)
 
 
-def overhead_samplers(bench: Bench, step: StepPiece, whole: ChunkFunction) -> dict[str, Sampler]:
+def overhead_samplers(bench: Bench, step: TimedStep, whole: ChunkFunction) -> dict[str, Sampler]:
     """``overhead NAME`` for each name of `synerdiff.profile.tables.OVERHEADS` that this device has."""
     latent = bench.latent()
     image = bench.decode.submit(lambda: whole(latent)).result()
-    steps, chunks = Side(bench.denoise, step), Side(bench.decode, ChunkPiece(whole, latent))
+    steps, chunks = Side(bench.denoise, step), Side(bench.decode, TimedChunk(whole, latent))
     samplers: dict[str, Callable[[int], list[int]]] = {
         "step_dispatch": lambda count: gaps(bench, steps, count, early=bench.on_gpu),
         "chunk_dispatch": lambda count: gaps(bench, chunks, count, early=False),

@@ -58,11 +58,7 @@ LATE: set[str] = {
     "real_runner.hardware",
 }
 """Modules below the commands with an import of anything but a heavy library inside a function."""
-COMMANDS: set[str] = {
-    "synerdiff.cli.estimate",
-    "synerdiff.cli.profile",
-    "synerdiff.cli.trace",
-}
+COMMANDS: set[str] = set()
 """Commands with more than one import of ours inside a function."""
 TWICE: set[str] = {
     "ChunkPiece",

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from profiler.bench import Bench, StepPiece, lane_cores
+from profiler.bench import Bench, TimedStep, lane_cores
 from profiler.machine import device_name
 from profiler.sampling import QUICK, Rule
 from profiler.timing import Side, alone, chunk_pieces, measure_corun
@@ -93,7 +93,7 @@ def measure_kind(bench: Bench, cuts: list[Chunking], rows: tuple[int, ...], solo
     """Cells of one kind of lanes. ``solo_ns`` holds the times on plain streams; the first call, on those, fills it."""
     cells = []
     first = not solo_ns
-    steps = {count: StepPiece(bench.model, count) for count in rows}
+    steps = {count: TimedStep(bench.model, count) for count in rows}
     own_ns: dict[str, float] = {}
     for count, step in steps.items():
         own_ns[f"step {count}"] = median(alone(Side(bench.denoise, step), SOLO_SAMPLES))

@@ -7,6 +7,11 @@ from typing import Annotated
 
 import typer
 
+from profiler.estimate import estimate_profile
+from synerdiff.core import NS_PER_S
+from synerdiff.files import claim_folder
+from synerdiff.profile.folder import write_profile
+
 
 def estimate(
     gpu: Annotated[str, typer.Option(help="h100, h200, a100 or rtx4090.")],
@@ -22,10 +27,6 @@ def estimate(
     decode_scale: Annotated[float, typer.Option(help="Factor on the work of the decode.")] = 1.0,
 ) -> None:
     """Estimate a profile from data sheets, FLOPs and stated efficiencies; nothing is measured."""
-    from profiler.estimate import estimate_profile
-    from synerdiff.core import NS_PER_S
-    from synerdiff.files import claim_folder
-    from synerdiff.profile.folder import write_profile
 
     profile = estimate_profile(gpu, model, contention, decode_scale)
     claim_folder(out, "estimate")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from profiler.settings import make_settings
 from synerdiff.cli.progress import progress
-
-if TYPE_CHECKING:
-    from synerdiff.profile.tables import Profile
+from synerdiff.core import NS_PER_S, InputError
+from synerdiff.profile.adapters import QUANTITIES, write_adapters
+from synerdiff.profile.folder import load_profile
+from synerdiff.profile.tables import Profile
 
 
 def profile(
@@ -41,41 +43,31 @@ def profile(
     if adapters:
         _adapters(model, out, device, quick)
         return
-    from profiler.settings import make_settings
-
     settings = make_settings(model, device, dtype, resolution, rows, quick)
-    from profiler.measure import measure_profile
+    from profiler import measure
 
     try:
         with progress("loading") as on_progress:
-            measured = measure_profile(settings, out, on_progress)
+            measured = measure.measure_profile(settings, out, on_progress)
     except KeyboardInterrupt:
         typer.echo(f"{out}: what was measured is kept; the same command goes on from there.", err=True)
         raise
     for line in report(measured):
         typer.echo(line)
-    from synerdiff.figures.profile import profile_picture
-    from synerdiff.figures.style import save
-
-    head = measured.head
-    save(profile_picture(measured, caption=f"{head.model} on {head.device}, {head.date}."), out, "profile")
-    spent_s = head.notes["measured_for_s"]
+    measure.draw_profile(measured, out)
+    spent_s = measured.head.notes["measured_for_s"]
     typer.echo(f"{out}: tables, profile.yaml and the picture profile.png, measured in {spent_s:.0f} s")
 
 
 def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
     """Add adapters.csv to a finished profile of this model."""
     from profiler.adapter_cells import measure_adapters, rows_line
-    from synerdiff.core import InputError
-    from synerdiff.device.lanes import find_device
-    from synerdiff.profile.adapters import QUANTITIES, write_adapters
-    from synerdiff.profile.folder import load_profile
 
     measured = load_profile(out)
     if measured.head.model != model:
         raise InputError(f"{out}: this profile was made for the model {measured.head.model}, not for {model}.")
     with progress("loading") as on_progress:
-        found = measure_adapters(measured, find_device(device), quick, on_progress)
+        found = measure_adapters(measured, device, quick, on_progress)
     write_adapters(out, found)
     timed = [name for name, (at, unit, _) in QUANTITIES.items() if unit == "ns" and at != "constant"]
     typer.echo("  medians, ms by bytes or rows")
@@ -91,8 +83,6 @@ def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
 
 def report(measured: Profile) -> list[str]:
     """What a measurement found, in a few lines."""
-    from synerdiff.core import NS_PER_S
-
     notes, ms = measured.head.notes, NS_PER_S / 1000
     times = "  ".join(f"{rows}: {spread.median / ms:.2f}" for rows, spread in measured.steps.items())
     decodes = "  ".join(f"{name}: {measured.decode_ns(name) / ms:.2f}" for name in measured.chunkings)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from synerdiff.cli.progress import print_table, progress
-from synerdiff.core import InputError
+from synerdiff.core import InputError, Request
 from synerdiff.files import claim_folder
+from traces.fetch import fetch as fetch_files
+from traces.fetch import published_trace
+from traces.gentd26 import read_gentd26
+from traces.katz import read_katz
+from traces.native import read_trace, require_trace_target, write_trace
+from traces.spec import trace_spec
 
 if TYPE_CHECKING:
     from traces.describe import TraceSummary
@@ -29,8 +36,6 @@ def fetch(
     base_url: Annotated[str | None, typer.Option(help="Another address of the folder that holds the files.")] = None,
 ) -> None:
     """Fetch a published trace from its public address and check its SHA-256."""
-    from traces.fetch import fetch as fetch_files
-    from traces.fetch import published_trace
 
     published = published_trace(name)
     folder = Path(name) if out is None else out
@@ -48,7 +53,6 @@ def describe(
 ) -> None:
     """Show what a trace is like: load, mix, popularity and burstiness."""
     from traces.describe import describe as summarise
-    from traces.native import read_trace
 
     if out is not None:
         claim_folder(out, "trace describe")
@@ -60,11 +64,7 @@ def describe(
         typer.echo("\narrivals counted in windows")
         print_table(("window", "windows", "mean", "largest", "peak/mean", "index of dispersion"), _windows(summary))
     if out is not None:
-        from synerdiff.figures.style import save
-        from synerdiff.figures.workload import trace_picture
-
-        figure = trace_picture(requests, summary, title=f"{file.name}: {summary.requests:,} requests")
-        for path in save(figure, out, _PICTURE):
+        for path in _drawn(requests, summary, file.name, out):
             typer.echo(f"{path}: written")
 
 
@@ -103,8 +103,6 @@ def generate(
 ) -> None:
     """Generate a trace with a seed."""
     from traces.generate import generate_trace
-    from traces.native import require_trace_target, write_trace
-    from traces.spec import trace_spec
 
     fields = {
         "kind": kind,
@@ -150,9 +148,6 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a published trace into synerdiff's format, and tell what was left out and why."""
-    from traces.gentd26 import read_gentd26
-    from traces.katz import read_katz
-    from traces.native import require_trace_target, write_trace
 
     _one_of("--format", format, ("gentd26", "katz"))
     _one_of("--service", service or "A", ("A", "B"))
@@ -190,6 +185,13 @@ def convert(
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{flag} is {value!r}; allowed are {' and '.join(allowed)}.")
+
+
+def _drawn(requests: Sequence[Request], summary: TraceSummary, name: str, out: Path) -> list[Path]:
+    from synerdiff.figures import style, workload
+
+    figure = workload.trace_picture(requests, summary, title=f"{name}: {summary.requests:,} requests")
+    return style.save(figure, out, _PICTURE)
 
 
 def _overview(summary: TraceSummary) -> list[tuple[str, str]]:

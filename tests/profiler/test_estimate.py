@@ -79,7 +79,7 @@ def test_every_profile_is_complete_and_marked(gpu: str, model: str) -> None:
 
 
 def test_cut_minimises_the_largest_chunk() -> None:
-    pieces = [est.Piece(t, 1, 1, 1) for t in (5.0, 1.0, 1.0, 4.0, 3.0, 2.0, 2.0)]
+    pieces = [est.RooflinePiece(t, 1, 1, 1) for t in (5.0, 1.0, 1.0, 4.0, 3.0, 2.0, 2.0)]
     lengths = [sum(p.seconds for p in part) for part in est._cut(pieces, 3)]
     every = [
         max(sum(p.seconds for p in pieces[a:b]) for a, b in pairwise((0, *cuts, 7)))

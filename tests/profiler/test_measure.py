@@ -103,14 +103,14 @@ def test_cuts_make_the_longest_chunk_as_short_as_the_measured_atoms_allow(measur
 
 
 def test_the_step_that_is_measured_is_the_models_own_step() -> None:
-    from profiler.bench import SAMPLE_STEPS, StepPiece
+    from profiler.bench import SAMPLE_STEPS, TimedStep
 
     model = load_model("digits")
     model.row_buckets = (4, 8)
     seen = []
     denoise = model.denoise
     model.denoise = lambda inputs: seen.append(inputs.latents.shape[0]) or denoise(inputs)  # type: ignore[func-returns-value]
-    piece = StepPiece(model, 5)
+    piece = TimedStep(model, 5)
     assert piece.again()() == 8, "5 rows are padded to the bucket"
     states = piece._states
     assert [state.default_mode for state in states].count(GUIDED) == 2

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from profiler.assemble import Plan, decode_slowdowns, findings
+from profiler.assemble import MeasuringPlan, decode_slowdowns, findings
 from profiler.machine import throttle_counts
 from profiler.partial import FILE, Partial, require_profile_folder
 from profiler.sampling import Rule, median_width, spread_of, warm_up
@@ -173,7 +173,7 @@ def test_folders_that_must_not_be_written(tmp_path: Path) -> None:
 
 
 def test_the_plan_follows_from_settings_and_atoms() -> None:
-    plan = Plan(make_settings("digits", "cpu"), [5, 1, 1, 1, 1, 1, 1, 9])
+    plan = MeasuringPlan(make_settings("digits", "cpu"), [5, 1, 1, 1, 1, 1, 1, 9])
     assert {cut.name: len(cut) for cut in plan.chunkings} == {"whole": 1, "c4": 4, "c8": 8}
     assert plan.longest == {"whole": 0, "c4": 3, "c8": 7}
     held_out = [cell for cell in plan.cells if plan.held_out(cell)]
@@ -184,7 +184,7 @@ def test_the_plan_follows_from_settings_and_atoms() -> None:
     assert due == sorted(due)
     assert (due[0], due[-1]) == (1, 10)
     assert [due.count(k) for k in range(1, 11)] == [18] * 10, "evenly spread"
-    few = Plan(make_settings("digits", "cpu", rows="1"), [3, 1, 1, 1, 1])
+    few = MeasuringPlan(make_settings("digits", "cpu", rows="1"), [3, 1, 1, 1, 1])
     assert [cut.name for cut in few.chunkings] == ["whole", "c4"], "eight chunks need eight atoms"
     assert [few.round_due(done, 10) for done in range(10)] == list(range(1, 11))
 
