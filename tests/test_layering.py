@@ -61,11 +61,8 @@ LATE: set[str] = {
 COMMANDS: set[str] = set()
 """Commands with more than one import of ours inside a function."""
 TWICE: set[str] = {
-    "ChunkPiece",
     "Link",
-    "Piece",
     "Plan",
-    "StepPiece",
 }
 """Class names that stand for several things."""
 CIRCLES: set[str] = set()
