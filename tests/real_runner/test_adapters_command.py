@@ -133,7 +133,7 @@ def test_bad_input_is_one_sentence(world: Any, capsys: pytest.CaptureFixture[str
     assert printed.count("\n") == 1
 
 
-def test_a_run_in_which_every_request_failed_is_a_failed_check(world, capsys):
+def test_a_run_in_which_every_request_failed_is_a_failed_check(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     (world / "lost.csv").write_text(HEADER + "0,3,1,4.0,1,nowhere,\n0.05,3,1,4.0,2,nowhere,\n")
     assert cli.main(words("--loras", "loras", trace="lost.csv", out="lost")) == 1
     assert capsys.readouterr().err == "No request was served: 2 failed.\n"

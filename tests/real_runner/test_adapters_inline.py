@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,12 @@ from real_runner.adapters.start import open_serving
 from real_runner.engine import run_real
 from synerdiff.config.cluster import LoraStorage, cluster_of
 from synerdiff.core import InputError, Request, controlnets_from, loras_from
-from tests.adapter_world import kinds, made_alone, make_world, same_weights, weights_of
+from tests.adapter_world import kinds, made_alone, same_weights, weights_of
 from tests.builders import requests_at
-from tests.hardware import digits_hardware, digits_profile
+from tests.hardware import digits_profile
 
 torch.set_num_threads(1)
 ONE = {"workers": [{"denoise_gpu": 0}]}
-
-
-@pytest.fixture(scope="module")
-def hardware() -> Iterator[Any]:
-    with digits_hardware() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def folders(hardware: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_world(tmp_path_factory.mktemp("adapters"), hardware.model)
 
 
 def run(

@@ -14,8 +14,8 @@ from real_runner.adapters.start import open_serving
 from real_runner.engine import run_real
 from synerdiff.config.cluster import cluster_of
 from synerdiff.core import InputError, Request, controlnets_from, loras_from
-from tests.adapter_world import kinds, made_alone, make_world, same_weights, weights_of
-from tests.hardware import digits_hardware, digits_profile
+from tests.adapter_world import kinds, made_alone, same_weights, weights_of
+from tests.hardware import digits_profile
 
 torch.set_num_threads(1)
 ONE = {"workers": [{"denoise_gpu": 0}]}
@@ -43,17 +43,6 @@ MIXED = [
     request(3, guidance=1.0, controlnets=controlnets_from(("depth=second.png",)), loras=loras_from(("chalk",))),
     request(4),
 ]
-
-
-@pytest.fixture(scope="module")
-def hardware() -> Iterator[Any]:
-    with digits_hardware() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def folders(hardware: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return make_world(tmp_path_factory.mktemp("adapters"), hardware.model)
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def _check_images(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["0.0.png", "1.0.png", "1.1.png", "2.0.png", "3.0.png"]
     with Image.open(folder / "1.1.png") as image:
         assert image.size == (32, 32)
-        assert image.text == {
+        assert image.text == {  # type: ignore[attr-defined]
             "software": "synerdiff",
             "model": "digits",
             "policy": "continuous-parallel",
@@ -85,12 +85,12 @@ def _check_images(folder: Path) -> None:
             "request": "1",
             "image": "1",
             "prompt": "1",
-            "seed": image.text["seed"],
+            "seed": image.text["seed"],  # type: ignore[attr-defined]
             "steps": "6",
             "guidance_scale": "4",
             "modes": "gggggg",
         }
-        pixels, seed = np.asarray(image).astype(int), int(image.text["seed"])
+        pixels, seed = np.asarray(image).astype(int), int(image.text["seed"])  # type: ignore[attr-defined]
     model = load_model("digits")
     state = model.start(seed, 6, 4.0, "1")
     while not state.done:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,9 @@ from real_runner.intake import seed_of
 from synerdiff.core import CONDITIONAL, REUSE, SkipBudget
 from synerdiff.diffusion.model import image_seed
 from tests.builders import requests_at
-from tests.hardware import digits_hardware, digits_profile
+from tests.hardware import digits_profile
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def hardware() -> Iterator[Any]:
-    with digits_hardware() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
