@@ -25,7 +25,7 @@ Action = tuple[int, bool]
 """(chunks beside this step, whether eligible samples skip guidance in it)."""
 
 
-class Plan(NamedTuple):
+class DecodePlan(NamedTuple):
     """A feasible plan: its actions until the last chunk, and what it costs."""
 
     actions: tuple[Action, ...]
@@ -86,7 +86,7 @@ class Planner:
         theta_ppm: int,
         credit_ns: int,
         skips: int,
-    ) -> Plan | None:
+    ) -> DecodePlan | None:
         """The best plan, None when none is feasible within the horizon.
 
         ``rows``: of the batch with full guidance. ``eligible``: samples that may skip, per step of the horizon.
@@ -134,7 +134,7 @@ class Planner:
                 break
         if best is None or best_node is None:
             return None
-        return Plan(_actions(best_node), best[0], best[2], best[1])
+        return DecodePlan(_actions(best_node), best[0], best[2], best[1])
 
     def _skipping(self, rows: int, count: int, step_ns: int, first: int, images: int) -> list[list[_Move]] | None:
         """Moves of a step in which ``count`` samples skip; None when that makes the step no shorter."""

@@ -12,6 +12,7 @@ from real_runner.account import is_out_of_memory
 from real_runner.pieces import picture_of
 from synerdiff.core import InputError
 from synerdiff.device import open_device
+from synerdiff.device.cuda import CudaDevice
 from synerdiff.device.lanes import Device, Lane, available_cores
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.decoder import WHOLE, Chunking
@@ -65,7 +66,6 @@ class Hardware:
     ) -> Lane:
         if self.device.torch_device.type == "cpu":
             return self.device.lane(name, high_priority=high_priority, core=cores[0] if cores else None)
-        from synerdiff.device.cuda import CudaDevice
 
         assert isinstance(self.device, CudaDevice)
         return self.device.lane(name, high_priority=high_priority, launch_thread=launch_thread)

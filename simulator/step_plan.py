@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from simulator.adapters import ControlNetServices, Loader, transfer_ns
 from simulator.pieces import Draws, Piece, Times
-from synerdiff.config.cluster import Cluster, Link, WorkerEntry
+from synerdiff.config.cluster import Cluster, LinkSpeed, WorkerEntry
 from synerdiff.core import NS_PER_S, LoraUse
 from synerdiff.engine.adapters import Cache, Restore, Wait, plan_weights
 from synerdiff.engine.rounds import NEVER
@@ -163,7 +163,7 @@ class StepPlanner:
         if self.as_service or self.guidance_gpu is not None:
             self._set_link(cluster.link)
 
-    def _set_link(self, link: Link) -> None:
+    def _set_link(self, link: LinkSpeed) -> None:
         given_us, given_gb_per_s = link.latency_us, link.gb_per_s
         self.link_latency_ns = self.adapters.constant("link_latency") if given_us is None else round(given_us * 1000)
         self.link_bytes_per_s = (

@@ -53,17 +53,11 @@ LIGHT = (
 WITHOUT_NUMPY = (*LIGHT[:4], "synerdiff.config", "synerdiff.engine", "synerdiff.cli", "policies")
 
 # What does not keep a rule yet.
-LATE: set[str] = {
-    "real_runner.adapters.ledger",
-    "real_runner.hardware",
-}
+LATE: set[str] = set()
 """Modules below the commands with an import of anything but a heavy library inside a function."""
 COMMANDS: set[str] = set()
 """Commands with more than one import of ours inside a function."""
-TWICE: set[str] = {
-    "Link",
-    "Plan",
-}
+TWICE: set[str] = set()
 """Class names that stand for several things."""
 CIRCLES: set[str] = set()
 """Modules that import each other, and folders that do."""

@@ -11,6 +11,7 @@ import torch
 
 from real_runner.account import Fault
 from synerdiff.core import SampleId, WorkRecord
+from synerdiff.device.cuda import EventClock, timing_event
 
 Instant = Callable[[], int]
 """Nanoseconds on `time.monotonic_ns`; on a GPU known only once the stream has come there."""
@@ -32,19 +33,13 @@ class Clock:
     """Instants in the order of a device's work: the host's clock on a CPU, events of the current stream on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        self._events = None
-        if device.type == "cuda":
-            from synerdiff.device.cuda import EventClock
-
-            self._events = EventClock(device)
+        self._events = EventClock(device) if device.type == "cuda" else None
 
     def now(self) -> Instant:
         """When what has been submitted so far has ended."""
         events = self._events
         if events is None:
             return at(time.monotonic_ns())
-        from synerdiff.device.cuda import timing_event
-
         event = timing_event()
         event.record(torch.cuda.current_stream())
 

@@ -64,7 +64,7 @@ class Service(Section):
         return self
 
 
-class Link(Section):
+class LinkSpeed(Section):
     """Between GPUs; what is left out is taken from the profile's adapters.csv."""
 
     gb_per_s: float | None = Field(default=None, gt=0, le=1e6)
@@ -95,7 +95,7 @@ class Cluster(Section):
     workers: Listed[WorkerEntry] = Field(min_length=1, max_length=4096)
     strategies: Strategies = Strategies()
     controlnet_services: Listed[Service] = ()
-    link: Link = Link()
+    link: LinkSpeed = LinkSpeed()
     loras: LoraStorage = LoraStorage()
 
     @model_validator(mode="after")
