@@ -108,7 +108,12 @@ def under_load(steps: int, count: int) -> list[Case]:
             )
         )  # fmt: skip
         arrival_s += gaps.expovariate(1 / GAP_S)
-    ways = {"all in one process": {}, "service": SERVICE, "asynchronous": LOADER, "both": SERVICE | LOADER}
+    ways: dict[str, dict[str, Any]] = {
+        "all in one process": {},
+        "service": SERVICE,
+        "asynchronous": LOADER,
+        "both": SERVICE | LOADER,
+    }
     return [Case(f"under load, {name}", strategies, requests, batch=2) for name, strategies in ways.items()]
 
 
@@ -126,7 +131,9 @@ def make_folders(root: Path) -> tuple[Folders, int]:
     model = load_model("digits")
     for name in ("loras", "controlnets", "images"):
         (root / name).mkdir()
-    size = save_lora(random_lora(model.unet, LORA[0], RANK), root / "loras" / f"{LORA[0]}.safetensors").size_bytes
+    size = save_lora(
+        random_lora(model.unet, LORA[0].file, RANK), root / "loras" / f"{LORA[0].file}.safetensors"
+    ).size_bytes
     random_controlnet("net", model).net.save_pretrained(str(root / "controlnets" / "net"))
     Image.fromarray(np.zeros((32, 32), dtype=np.uint8)).save(root / "images" / "1.png")
     return Folders(root / "loras", root / "controlnets", root / "images"), size
@@ -164,8 +171,7 @@ def means_of(samples: dict[tuple[str, int], list[int]], adapters: Adapters) -> A
 
     def mean(name: str, at: int, spread: Spread) -> Spread:
         taken = samples.get((name, at))
-        timed = taken is not None and QUANTITIES[name][1] == "ns"
-        value = round(fmean(taken)) if timed else spread.median
+        value = spread.median if taken is None or QUANTITIES[name][1] != "ns" else round(fmean(taken))
         return Spread(value, min(spread.p10, value), max(spread.p90, value), spread.n)
 
     tables = {
@@ -230,7 +236,7 @@ def compare(
             these = alone[turn:] + alone[:turn] + (loaded if number % load_every == 0 else [])
             for case in these:
                 one = measured[case.name] if number >= 0 else Measured()
-                file = root / "loras" / f"{LORA[0]}.safetensors"
+                file = root / "loras" / f"{LORA[0].file}.safetensors"
                 one.seconds.append(serve(case, servings[case.name], profile, hardware, file, one.pieces))
             say(f"round {number + 1} of {rounds}")
         means = refreshed(profile, passes, passes)

@@ -32,12 +32,14 @@ def pipeline_of(model: Any) -> Any:
     """diffusers' pipeline around the very modules that the runner uses."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline(
+    make: Any = StableDiffusionPipeline
+    scheduler: Any = DDIMScheduler
+    pipeline = make(
         vae=model.vae,
         text_encoder=None,
         tokenizer=None,
         unet=model.unet,
-        scheduler=DDIMScheduler.from_config(model.solver._scheduler.config),
+        scheduler=scheduler.from_config(model.solver._scheduler.config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

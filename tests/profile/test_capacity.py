@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from policies.base import DEFAULT_BATCH as POLICY_BATCH
 from policies.registry import build_policy
 from profiler.estimate import estimate_profile
 from simulator.engine import simulate
@@ -58,8 +57,8 @@ def with_overheads(profile: Profile, **overheads_ns: int) -> Profile:
     return profile
 
 
-def test_default_batch_is_the_policies_one(profile: Profile) -> None:
-    assert capacity.DEFAULT_BATCH == POLICY_BATCH
+def test_default_batch_is_8_or_what_the_rows_hold(profile: Profile) -> None:
+    assert capacity.DEFAULT_BATCH == 8
     assert (default_batch(profile), default_batch(profile, 1)) == (2, 4)
     assert default_batch(estimate_profile("h200", "sdxl")) == 8
 
