@@ -138,7 +138,7 @@ def simulate_cluster(
     for index, entry in enumerate(cluster.workers):
         info = WorkerInfo(profile.max_rows, entry.denoise_gpu, entry.lanes, _sample_rows(samples), f"worker{index}")
         seed = None if dispersion_seed is None else dispersion_seed + index * SEED_STEP
-        run = WorkerRun(policy(), profile, info, samples, [], seed)
+        run = WorkerRun(policy(), entry.profile(profile), info, samples, [], seed)
         if planned and adapters is not None:
             planners[index] = _planner(run, cluster, entry, adapters, services, seed)
             run.stepper = PlannedStepper(planners[index], run.worker, run.records)
@@ -238,12 +238,12 @@ class _Fleet:
         due = self.due_ns
         now_ns = reported = 0
         while True:
-            causes = {index: self.runs[index].rounds.take_ends(now_ns) for index, at in enumerate(due) if at <= now_ns}
+            causes = {index: self.runs[index].take_ends(now_ns) for index, at in enumerate(due) if at <= now_ns}
             self.route(now_ns, causes)
             for index in sorted(causes):
                 run = self.runs[index]
                 cause_ns = run.rounds.take_arrivals(now_ns, causes[index])
-                if cause_ns >= 0 and (run.open or run.worker.ended < len(run.arrivals)):
+                if run.asks(cause_ns, now_ns) and (run.open or run.worker.ended < len(run.arrivals)):
                     run.decide(now_ns)
                 run.retime(now_ns)
                 due[index] = run.next_ns()

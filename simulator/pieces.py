@@ -147,15 +147,24 @@ class Times:
     def step_ns(self, rows: int) -> int:
         if self._random is None:
             return self._profile.step_ns(rows) + self._step_dispatch_ns
+        return self._profile.sped(self.forward_ns(rows)) + self._step_dispatch_ns
+
+    def forward_ns(self, rows: int) -> int:
+        """A step without its dispatch, at speed 1."""
+        spread = self.step_spread(rows)
+        return spread.median if self._random is None else drawn(spread, self._random)
+
+    def step_spread(self, rows: int) -> Spread:
+        """The profile's, looked up once."""
         spread = self._step_memo.get(rows)
         if spread is None:
             spread = self._step_memo[rows] = self._profile.step_spread(rows)
-        return drawn(spread, self._random) + self._step_dispatch_ns
+        return spread
 
     def chunk_ns(self, chunk: int) -> int:
         spread = self._chunk_spreads[chunk]
         time_ns = spread.median if self._random is None else drawn(spread, self._random)
-        return time_ns + self._chunk_dispatch_ns
+        return self._profile.sped(time_ns) + self._chunk_dispatch_ns
 
 
 class Draws:

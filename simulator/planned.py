@@ -67,7 +67,7 @@ class PlannedStepper:
         self._release_loras()
         if self.planner.asynchronous:
             self._ask_for_loras(list(self._worker.active.values()), now_ns)
-        if self.planner.weights:
+        if self.planner.weights and now_ns >= self._worker.held_until_ns:
             self._restore_while_idle(now_ns)
         plan = self._plan
         if not plan.left:

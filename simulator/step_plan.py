@@ -197,12 +197,13 @@ class StepPlanner:
     # --- LoRAs --------------------------------------------------------------------------------------------------
 
     def restore_ns(self, lora: LoraUse) -> int:
-        return self.draws.draw(self.adapters.spread("lora_restore", self.loader.storage.bytes_of(lora.file)))
+        size = self.loader.storage.bytes_of(lora.file)
+        return self.profile.sped(self.draws.draw(self.adapters.spread("lora_restore", size)))
 
     def _merge_ns(self, lora: LoraUse) -> int:
         size = self.loader.storage.bytes_of(lora.file)
         more_ns = len(self.weights) * self.adapters.ns("lora_merge_more", size)
-        return self.draws.draw(self.adapters.spread("lora_merge", size)) + more_ns
+        return self.profile.sped(self.draws.draw(self.adapters.spread("lora_merge", size)) + more_ns)
 
     def _weights_ready(self, plan: Plan, step: Step, now_ns: int) -> Segment | None:
         """The segments that make the weights those of the step; the last one."""
@@ -262,14 +263,13 @@ class StepPlanner:
         for its_rows in controlnets.values():
             work_ns = self.draws.draw(self.adapters.spread("controlnet_forward", its_rows))
             work_ns += self.adapters.ns("residual_add", its_rows)
-            last = plan.add(Segment("controlnet", gpu=gpu, rows=its_rows, work_ns=work_ns), last)
-        work_ns = self.times.step_ns(rows)
+            last = plan.add(Segment("controlnet", gpu=gpu, rows=its_rows, work_ns=self.profile.sped(work_ns)), last)
+        work_ns = self.times.forward_ns(rows)
         if beside and "denoise_forward_beside" in self.adapters.tables:
-            bucket = self.profile.bucket(rows)
-            step_ns, drawn_ns = self.profile.step_ns(rows), work_ns - self.dispatch_ns
+            bucket, step_ns = self.profile.bucket(rows), self.times.step_spread(rows).median
             rest_ns = max(0, step_ns - self.adapters.forward_ns(bucket))
-            beside_ns = self.adapters.ns("denoise_forward_beside", bucket) + rest_ns
-            work_ns = beside_ns * drawn_ns // step_ns + self.dispatch_ns
+            work_ns = (self.adapters.ns("denoise_forward_beside", bucket) + rest_ns) * work_ns // step_ns
+        work_ns = self.profile.sped(work_ns) + self.dispatch_ns
         return plan.add(Segment("step", gpu=gpu, rows=rows, work_ns=work_ns), last)
 
     def _forward_with_services(
@@ -282,18 +282,20 @@ class StepPlanner:
         """
         adapters = self.adapters
         bucket = self.profile.bucket(rows)
-        drawn_ns, step_ns = self.times.step_ns(rows) - self.dispatch_ns, self.profile.step_ns(rows)
+        drawn_ns, step_ns = self.times.forward_ns(rows), self.times.step_spread(rows).median
         rest_ns = max(0, step_ns - adapters.forward_ns(bucket))
-        encoder_ns = adapters.ns_beside("denoise_encoder", bucket) * drawn_ns // step_ns + self.dispatch_ns
+        encoder_ns = self.profile.sped(adapters.ns_beside("denoise_encoder", bucket) * drawn_ns // step_ns)
         decoder_ns = (adapters.ns_beside("denoise_decoder", bucket) + rest_ns) * drawn_ns // step_ns
-        encoder = plan.add(Segment("encoder", gpu=gpu, rows=rows, work_ns=encoder_ns), before)
+        encoder = plan.add(Segment("encoder", gpu=gpu, rows=rows, work_ns=encoder_ns + self.dispatch_ns), before)
         arrivals = []
         for name, its_rows in controlnets.items():
             decoder_ns += adapters.ns("residual_add", its_rows)
             sent = plan.add(Segment("send", begin=self._transfer("latent_bytes", its_rows)), before)
             called = plan.add(Segment("call", begin=self._call(name, its_rows, step)), sent)
             arrivals.append(plan.add(Segment("receive", begin=self._receive(gpu, its_rows)), called))
-        return plan.add(Segment("decoder", gpu=gpu, rows=rows, work_ns=decoder_ns), encoder, *arrivals)
+        return plan.add(
+            Segment("decoder", gpu=gpu, rows=rows, work_ns=self.profile.sped(decoder_ns)), encoder, *arrivals
+        )
 
     def _call(self, name: str, rows: int, step: Step) -> Begin:
         users = tuple([s.id for s in step.samples if any(use.name == name for use in s.request.controlnets)])

@@ -52,6 +52,7 @@ class WorkerRun:
             profile.max_rows,
             info.decode_gpus,
             profile.overhead_ns("result_copy"),
+            profile.overhead_ns("sample_host"),
         )
         self.rounds = Rounds(self.worker, calls, self, profile.overhead_ns("decision_lead"))
         self.arrivals = arrivals
@@ -65,6 +66,11 @@ class WorkerRun:
         self.chunk_due_ns = NEVER
         """The earliest end of a running chunk, as last timed."""
         self.records: list[WorkRecord] = []
+        self.late_step: Step | None = None
+        self.late_lanes: list[LaneView] = []
+        """What starts when the host no longer holds the lanes."""
+        self.late_question = False
+        """The policy is to be asked then."""
 
     def run(
         self, environment: simpy.Environment, on_progress: Callable[[int], None] | None
@@ -80,7 +86,8 @@ class WorkerRun:
             if due_ns > now_ns:
                 yield environment.timeout(due_ns - now_ns)
                 now_ns = due_ns
-            if rounds.take_arrivals(now_ns, rounds.take_ends(now_ns)) >= 0 and worker.ended < total:
+            cause_ns = rounds.take_arrivals(now_ns, self.take_ends(now_ns))
+            if self.asks(cause_ns, now_ns) and worker.ended < total:
                 rounds.decide(now_ns, now_ns, self.entered == total)
             retime(now_ns)
             if on_progress is not None and worker.ended >= reported + PROGRESS_EVERY:
@@ -91,6 +98,26 @@ class WorkerRun:
     def closed(self) -> bool:
         """No sample can enter waiting any more."""
         return self.entered == len(self.arrivals) and not self.open
+
+    def take_ends(self, now_ns: int) -> int:
+        """`Rounds.take_ends`, then what the host has held back until now starts."""
+        cause_ns = self.rounds.take_ends(now_ns)
+        if (self.late_step is not None or self.late_lanes) and now_ns >= self.worker.held_until_ns:
+            step, self.late_step = self.late_step, None
+            lanes, self.late_lanes = self.late_lanes, []
+            if step is not None:
+                self.start_step(step, now_ns)
+            for lane in lanes:
+                self.start_chunk(lane, now_ns)
+        return cause_ns
+
+    def asks(self, cause_ns: int, now_ns: int) -> bool:
+        """Whether the policy is to be asked now: not while the host holds the lanes, and once it does no more."""
+        if now_ns < self.worker.held_until_ns:
+            self.late_question |= cause_ns >= 0
+            return False
+        late, self.late_question = self.late_question, False
+        return late or cause_ns >= 0
 
     def decide(self, now_ns: int) -> None:
         """Ask the policy once and start what it wants now."""
@@ -111,6 +138,8 @@ class WorkerRun:
         wake_ns = worker.wake_ns
         if wake_ns is not None and wake_ns < due_ns:
             due_ns = wake_ns
+        if worker.held_until_ns < due_ns and (self.late_question or self.late_lanes or self.late_step is not None):
+            due_ns = worker.held_until_ns
         return due_ns
 
     def retime(self, now_ns: int) -> None:
@@ -188,9 +217,15 @@ class WorkerRun:
         return self.stepper.early_ns(self.rounds.lead_ns)
 
     def start_step(self, step: Step, cause_ns: int) -> None:
+        if cause_ns < self.worker.held_until_ns:
+            self.late_step = step
+            return
         self.stepper.start(step, cause_ns)
 
     def start_chunk(self, lane: LaneView, cause_ns: int) -> None:
+        if cause_ns < self.worker.held_until_ns:
+            self.late_lanes.append(lane)
+            return
         sample = lane.sample
         assert sample is not None
         if sample.decode_started_ns < 0:

@@ -29,7 +29,8 @@ def reference_simulate(
     work: list[Any] = []
     asked: list[int] = []
     lanes = [LaneView(k, gpu) for k, gpu in enumerate(decode_gpus)]
-    run = SimpleNamespace(step=None, committed=None, wake=None, ended=0)
+    run = SimpleNamespace(step=None, committed=None, wake=None, ended=0, hold=0, late_step=None, late_ask=False)
+    late_lanes: list[Any] = []
     chunk_of = [None] * len(lanes)  # the running piece of each lane
     seen: dict[str, list[Any]] = {"arrived": [], "step_done": [], "chunk_done": [], "gone": []}
 
@@ -37,12 +38,18 @@ def reference_simulate(
         return SimpleNamespace(left=solo, since=now, start=now, ppm=None, end=None, shown=False, **facts)
 
     def begin_step(batch: Any, pads: Any, now: Any) -> Any:
+        if now < run.hold:  # it holds the lane, and starts when the host lets it
+            run.late_step = (batch, pads)
+            return SimpleNamespace(batch=batch, pads=pads, rows=0, end=None, shown=False)
         rows = pads + sum(2 if mode == "guided" else 1 for _, mode in batch)
         return piece(
             profile.step_ns(rows) + profile.overhead_ns("step_dispatch"), now, batch=batch, pads=pads, rows=rows
         )
 
     def begin_chunk(lane: Any, now: Any) -> None:
+        if now < run.hold:
+            late_lanes.append(lane)
+            return
         sample = lane.sample
         if sample.decode_started_ns < 0:
             sample.decode_started_ns = now
@@ -104,7 +111,8 @@ def reference_simulate(
                 continue
             lane.sample, sample.launched = None, False
             if sample.chunks_done == count:
-                sample.phase, sample.finished_ns = Phase.DONE, now + profile.overhead_ns("result_copy")
+                run.hold = max(run.hold, now) + profile.overhead_ns("sample_host")
+                sample.phase, sample.finished_ns = Phase.DONE, run.hold + profile.overhead_ns("result_copy")
                 decoding.remove(sample)
                 seen["gone"].append((sample, "done"))
                 run.ended += 1
@@ -115,6 +123,11 @@ def reference_simulate(
                 if lane.sample is not None and not lane.started:
                     lane.started = True
                     begin_chunk(lane, now)
+        if now >= run.hold:  # and what the host held back
+            if run.late_step is not None:
+                run.step, run.late_step = begin_step(*run.late_step, now), None
+            for lane in [late_lanes.pop(0) for _ in range(len(late_lanes))]:
+                begin_chunk(lane, now)
         while todo and todo[0].entered_ns <= now:  # 4. arrivals
             sample = todo.pop(0)
             sample.phase = Phase.WAITING
@@ -128,6 +141,10 @@ def reference_simulate(
         if due and max(step.since, step.end - lead) <= now:
             show(step)
             ask = True
+        if now < run.hold:
+            run.late_ask, ask = run.late_ask or ask, False
+        else:
+            ask, run.late_ask = ask or run.late_ask, False
         if ask and run.ended < len(by_id):
             asked.append(now)
             view = View()
@@ -173,11 +190,11 @@ def reference_simulate(
             if chunk is None:
                 continue
             chunk_ppm = PPM
-            if run.step is not None and lane.gpu == 0:
+            if run.step is not None and run.late_step is None and lane.gpu == 0:
                 s_u, chunk_ppm = profile.slowdown_ppm(run.step.rows, chunking, chunk.chunk)
                 step_ppm += s_u - PPM
             wanted.append((chunk, chunk_ppm))
-        if run.step is not None:
+        if run.step is not None and run.late_step is None:
             wanted.append((run.step, step_ppm))
         for running, ppm in wanted:
             if running.ppm == ppm:
@@ -187,7 +204,9 @@ def reference_simulate(
             running.since, running.ppm = now, ppm
             running.end = now + (running.left * ppm + PPM - 1) // PPM
         ends = [running.end for running, _ in wanted] + ([run.wake] if run.wake is not None else [])
-        if lead and run.step is not None and not run.step.shown:
+        if run.late_ask or run.late_step is not None or late_lanes:
+            ends.append(run.hold)
+        if lead and run.step is not None and run.step.end is not None and not run.step.shown:
             ends.append(max(run.step.since, run.step.end - lead))
         if todo and run.step is None and holder() is None:
             ends.append(todo[0].entered_ns)

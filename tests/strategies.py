@@ -83,12 +83,14 @@ ppm = st.integers(700_000, 3_000_000)
 
 
 @st.composite
-def profiles(draw: Any) -> Profile:
+def profiles(draw: Any, host: tuple[int, ...] = (0,)) -> Profile:
+    """``host``: what the overhead sample_host may be; the runner's is its own."""
     rows = sorted(draw(st.sets(st.integers(2, 12), min_size=1, max_size=3)) | {1, 12})
     chunk_times = draw(st.lists(times, min_size=1, max_size=4))
     ends = {rows[0]: (draw(ppm), draw(ppm)), rows[-1]: (draw(ppm), draw(ppm))}
     names = ("step_dispatch", "chunk_dispatch", "decision_lead", "text_encode", "result_copy")
     overheads = {name: draw(st.sampled_from((0, 0, 1, 7, 60))) for name in names}
+    overheads["sample_host"] = draw(st.sampled_from(host))
     return make_profile(
         {r: draw(times) for r in rows},
         {"whole": [draw(times)], "cut": chunk_times},

@@ -66,6 +66,8 @@ def processes_of(cluster: Cluster) -> list[Process]:
         raise InputError("link: a run on hardware has the links that it has; leave this out.")
     if cluster.loras.storage_gb_per_s is not None:
         raise InputError("loras.storage_gb_per_s: a run on hardware has the storage that it has; leave this out.")
+    if worker.speed != 1 or worker.sample_host_s is not None:
+        raise InputError("workers[0]: a run on hardware has the speed that it has; leave speed and sample_host_s out.")
     if worker.controlnet_slots is not None:
         raise InputError("workers[0].controlnet_slots: on hardware a worker holds all ControlNets of its trace.")
     if any(cluster.loras.sizes_mib):

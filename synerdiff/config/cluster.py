@@ -8,10 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from synerdiff.core import NS_PER_S, PPM
 from synerdiff.files import read_yaml
-from synerdiff.schema import Listed, Section, validated
+from synerdiff.profile.tables import Profile
+from synerdiff.schema import Listed, Section, sentence, validated
 
 Gpu = Annotated[int, Field(ge=0, le=4095)]
 MIB = 1 << 20
@@ -36,6 +38,22 @@ class WorkerEntry(Section):
     """two-gpus: where the unconditional half runs."""
     controlnet_slots: int | None = Field(default=None, ge=1, le=10_000)
     """inline: how many ControlNets its GPU holds (least recently used goes); without it, all."""
+    speed: float = Field(default=1.0, ge=0.001, le=1000)
+    """Divides the times of steps, chunks, ControlNets and merges."""
+    sample_host_s: float | None = Field(default=None, ge=0, le=3600)
+    """Host time after each sample, in which its lanes start nothing; without it, the profile's overhead sample_host."""
+
+    @property
+    def speed_ppm(self) -> int:
+        return round(self.speed * PPM)
+
+    @property
+    def sample_host_ns(self) -> int | None:
+        return None if self.sample_host_s is None else round(self.sample_host_s * NS_PER_S)
+
+    def profile(self, base: Profile) -> Profile:
+        """The profile as this worker has it."""
+        return base.on_worker(self.speed_ppm, self.sample_host_ns)
 
     @property
     def lanes(self) -> tuple[int, ...]:
@@ -44,6 +62,15 @@ class WorkerEntry(Section):
     @property
     def gpus(self) -> set[int]:
         return {self.denoise_gpu, *self.lanes} | ({self.guidance_gpu} if self.guidance_gpu is not None else set())
+
+
+class EqualWorkers(Section):
+    """So many equal workers of one GPU each, GPUs from 0, instead of a list of workers."""
+
+    count: int = Field(ge=1, le=4096)
+    speed: float = 1.0
+    sample_host_s: float | None = None
+    controlnet_slots: int | None = None
 
 
 class Service(Section):
@@ -97,6 +124,18 @@ class Cluster(Section):
     controlnet_services: Listed[Service] = ()
     link: LinkSpeed = LinkSpeed()
     loras: LoraStorage = LoraStorage()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _equal_workers(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("workers"), dict):
+            return data
+        try:
+            equal = EqualWorkers.model_validate(data["workers"])
+        except ValidationError as error:
+            raise ValueError(f"workers: {sentence(error)}") from None
+        fields = equal.model_dump(exclude={"count"})
+        return {**data, "workers": [{"denoise_gpu": gpu, **fields} for gpu in range(equal.count)]}
 
     @model_validator(mode="after")
     def _gpus_are_their_own(self) -> Cluster:

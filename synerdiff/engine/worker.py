@@ -71,11 +71,14 @@ class Worker:
         max_rows: int,
         decode_gpus: tuple[int, ...],
         result_copy_ns: int = 0,
+        sample_host_ns: int = 0,
     ) -> None:
         self.samples = samples
         self.policy_name = policy_name
         self.chunk_count = chunk_count
-        self.result_copy_ns = result_copy_ns
+        self.result_copy_ns, self.sample_host_ns = result_copy_ns, sample_host_ns
+        self.held_until_ns = 0
+        """Until then the host is busy with samples that have ended, and no lane starts anything (contract, rule 19)."""
         self.waiting: OrderedDict[SampleId, Sample] = OrderedDict()
         self.active: dict[SampleId, Sample] = {}
         self.decoding: OrderedDict[SampleId, Sample] = OrderedDict()
@@ -187,7 +190,8 @@ class Worker:
         lane.sample = None
         sample.launched = False
         if sample.chunks_done == self.chunk_count:
-            sample.finished_ns = now_ns + self.result_copy_ns
+            self.held_until_ns = max(now_ns, self.held_until_ns) + self.sample_host_ns
+            sample.finished_ns = self.held_until_ns + self.result_copy_ns
             del self.decoding[sample.id]
             self._end(sample, Phase.DONE)
         return False

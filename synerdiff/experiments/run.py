@@ -5,6 +5,7 @@ Commands, sweeps and studies go it; only the engine differs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -141,7 +142,14 @@ class Prepared:
 
     def load_of(self, length_s: float) -> float:
         """The load when the requests are offered within that time, over all workers (``capacity.offered_load``)."""
-        return offered_load(self.requests, self.profile, length_s, self.workers)
+        cluster = self.spec.cluster
+        if cluster is None:
+            return offered_load(self.requests, self.profile, length_s)
+        kinds = Counter((entry.speed_ppm, entry.sample_host_ns) for entry in cluster.workers)
+        loads = [
+            offered_load(self.requests, self.profile.on_worker(*kind), length_s, count) for kind, count in kinds.items()
+        ]
+        return loads[0] if len(loads) == 1 else 1 / sum(1 / load for load in loads)
 
     def solo_latencies_s(self) -> list[float]:
         """Of each request, its latency alone with the steps that were asked for."""
@@ -204,7 +212,7 @@ class Planned:
         self.chunking = inner.chunking
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
-        self.inner.reset(worker, self.planning)
+        self.inner.reset(worker, self.planning.on_worker(profile.speed_ppm))
         self.chunking = self.inner.chunking
 
     def decide(self, view: View) -> Decision:

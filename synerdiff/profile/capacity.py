@@ -90,7 +90,8 @@ def serial_capacity_samples_per_s(
     chunking: str = "whole",
     rows: Mapping[int, float] | None = None,
 ) -> float:
-    """X = 1 / (N * (mean T + step_dispatch) / B + sum(c_i + chunk_dispatch)): every decode holds the denoise lane.
+    """X = 1 / (N * (mean T + step_dispatch) / B + sum(c_i + chunk_dispatch) + sample_host): every decode holds the
+    denoise lane, and so does the host after it.
 
     ``two_row_share``: share of sample-steps that take two rows; skipping a fraction sigma of guided steps makes it
     1 - sigma. The mean is over ``rows`` (rows of a step -> share of the steps), by default the binomial mix of
@@ -98,6 +99,7 @@ def serial_capacity_samples_per_s(
     """
     mix = binomial_rows(batch, two_row_share) if rows is None else rows
     decode_ns = sum(_chunk_ns(profile, chunking, i) for i in range(profile.chunk_count(chunking)))
+    decode_ns += profile.overhead_ns("sample_host")
     return NS_PER_S / (_denoise_ns(profile, steps_mean, batch, mix) + decode_ns)
 
 
@@ -113,8 +115,8 @@ def parallel_capacity_samples_per_s(
     """X = min(1 / (N * (mean T + step_dispatch) / B + sum(delta_i)), m / sum(c_i * s_v)): every decode runs beside.
 
     delta_i = c_i * s_v * (1 - 1/s_u) is the denoise time lost by running chunk i beside; c_i includes its dispatch.
-    The decode queue is unbounded. With several lanes the loss is priced as if chunks ran one at a time. ``rows`` as
-    for ``serial_capacity_samples_per_s``.
+    The decode queue is unbounded, and the host's time per sample is left out. With several lanes the loss is priced as
+    if chunks ran one at a time. ``rows`` as for ``serial_capacity_samples_per_s``.
     """
     mix = binomial_rows(batch, two_row_share) if rows is None else rows
     chunks = [(i, _chunk_ns(profile, chunking, i)) for i in range(profile.chunk_count(chunking))]
@@ -154,7 +156,7 @@ def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None
     """Latency of the request alone on an idle worker under ``continuous-serial``, full guidance, to the nanosecond.
 
     text_encode, then waves of at most ``batch`` images (default: the default batch for its rows): all steps of a wave,
-    its decodes one after the other, then the next wave; at the end result_copy.
+    its decodes one after the other, each with sample_host after it, then the next wave; at the end result_copy.
     """
     rows = 2 if request.guidance_scale > 1 else 1
     most = default_batch(profile, rows) if batch is None else min(batch, most_samples(profile, rows))
@@ -163,7 +165,7 @@ def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None
     while left:
         wave = min(left, most)
         total += request.steps * (profile.step_ns(wave * rows) + profile.overhead_ns("step_dispatch"))
-        total += wave * _chunk_ns(profile, "whole", 0)
+        total += wave * (_chunk_ns(profile, "whole", 0) + profile.overhead_ns("sample_host"))
         left -= wave
     return total
 

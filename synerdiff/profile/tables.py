@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, Strict
 
-from synerdiff.core import InputError
+from synerdiff.core import PPM, InputError
 from synerdiff.schema import Listed, Section
 
 _T = TypeVar("_T")
@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 SCHEMA_VERSION = 1
 Weights = Literal["checkpoint", "trained", "random"]
 Side = Annotated[int, Field(ge=8, le=16384)]
-OVERHEADS = ("step_dispatch", "chunk_dispatch", "decision_lead", "text_encode", "result_copy")
+OVERHEADS = ("step_dispatch", "chunk_dispatch", "decision_lead", "text_encode", "result_copy", "sample_host")
 STEP_COLUMNS = ("rows", "median_ns", "p10_ns", "p90_ns", "n", "held_out")
 CHUNK_COLUMNS = ("chunking", "chunk", "median_ns", "p10_ns", "p90_ns", "n")
 CORUN_COLUMNS = (
@@ -109,6 +109,7 @@ class Profile:
     ``steps``: rows -> solo time of a denoiser step. ``chunks``: chunking -> solo time of each chunk of a decode.
     ``corun``: (chunking, chunk) -> rows -> slowdowns. ``overheads``: name -> time; a missing one is 0.
     ``row_buckets``: the rows for which a step is compiled, None for eager execution (then times interpolate).
+    ``speed_ppm`` divides the times that methods give of steps and chunks, not the tables and not the overheads.
     """
 
     name: str
@@ -121,11 +122,25 @@ class Profile:
     held_out_steps: Mapping[int, Spread] = field(default_factory=dict)
     head: Head = field(default_factory=Head)
     content_hash: str = ""
+    speed_ppm: int = PPM
     _bucket_memo: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _step_memo: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _slowdown_memo: dict[tuple[int, str, int], tuple[int, int]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def on_worker(self, speed_ppm: int, sample_host_ns: int | None = None) -> Profile:
+        """The profile as one worker has it; without ``sample_host_ns`` the overhead stays."""
+        if speed_ppm == self.speed_ppm and sample_host_ns in (None, self.overhead_ns("sample_host")):
+            return self
+        overheads = dict(self.overheads)
+        if sample_host_ns is not None:
+            overheads["sample_host"] = Spread(sample_host_ns, sample_host_ns, sample_host_ns, 0)
+        return replace(self, speed_ppm=speed_ppm, overheads=overheads)
+
+    def sped(self, work_ns: int) -> int:
+        """Solo work at the profile's speed: ceil(w * 10^6 / speed_ppm)."""
+        return work_ns if self.speed_ppm == PPM else -(-work_ns * PPM // self.speed_ppm)
 
     @property
     def estimated(self) -> bool:
@@ -166,11 +181,12 @@ class Profile:
         """T(rows): solo time of a step, at the bucket of ``rows``; interpolated only on eager profiles."""
         found = self._step_memo.get(rows)
         if found is None:
-            found = self._step_memo[rows] = _at(self.bucket(rows), self.steps, lambda spread: spread.median)
+            found = _at(self.bucket(rows), self.steps, lambda spread: spread.median)
+            found = self._step_memo[rows] = self.sped(found)
         return found
 
     def step_spread(self, rows: int) -> Spread:
-        """Median, p10 and p90 of a step at the bucket of ``rows``."""
+        """Median, p10 and p90 of a step at the bucket of ``rows``, at speed 1."""
         bucket = self.bucket(rows)
         parts = [_at(bucket, self.steps, pick) for pick in (lambda s: s.median, lambda s: s.p10, lambda s: s.p90)]
         return Spread(parts[0], parts[1], parts[2], 0)
@@ -180,11 +196,11 @@ class Profile:
 
     def chunk_ns(self, chunking: str, chunk: int) -> int:
         """Solo time of a chunk."""
-        return self._chunks_of(chunking)[chunk].median
+        return self.sped(self._chunks_of(chunking)[chunk].median)
 
     def decode_ns(self, chunking: str = "whole") -> int:
         """Solo time of all chunks of one decode."""
-        return sum(spread.median for spread in self._chunks_of(chunking))
+        return sum(self.sped(spread.median) for spread in self._chunks_of(chunking))
 
     def _chunks_of(self, chunking: str) -> tuple[Spread, ...]:
         if chunking not in self.chunks:

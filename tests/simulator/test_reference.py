@@ -15,6 +15,9 @@ from synerdiff.profile.tables import Profile
 from tests.reference_engine import reference_simulate
 from tests.strategies import Whim, budgets, profiles, traces
 
+HOST = (0, 0, 3, 90)
+"""sample_host, ns."""
+
 
 def assert_engines_agree(requests: Any, policy: Any, profile: Profile, gpus: Any, budget: SkipBudget) -> None:
     expected_work, expected_stages, _ = reference_simulate(requests, policy, profile, gpus, budget)
@@ -37,7 +40,7 @@ def assert_engines_agree(requests: Any, policy: Any, profile: Profile, gpus: Any
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     traces(),
-    profiles(),
+    profiles(HOST),
     st.sampled_from(("whole", "cut")),
     st.integers(0, 10**6),
     st.sampled_from(((0,), (0, 0), (1,), (0, 1))),
@@ -51,7 +54,7 @@ def test_engines_agree_on_any_legal_policy(
 
 @pytest.mark.parametrize("name", POLICIES)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(traces(), profiles(), st.sampled_from(((0,), (0, 0), (1,))), budgets)
+@given(traces(), profiles(HOST), st.sampled_from(((0,), (0, 0), (1,))), budgets)
 def test_engines_agree_on_every_registered_policy(
     name: str, requests: Any, profile: Profile, gpus: Any, budget: SkipBudget
 ) -> None:
