@@ -1,14 +1,15 @@
 """What a time means: achieved TFLOP/s and GB/s, and the least time that the device allows.
 
-FLOPs, bytes and data sheets come from ``profiler.datasheets``; models and devices that it does not know have no
-floor, and nothing is guessed for them.
+FLOPs and bytes come from ``profiler.operations`` (eager), data sheets from ``profiler.datasheets``; models and
+devices that these do not know have no floor, and nothing is guessed for them.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from profiler.datasheets import GPUS, MODELS, decoder_atoms
+from profiler.datasheets import GPUS, MODELS
+from profiler.operations import decoder, total, unet
 from synerdiff.core import NS_PER_S
 from synerdiff.profile.folder import fields_of
 from synerdiff.profile.tables import Profile
@@ -18,22 +19,24 @@ REACHED_FLOPS = {"h200": 790e12}
 
 
 def gpu_key(device: str) -> str | None:
-    """``NVIDIA H200`` -> ``h200``; None for a device without a data sheet here."""
-    flat = device.lower().replace(" ", "")
-    return next((key for key in GPUS if key in flat), None)
+    """``NVIDIA H200`` -> ``h200``; the longest key wins. None for a device without a data sheet here."""
+    flat = device.lower().replace(" ", "").replace("-", "")
+    return max((key for key in GPUS if key.replace("-", "") in flat), key=len, default=None)
 
 
 def work_of(model: str, rows: int) -> tuple[float, float, float]:
     """(FLOPs, bytes moved when nothing is fused, bytes of weights) of a step of ``rows`` rows; KeyError if unknown."""
-    facts = MODELS[model]
-    activations = facts.step_traffic_bytes - facts.step_weight_bytes
-    return rows * facts.step_flops, facts.step_weight_bytes + rows * activations, facts.step_weight_bytes
+    side = MODELS[model].resolution
+    flops, elements, weights, _ = total(unet(model, side, side, "eager"))
+    return rows * flops, 2 * (weights + rows * elements), 2 * weights
 
 
 def decode_work(model: str) -> tuple[float, float]:
     """(FLOPs, bytes moved when nothing is fused) of one decode; KeyError if unknown."""
-    facts = MODELS[model]
-    return sum(atom.flops for atom in decoder_atoms(facts.resolution)), facts.decode_traffic_bytes
+    side = MODELS[model].resolution
+    layers = [pair for _, atom in decoder(model, side, side, "eager") for pair in atom]
+    flops, elements, weights, _ = total(layers)
+    return flops, 2 * (elements + weights)
 
 
 def beside_floor(ns: float, flops: float, moved: float, least_bytes: float, gpu: str | None) -> dict[str, Any]:

@@ -14,26 +14,41 @@ from synerdiff.profile.folder import write_profile
 
 
 def estimate(
-    gpu: Annotated[str, typer.Option(help="h100, h200, a100 or rtx4090.")],
+    gpu: Annotated[str, typer.Option(help="h100, h100-pcie, h200, a100, l40s, rtx4090 ...; a wrong name lists all.")],
     model: Annotated[str, typer.Option(help="sd15 (512x512) or sdxl (1024x1024).")],
     out: Annotated[Path, typer.Option(help="Folder for the profile; created if needed.")],
+    execution: Annotated[
+        str, typer.Option(help="eager, compiled (torch.compile) or engine (TensorRT and the like).")
+    ] = "compiled",
+    precision: Annotated[str, typer.Option(help="Of the UNet: bf16, fp16, fp8 or int8.")] = "bf16",
+    vae_precision: Annotated[int, typer.Option(help="Bits of the decoder: 16 or 32.")] = 16,
+    resolution: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels; the model's own by default.")] = "",
     contention: Annotated[
         str,
         typer.Option(
-            help="How badly a step and a decode chunk disturb each other: mild, moderate, severe, or a number "
-            "(0: perfect sharing, 1: taking turns, more: worse)."
+            help="How badly a step and a decode chunk disturb each other: low (gaps and tails are filled), mid, high "
+            "(taking turns), or a number from 0 (low) over 1 (high) to 3."
         ),
-    ] = "moderate",
-    decode_scale: Annotated[float, typer.Option(help="Factor on the work of the decode.")] = 1.0,
+    ] = "mid",
+    decode_scale: Annotated[float, typer.Option(help="Factor on the time of the decode.")] = 1.0,
 ) -> None:
-    """Estimate a profile from data sheets, FLOPs and stated efficiencies; nothing is measured."""
-
-    profile = estimate_profile(gpu, model, contention, decode_scale)
+    """Estimate a profile from data sheets and the operations of a model; nothing is measured."""
+    profile = estimate_profile(
+        gpu,
+        model,
+        contention,
+        decode_scale,
+        execution=execution,
+        precision=precision,
+        vae_bits=vae_precision,
+        resolution=resolution,
+    )
     claim_folder(out, "estimate")
     write_profile(out, profile)
     step_ms = profile.step_ns(2) * 1000 / NS_PER_S
     decode_ms = profile.decode_ns() * 1000 / NS_PER_S
+    band = profile.head.notes["band"]
     typer.echo(
-        f"{out}: {profile.name}, step of 2 rows {step_ms:.1f} ms, decode {decode_ms:.1f} ms "
-        "(estimated, not measured; assumptions in profile.yaml)"
+        f"{out}: {profile.name}, step of 2 rows {step_ms:.1f} ms, decode {decode_ms:.1f} ms (estimated, not measured: "
+        f"times {band['low']:g} to {band['high']:g}; {band['card']}; assumptions in profile.yaml)"
     )

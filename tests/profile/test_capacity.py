@@ -135,7 +135,7 @@ def test_serial_capacity_is_what_the_simulator_sustains(steps: int) -> None:
     assert rate == pytest.approx(serial_capacity_samples_per_s(profile, steps, 8), rel=0.01)
 
 
-@pytest.mark.parametrize(("contention", "steps"), [("mild", 20), ("severe", 20), ("moderate", 4), ("severe", 1)])
+@pytest.mark.parametrize(("contention", "steps"), [("0.3", 20), ("1.5", 20), ("0.8", 4), ("1.5", 1)])
 def test_parallel_capacity_is_what_the_simulator_sustains(contention: str, steps: int) -> None:
     profile = estimate_profile("h200", "sdxl", contention)
     rate = measured_rate("continuous-parallel", [Request(i, 0, steps) for i in range(320)], profile)
