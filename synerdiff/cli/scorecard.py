@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from synerdiff.cli.progress import print_table
+from synerdiff.cli.progress import print_table, progress
 from synerdiff.files import claim_folder
 
 
 def scorecard(
-    only: Annotated[list[str] | None, typer.Option(help="Only this study (repeatable): katz.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this study (repeatable): katz, times.")] = None,
     data: Annotated[
         Path | None, typer.Option(envvar="SYNERDIFF_DATA", help="Folder of the published tables (katz_h800_sdxl.csv).")
     ] = None,
@@ -22,27 +22,36 @@ def scorecard(
     controlnets: Annotated[int, typer.Option(min=0, max=64, help="ControlNets of the request taken apart.")] = 3,
     loras: Annotated[int, typer.Option(min=0, max=64, help="LoRAs of the request taken apart.")] = 2,
 ) -> None:
-    """Predict latencies that others published (Katz and diffusers on H800) from component times, and compare.
+    """Predict what others published and compare: latencies of Katz and diffusers on H800 from component times, and the
+    estimator's steps, decodes and images on 17 cards.
 
-    Example: synerdiff scorecard --only katz --data FOLDER --out results/scorecard
+    Example: synerdiff scorecard --only times --out results/scorecard
     """
     from synerdiff.validation import scorecard as card
 
     studies = card.studies(only or ())
     if out is not None:
         claim_folder(out, "scorecard")
-    scores = []
-    if data is None:
-        typer.echo("No published tables (--data or SYNERDIFF_DATA): predictions only.")
-    else:
-        scores = card.scores_of(studies, data)
-        typer.echo(card.NOTE)
-        print_table(*card.score_table(scores))
-        for line in card.worst_lines(scores):
-            typer.echo(line)
-    typer.echo(f"One request with {controlnets} ControlNets and {loras} LoRAs alone, strategy by strategy:")
-    cases = card.strategies(controlnets, loras)
-    print_table(*card.strategy_table(cases))
+    if "katz" in studies:
+        scores = []
+        if data is None:
+            typer.echo("No published tables (--data or SYNERDIFF_DATA): predictions only.")
+        else:
+            scores = card.katz_scores(data)
+            typer.echo(card.NOTE)
+            print_table(*card.score_table(scores))
+            for line in card.worst_lines(scores):
+                typer.echo(line)
+        typer.echo(f"One request with {controlnets} ControlNets and {loras} LoRAs alone, strategy by strategy:")
+        cases = card.strategies(controlnets, loras)
+        print_table(*card.strategy_table(cases))
+        if out is not None:
+            card.write(out, scores, cases)
+    if "times" in studies:
+        with progress("published times") as update:
+            tables = card.score_times(out, update)
+        for title, headers, rows in tables:
+            typer.echo(title)
+            print_table(headers, rows)
     if out is not None:
-        card.write(out, scores, cases)
-        typer.echo(f"{out}: tables and profiles written")
+        typer.echo(f"{out}: {', '.join(studies)} written")

@@ -5,9 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from synerdiff.figures.style import BLUE, ORANGE, finish, new_figure, panel_title, policy_legend, policy_styles, styled
+from synerdiff.figures.style import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    finish,
+    legend_above,
+    new_figure,
+    panel_title,
+    policy_legend,
+    policy_styles,
+    styled,
+)
 
+EDGE = 0.8
+"""Where the axis of estimates ends."""
 FAR = 0.5
 """Interval ends beyond this, and beyond twice the largest error, are cut off at the edge."""
 
@@ -87,3 +101,40 @@ def request_scatter(
     axes[0].set_ylabel("measured latency (s)")
     policy_legend(figure, styles)
     return finish(figure, title, f"Medians over repeats. Line: equal; grey: 10% off. {caption}")
+
+
+EXECUTION_LOOKS = {"eager": ("o", BLUE), "compiled": ("s", GREEN), "engine": ("^", ORANGE)}
+
+
+@styled
+def estimate_errors(
+    times: pd.DataFrame, *, title: str = "Estimates beside published times", caption: str = ""
+) -> Figure:
+    """One panel before and one after, one line per card, one point per published time: how far the estimate is off.
+
+    ``times``: card, execution, before and after (estimate / published - 1; NaN: nothing was said).
+    """
+    counts = times["card"].value_counts()
+    cards = list(counts.index)
+    figure = new_figure(0.17 * len(cards) + 1.5)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, column in zip(axes, ("before", "after"), strict=True):
+        for limit, color in ((25, "#eef4f9"), (10, "#d9e8f3")):
+            axis.axvspan(-limit, limit, color=color, zorder=0)
+        axis.axvline(0, color="#888888", linewidth=0.8)
+        for execution, (marker, color) in EXECUTION_LOOKS.items():
+            points = times[(times["execution"] == execution) & times[column].notna()]
+            errors = 100 * points[column].clip(-EDGE, EDGE)
+            axis.plot(errors, points["card"].map(cards.index), marker, color=color, markersize=3, alpha=0.7)
+        axis.set_xlim(-105 * EDGE, 105 * EDGE)
+        sizes = times[column].abs().dropna()
+        panel_title(axis, f"{column}: {len(sizes)} times, median {100 * sizes.median():.1f}% off")
+        axis.set_xlabel("estimate / published - 1 (%)")
+    axes[0].set_yticks(range(len(cards)), [f"{card} ({counts[card]})" for card in cards])
+    axes[0].set_ylim(len(cards) - 0.4, -0.6)
+    looks = EXECUTION_LOOKS.items()
+    legend_above(
+        figure, [Line2D([], [], color=c, marker=m, linestyle="", label=execution) for execution, (m, c) in looks]
+    )
+    note = f"Bands: 10% and 25%. Points beyond {100 * EDGE:.0f}% are drawn at the edge. {caption}"
+    return finish(figure, title, note)

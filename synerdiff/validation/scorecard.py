@@ -7,7 +7,7 @@ come out of the engine and not of a formula.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from synerdiff.experiments.layouts import STRATEGIES, Ablation, ablation, solo
 from synerdiff.files import read_rows, write_rows
 from synerdiff.profile.adapters import write_adapters
 from synerdiff.profile.folder import write_profile
+from synerdiff.validation.estimator_fit import score_times as score_times
 
 KATZ_FILE = "katz_h800_sdxl.csv"
 
@@ -75,8 +76,7 @@ def katz_scores(data: Path) -> list[PublishedNumber]:
     return scores
 
 
-STUDIES: dict[str, Callable[[Path], Sequence[PublishedNumber]]] = {"katz": katz_scores}
-"""Study -> its scores, from the folder of what others published."""
+STUDIES = ("katz", "times")
 NOTE = (
     "One request with C ControlNets and L LoRAs, 50 guided steps, SDXL 1024x1024 on\n"
     "H800; seconds. Predicted from component times alone (estimated, not measured by\n"
@@ -90,10 +90,6 @@ def studies(only: Sequence[str]) -> list[str]:
         if name not in STUDIES:
             raise InputError(f"there is no study '{name}'; known are {', '.join(STUDIES)}.")
     return list(dict.fromkeys(only)) or list(STUDIES)
-
-
-def scores_of(names: Sequence[str], data: Path) -> list[PublishedNumber]:
-    return [score for name in names for score in STUDIES[name](data)]
 
 
 def score_table(scores: Sequence[PublishedNumber]) -> tuple[list[str], list[list[str]]]:
