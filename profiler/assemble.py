@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple, cast
 
 from profiler.bench import Bench, lane_cores
-from profiler.machine import GpuWatch, code_version, device_name, host, software
+from profiler.machine import GpuWatch, code_version, device_name, host, kernels, software
 from profiler.sampling import spread_of
 from profiler.settings import Settings, command_line
 from profiler.timing import VISITS
-from synerdiff.core import PPM
+from synerdiff.core import PPM, InputError
 from synerdiff.diffusion.decoder import WHOLE, Chunking, choose_cuts
 from synerdiff.profile.tables import OVERHEADS, Corun, Head, Profile, Spread, Weights
+
+VALUABLE_ROWS = (2, 8)
+"""One guided sample, and four: what most runs meet."""
+
+Tables = Mapping[str, Mapping[str, Any]]
+"""``atoms``: name -> spread; ``solo``: point -> columns of samples; ``corun``: cell -> samples of step and chunk;
+``skipped``: cell -> why it could not be settled."""
 
 
 class Cell(NamedTuple):
@@ -32,8 +39,10 @@ class Cell(NamedTuple):
 
 class MeasuringPlan:
     """``chunkings``: whole, then the cuts that make the longest chunk as short as the measured atoms allow, for each
-    wanted number of chunks that the decoder has atoms for. ``cells``: the co-runs, rows changing fastest, so that the
-    time left is easy to guess. ``longest``: the longest chunk of each chunking, by the atoms.
+    wanted number of chunks that the decoder has atoms for. ``cells``: the co-runs in the order of their value, which
+    decides what a measurement that runs out of time still has: the whole decode beside one and four guided samples,
+    the longest chunk of each cut there, the rest of the whole decode, chunking by chunking the ends of the range and
+    then its inside, and last what is held out. ``longest``: the longest chunk of each chunking, by the atoms.
     """
 
     def __init__(self, settings: Settings, atoms_ns: Sequence[int]) -> None:
@@ -41,13 +50,25 @@ class MeasuringPlan:
         counts = [count for count in settings.chunk_counts if count <= len(atoms_ns)]
         self.chunkings = (WHOLE, *(choose_cuts(atoms_ns, count) for count in counts))
         self.longest = {cut.name: _longest(cut, atoms_ns) for cut in self.chunkings}
-        self.cells = tuple(
+        cells = [
             Cell(cut.name, chunk, rows)
             for cut in self.chunkings
             for chunk in range(len(cut))
             for rows in settings.rows
             if rows in settings.corun_rows or chunk == self.longest[cut.name]
-        )
+        ]
+        self.cells = tuple(sorted(cells, key=self._rank))
+
+    def _rank(self, cell: Cell) -> tuple[int, ...]:
+        """Its place in the order of value."""
+        names = [cut.name for cut in self.chunkings]
+        place, ends = names.index(cell.chunking), (self.settings.rows[0], self.settings.rows[-1])
+        early = cell.rows in VALUABLE_ROWS and cell.chunk == self.longest[cell.chunking]
+        if self.held_out(cell):
+            return (3, place)
+        if early:
+            return (0 if place == 0 else 1, place)
+        return (2, place, int(cell.rows not in ends))
 
     def held_out(self, cell: Cell) -> bool:
         """Whether lookups do without this cell: it shows how well they interpolate."""
@@ -57,43 +78,86 @@ class MeasuringPlan:
         """How many of ``rounds`` solo rounds belong before the next visit of a pair, spread evenly over all of them."""
         return min(rounds, 1 + visits_done * rounds // (VISITS * len(self.cells)))
 
+    def complete(self, corun: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[Chunking, ...]]:
+        """What a profile can be made of: the range of rows that the whole decode was measured beside, and the
+        chunkings all of whose chunks were measured at both ends of it. InputError while there is none."""
+        beside = [cell.rows for cell in self.cells if cell.chunking == "whole" and self._usable(cell, corun)]
+        if not beside:
+            raise InputError("Nothing can be made of this measurement yet: no step was measured beside a decode.")
+        ends = (min(beside), max(beside))
+        full = [
+            cut
+            for cut in self.chunkings
+            if all(Cell(cut.name, chunk, rows).key in corun for chunk in range(len(cut)) for rows in ends)
+        ]
+        return ends, tuple(full)
+
+    def _usable(self, cell: Cell, corun: Mapping[str, Any]) -> bool:
+        return cell.key in corun and not self.held_out(cell)
+
+    def missing(self, tables: Tables) -> dict[str, Any]:
+        """What a finished measurement would have and this one lacks, for profile.yaml; empty when it is finished."""
+        skipped, corun = tables.get("skipped", {}), tables.get("corun", {})
+        found: dict[str, Any] = {}
+        if lacking := [cell.key for cell in self.cells if cell.key not in corun and cell.key not in skipped]:
+            found["not_measured"] = lacking
+        if skipped:
+            found["not_settled"] = dict(skipped)
+        if left := [cut.name for cut in self.chunkings if cut not in self.complete(corun)[1]]:
+            found["chunkings_left_out"] = left
+        again = tables.get(f"visit {VISITS}", {})
+        if once := sum(cell.key in corun and cell.key not in again for cell in self.cells):
+            found["pairs_visited_less_than_twice"] = once
+        return found
+
 
 def _longest(cut: Chunking, atoms_ns: Sequence[int]) -> int:
     times_ns = [sum(atoms_ns[i] for i in atoms) for atoms in cut.ranges(len(atoms_ns))]
     return times_ns.index(max(times_ns))
 
 
-Tables = Mapping[str, Mapping[str, Any]]
-"""``atoms``: name -> spread; ``solo``: point -> columns of samples; ``corun``: cell -> samples of step and chunk."""
-
-
 def assemble(
     plan: MeasuringPlan, tables: Tables, bench: Bench, watch: GpuWatch | None, spent_s: float, out: str
 ) -> Profile:
-    """The profile named after its folder ``out``. Every point of the plan must be there."""
+    """The profile named after its folder ``out``, of the chunkings that are complete; its head says what is missing.
+
+    Row buckets are those between the ends of what the whole decode was measured beside. Raises InputError when that
+    is nothing.
+    """
     settings, solo = plan.settings, tables["solo"]
+    (low, high), chunkings = plan.complete(tables["corun"])
+    names = {cut.name for cut in chunkings}
     corun: dict[tuple[str, int], dict[int, Corun]] = {}
     for cell in plan.cells:
-        step, chunk = (spread_of(samples) for samples in tables["corun"][cell.key])
-        corun.setdefault((cell.chunking, cell.chunk), {})[cell.rows] = Corun(step, chunk, plan.held_out(cell))
+        if cell.key in tables["corun"] and cell.chunking in names and low <= cell.rows <= high:
+            step, chunk = (spread_of(samples) for samples in tables["corun"][cell.key])
+            corun.setdefault((cell.chunking, cell.chunk), {})[cell.rows] = Corun(step, chunk, plan.held_out(cell))
+    held_out_rows = [rows for rows in settings.held_out_step_rows if rows <= high]
     profile = Profile(
         name=Path(out).resolve().name,
         provenance="measured",
-        row_buckets=settings.rows,
+        row_buckets=tuple(rows for rows in settings.rows if low <= rows <= high),
         steps={rows: spread_of(solo[f"step {rows}"][0]) for rows in settings.rows},
-        held_out_steps={rows: spread_of(solo[f"step {rows}"][0]) for rows in settings.held_out_step_rows},
-        chunks={cut.name: tuple(map(spread_of, solo[f"chunks {cut.name}"])) for cut in plan.chunkings},
-        corun=corun,
+        held_out_steps={rows: spread_of(solo[f"step {rows}"][0]) for rows in held_out_rows},
+        chunks={cut.name: tuple(map(spread_of, solo[f"chunks {cut.name}"])) for cut in chunkings},
+        corun={key: dict(sorted(corun[key].items())) for key in sorted(corun, key=_table_place(chunkings))},
         overheads={name: _overhead(name, solo) for name in OVERHEADS},
     )
     notes = {
         **_notes(plan, tables, bench),
         "command": command_line(settings, out),
         "measured_for_s": round(spent_s, 1),
-        **findings(profile, settings.corun_rows),
+        **findings(profile, [rows for rows in settings.corun_rows if low <= rows <= high]),
     }
-    profile.head = _head(plan, bench, watch, notes)
+    if missing := plan.missing(tables):
+        notes["missing"] = missing
+    profile.head = _head(chunkings, bench, watch, notes)
     return profile
+
+
+def _table_place(chunkings: Sequence[Chunking]) -> Callable[[tuple[str, int]], tuple[int, int]]:
+    names = [cut.name for cut in chunkings]
+    return lambda key: (names.index(key[0]), key[1])
 
 
 def _overhead(name: str, solo: Mapping[str, Any]) -> Spread:
@@ -104,7 +168,7 @@ def _overhead(name: str, solo: Mapping[str, Any]) -> Spread:
     return Spread(found.p90, found.p10, found.p90, found.n) if name == "decision_lead" else found
 
 
-def _head(plan: MeasuringPlan, bench: Bench, watch: GpuWatch | None, notes: dict[str, Any]) -> Head:
+def _head(chunkings: Sequence[Chunking], bench: Bench, watch: GpuWatch | None, notes: dict[str, Any]) -> Head:
     model = bench.model
     return Head(
         device=device_name(bench.device.torch_device),
@@ -115,7 +179,7 @@ def _head(plan: MeasuringPlan, bench: Bench, watch: GpuWatch | None, notes: dict
         resolutions=((model.height, model.width),),
         dtype=str(model.dtype).removeprefix("torch."),
         execution="CUDA graphs" if bench.on_gpu else "eager, rows padded to a bucket",
-        cuts={cut.name: cut.cuts for cut in plan.chunkings},
+        cuts={cut.name: cut.cuts for cut in chunkings},
         commit=code_version() or "",
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         notes=notes,
@@ -124,7 +188,7 @@ def _head(plan: MeasuringPlan, bench: Bench, watch: GpuWatch | None, notes: dict
 
 def _notes(plan: MeasuringPlan, tables: Tables, bench: Bench) -> dict[str, Any]:
     """What only people read about the measurement."""
-    rule, notes = bench.rule, {**host(), **software()}
+    rule, notes = bench.rule, {**host(), **software(), **kernels(bench.model.unet)}
     if not bench.on_gpu:
         notes["lanes"] = "one thread each, pinned to cores {} (denoise) and {} (decode)".format(*lane_cores())
     return {

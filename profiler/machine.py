@@ -43,6 +43,22 @@ def software() -> dict[str, str]:
     return found
 
 
+def kernels(denoiser: torch.nn.Module) -> dict[str, Any]:
+    """What decides which kernels run, none of which is set here: memory format, attention, and torch's switches."""
+    convolutions = [weight for weight in denoiser.parameters() if weight.dim() == 4 and min(weight.shape[1:]) > 1]
+    last = sum(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+    processors = {type(one).__name__ for one in getattr(denoiser, "attn_processors", {}).values()}
+    allowed: Any = torch.backends.cuda
+    kinds = ("flash", "mem_efficient", "cudnn", "math")
+    sdpa = [kind for kind in kinds if getattr(allowed, f"{kind}_sdp_enabled")()]
+    return {
+        "memory_format": "channels_last" if convolutions and last == len(convolutions) else "contiguous",
+        "attention": {"processors": sorted(processors), "sdpa_allowed": sdpa},
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "tf32": {"matmul": torch.backends.cuda.matmul.allow_tf32, "cudnn": torch.backends.cudnn.allow_tf32},
+    }
+
+
 def host() -> dict[str, Any]:
     """The processor, how much of it is ours, and how busy it was when asked (1-minute load average)."""
     busy = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
@@ -50,9 +66,12 @@ def host() -> dict[str, Any]:
 
 
 def code_version() -> str | None:
-    """The checkout's commit, with ``+changes`` when the measuring code differs from it; None outside a checkout."""
+    """The checkout's commit, with ``+changes`` when the measuring code differs from it.
+
+    Outside a checkout what SYNERDIFF_COMMIT says: a copy that travelled without ``.git``. None without either.
+    """
     if not (ROOT / ".git").exists():
-        return None
+        return os.environ.get("SYNERDIFF_COMMIT") or None
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--", *MEASURED_CODE)

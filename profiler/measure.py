@@ -1,18 +1,23 @@
 """Measures a profile: atoms, then both sides of every pair, with rounds of solo times in between.
 
-The finished tables are a function of what ``partial.json`` holds, so an interrupted measurement goes on where it was.
+The tables are a function of what ``partial.json`` holds, so an interrupted measurement goes on where it was, and a
+profile can be made at any time of the chunkings that are complete.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
+from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
-from profiler.assemble import MeasuringPlan, assemble
+from profiler.assemble import Cell, MeasuringPlan, assemble
 from profiler.bench import Bench, TimedStep, open_bench
 from profiler.machine import GpuWatch, device_name, software
 from profiler.partial import Partial, numbers, require_profile_folder
@@ -21,6 +26,7 @@ from profiler.timing import (
     BATCH,
     VISITS,
     Sampler,
+    Unsettled,
     chunk_pieces,
     chunks_sampler,
     measure_atoms,
@@ -28,9 +34,10 @@ from profiler.timing import (
     overhead_samplers,
     step_samplers,
     take_round,
+    visit_s,
     warm_up_all,
 )
-from synerdiff.core import InputError
+from synerdiff.core import NS_PER_S, InputError
 from synerdiff.device.lanes import find_device
 from synerdiff.diffusion.stages import prepare_chunks
 from synerdiff.figures.profile import profile_picture
@@ -38,33 +45,61 @@ from synerdiff.figures.style import save
 from synerdiff.profile.folder import load_profile, write_profile
 from synerdiff.profile.tables import Profile
 
+WRITING_S = 2.0
+"""What writing the profile and its picture takes at the end of a measurement with a deadline."""
 OnProgress = Callable[[int, int, str], None]
 """Called with points done, points in all, and what is being measured."""
 
 
-def measure_profile(settings: Settings, out: Path, on_progress: OnProgress | None = None) -> Profile:
+def measure_profile(
+    settings: Settings,
+    out: Path,
+    on_progress: OnProgress | None = None,
+    *,
+    minutes: float | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Profile:
     """Measure, write the profile into ``out`` and return it as it reads back.
 
-    An interrupted measurement in ``out`` is continued. Raises InputError for devices, models and folders that cannot
-    be used, and for an interrupted measurement that was made under other conditions.
+    With ``minutes``, loading included, it ends in time, with a profile of the chunkings that are complete by then; so
+    does an interruption, which is then raised on. ``say`` is told how long all of it will take. An unfinished
+    measurement in ``out`` is continued. Raises InputError for devices, models and folders that cannot be used, when
+    the time did not suffice for any profile, and for an unfinished measurement that was made under other conditions.
     """
+    until_s = inf if minutes is None else time.monotonic() + 60 * minutes - WRITING_S
     device = find_device(settings.device)
     require_profile_folder(out)
     partial = Partial(out, _conditions(settings, device))
     watch = GpuWatch(device) if device.type == "cuda" else None
     try:
         with open_bench(settings, device) as bench:
-            session = _Session(settings, bench, partial, on_progress, watch)
-            session.measure()
-            profile = assemble(session.plan, partial.tables, bench, watch, partial.spent_s, str(out))
+            session = _Session(settings, bench, partial, on_progress, watch, until_s)
+            try:
+                session.measure(say)
+            except KeyboardInterrupt:
+                if session.assemblable:
+                    _write(session, watch, out)
+                raise
+            if not session.assemblable:
+                raise InputError(
+                    f"{out}: {minutes:g} minutes did not suffice for a profile; what was measured is kept, and the "
+                    "same command goes on from there."
+                )
+            _write(session, watch, out)
     except torch.cuda.OutOfMemoryError:
         raise InputError(
             f"{settings.model} with steps of {settings.rows[-1]} rows does not fit into the GPU's memory; "
             "give smaller --rows or --resolution."
         ) from None
-    write_profile(out, profile)
-    partial.remove()
     return load_profile(out)
+
+
+def _write(session: _Session, watch: GpuWatch | None, out: Path) -> None:
+    """The profile of what there is; a measurement that lacks something can be continued."""
+    partial = session.partial
+    write_profile(out, assemble(session.plan, partial.tables, session.bench, watch, partial.spent_s, str(out)))
+    if not session.plan.missing(partial.tables):
+        partial.remove()
 
 
 def draw_profile(profile: Profile, out: Path) -> None:
@@ -83,9 +118,10 @@ class _Session:
         partial: Partial,
         on_progress: OnProgress | None,
         watch: GpuWatch | None,
+        until_s: float,
     ) -> None:
         self.settings, self.bench, self.partial = settings, bench, partial
-        self._on_progress, self._watch = on_progress, watch
+        self._on_progress, self._watch, self._until_s = on_progress, watch, until_s
         self._rounds = max(1, bench.rule.most // BATCH)
 
     @cached_property
@@ -93,7 +129,17 @@ class _Session:
         """Known once the atoms are."""
         return MeasuringPlan(self.settings, [kept[0] for kept in self.partial.table("atoms").values()])
 
-    def measure(self) -> None:
+    @property
+    def assemblable(self) -> bool:
+        """Whether a profile can be made of what there is."""
+        if not self.partial.table("atoms") or not self.partial.table("solo"):
+            return False
+        try:
+            return bool(self.plan.complete(self.partial.table("corun")))
+        except InputError:
+            return False
+
+    def measure(self, say: Callable[[str], None]) -> None:
         """Atoms first, because they decide the cuts; then co-runs, interrupted by rounds of solo times."""
         atoms, corun = self.partial.table("atoms"), self.partial.table("corun")
         if not atoms:
@@ -104,15 +150,59 @@ class _Session:
         samplers = self._samplers(functions, steps[self.settings.rows[0]])
         warm_up_all(self.bench, samplers)
         chunks = {name: chunk_pieces(self.bench, parts) for name, parts in functions.items()}
+        # A measurement that may end early knows its solo times first; another spreads them over the whole of it.
+        first = 1 if self._until_s == inf else min(self._rounds, -(-self.bench.rule.least // BATCH))
+        self._solo_rounds(samplers, first)
+        say(self._forecast())
+        skipped = self.partial.table("skipped")
         for visit in range(1, VISITS + 1):
             visited = self.partial.table(f"visit {visit}")
             for cell in self.plan.cells:
-                self._solo_rounds(samplers, self.plan.round_due(self._visits_done(), self._rounds))
-                if cell.key not in visited:
-                    piece = chunks[cell.chunking][cell.chunk]
-                    corun[cell.key] = measure_corun(self.bench, steps[cell.rows], piece, corun.get(cell.key, ([], [])))
+                if cell.key in visited:
+                    continue
+                self._solo_rounds(samplers, max(first, self.plan.round_due(self._visits_done(), self._rounds)))
+                if time.monotonic() + self._block_s(cell) > self._until_s:
+                    return
+                piece = chunks[cell.chunking][cell.chunk]
+                before = corun.get(cell.key, ([], []))
+                try:
+                    corun[cell.key] = measure_corun(self.bench, steps[cell.rows], piece, before, self._until_s)
+                except Unsettled as error:
+                    if cell.key not in corun:
+                        skipped[cell.key] = str(error)
+                else:
+                    skipped.pop(cell.key, None)
                     visited[cell.key] = 1
-                    self._keep("pairs")
+                self._keep("pairs")
+
+    def _block_s(self, cell: Cell) -> float:
+        """About how long the shortest visit of this pair takes."""
+        return visit_s(replace(self.bench.rule, cap_s=0), *self._solo_ns(cell))
+
+    def _solo_ns(self, cell: Cell) -> tuple[float, float]:
+        solo = self.partial.table("solo")
+        return median(solo[f"step {cell.rows}"][0]), median(solo[f"chunks {cell.chunking}"][cell.chunk])
+
+    def _forecast(self) -> str:
+        """How long what is left will take, and how much of it there will be time for."""
+        points = [median(c) for name, columns in self.partial.table("solo").items() for c in columns if c]
+        rounds = 0 if self._solo_enough() else max(0, self._rounds - self._rounds_done())
+        round_s = (BATCH + 1) * sum(points) / NS_PER_S
+        left = [
+            visit_s(self.bench.rule, *self._solo_ns(cell))
+            for visit in range(1, VISITS + 1)
+            for cell in self.plan.cells
+            if cell.key not in self.partial.table(f"visit {visit}")
+        ]
+        total_s = rounds * round_s + sum(left)
+        text = f"about {total_s / 60:.1f} minutes for {rounds} rounds of solo times and {len(left)} visits of pairs"
+        time_s = self._until_s - time.monotonic()
+        if time_s >= total_s:
+            return text
+        share = max(0.0, time_s) / total_s
+        ends = [sum(left[: count + 1]) + share * rounds * round_s for count in range(len(left))]
+        fits = sum(end <= time_s for end in ends)
+        return f"{text}; there is time for about {fits} of these visits, in the order of their value"
 
     def _samplers(self, functions: dict[str, Any], step: TimedStep) -> dict[str, Sampler]:
         rows = (*self.settings.rows, *self.settings.held_out_step_rows)
@@ -127,6 +217,8 @@ class _Session:
         """Solo rounds up to the one that is due; none any more once every point has been sampled often enough."""
         solo = self.partial.table("solo")
         while self._rounds_done() < due and not self._solo_enough():
+            if solo and time.monotonic() > self._until_s:
+                return
             for name, columns in take_round(samplers).items():
                 kept = solo.setdefault(name, [[] for _ in columns])
                 for samples, more in zip(kept, columns, strict=True):

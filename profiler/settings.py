@@ -11,7 +11,7 @@ from synerdiff.diffusion import DTYPES
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 QUICK_ROWS = (1, 2, 4, 8, 16)
 CORUN_ROWS = (1, 2, 4, 8, 16, 32)
-QUICK_CORUN_ROWS = (1, 4, 16)
+QUICK_CORUN_ROWS = (1, 2, 8, 16)
 CHUNKS = (4, 8)
 QUICK_CHUNKS = (4,)
 MOST_ROWS = 1024

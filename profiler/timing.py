@@ -11,13 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
-from math import ceil
+from math import ceil, inf
 from statistics import median
 from typing import NamedTuple, Protocol
 
 from profiler.bench import Bench, TimedChunk, TimedStep, linked
-from profiler.sampling import spread_of, warm_up
-from synerdiff.core import PPM, InputError
+from profiler.sampling import Rule, spread_of, warm_up
+from synerdiff.core import NS_PER_S, PPM, InputError
 from synerdiff.device.lanes import Lane, Work
 from synerdiff.diffusion.decoder import Chunking
 from synerdiff.diffusion.stages import ChunkFunction, finished_picture, prepare_chunks
@@ -116,6 +116,8 @@ BLOCK = 4
 BRACKET_NS = 30_000_000
 FEWEST_IN_BRACKET, MOST_IN_BRACKET = 3, 10
 GIVE_UP = 10
+CONTENDED = 1.5
+"""A guess: how much longer pieces take together, for estimating how long a measurement will take."""
 VISITS = 2
 
 Slowdowns = tuple[list[int], list[int]]
@@ -131,12 +133,17 @@ def chunk_pieces(bench: Bench, functions: Sequence[ChunkFunction]) -> list[Timed
     return pieces
 
 
-def measure_corun(bench: Bench, step: TimedStep, chunk: TimedChunk, kept: Slowdowns) -> Slowdowns:
+class Unsettled(InputError):
+    """The two sides of a pair never ran together without a gap."""
+
+
+def measure_corun(bench: Bench, step: TimedStep, chunk: TimedChunk, kept: Slowdowns, until_s: float = inf) -> Slowdowns:
     """One visit of a pair: its samples so far and new ones, slowdowns (ppm) of the step and of the chunk.
 
     Blocks of solo, co-run, solo: each co-run time is divided by the median of the solo times on both sides of it, so
-    that drift cancels. A visit has at least one block and about half of the rule's time. Raises InputError when the
-    machine is so busy that the two never run without a gap.
+    that drift cancels. A visit has at least one block and about half of the rule's time, and no further block after
+    ``until_s`` of the monotonic clock. Raises Unsettled when the machine is so busy that the two never run without a
+    gap.
     """
     sides = (Side(bench.denoise, step), Side(bench.decode, chunk))
     for side in sides:
@@ -154,11 +161,21 @@ def measure_corun(bench: Bench, step: TimedStep, chunk: TimedChunk, kept: Slowdo
             reference_ns = median([*first, *last])
             found += [max(1, round(PPM * ns / reference_ns)) for ns in times]
         before = after
-        spent_s = time.monotonic() - since_s
-        if all(bench.rule.enough(found, VISITS * spent_s) for found in slowdowns):
+        now_s = time.monotonic()
+        spent_s = now_s - since_s
+        over = now_s >= until_s
+        if all(slowdowns) and (over or all(bench.rule.enough(found, VISITS * spent_s) for found in slowdowns)):
             return slowdowns
-        if spent_s > GIVE_UP * bench.rule.cap_s and not all(slowdowns):
-            raise InputError("The machine is too busy to measure: a step and a chunk never ran together without a gap.")
+        if not all(slowdowns) and (over or spent_s > GIVE_UP * bench.rule.cap_s):
+            raise Unsettled("the machine is too busy: a step and a chunk never ran together without a gap")
+
+
+def visit_s(rule: Rule, step_ns: float, chunk_ns: float) -> float:
+    """About how long a visit of a pair with these solo times takes: one block, or the rule's time if that is longer."""
+    both = step_ns + chunk_ns
+    brackets = FEWEST_IN_BRACKET * both + sum(_bracket(ns) * ns for ns in (step_ns, chunk_ns))
+    block_s = (2 * both + brackets + CONTENDED * (BLOCK + 1) * max(step_ns, chunk_ns)) / NS_PER_S
+    return max(block_s, rule.cap_s / VISITS)
 
 
 def _bracket(solo_ns: float) -> int:

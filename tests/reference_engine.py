@@ -125,7 +125,7 @@ def reference_simulate(
                     begin_chunk(lane, now)
         if now >= run.hold:  # and what the host held back
             if run.late_step is not None:
-                run.step, run.late_step = begin_step(*run.late_step, now), None
+                run.step, run.late_step = begin_step(run.late_step[0], run.late_step[1], now), None
             for lane in [late_lanes.pop(0) for _ in range(len(late_lanes))]:
                 begin_chunk(lane, now)
         while todo and todo[0].entered_ns <= now:  # 4. arrivals

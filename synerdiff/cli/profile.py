@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +31,10 @@ def profile(
         str | None, typer.Option(help="Row buckets, rising, for example 1,2,4,8 (default: 10 from 1 to 32).")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer rows, chunks and samples: a first look.")] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.05, help="Stop in time: the most valuable cells first, and profile.yaml names the rest."),
+    ] = None,
     adapters: Annotated[
         bool,
         typer.Option("--adapters", help="Measure adapters.csv of the finished profile in --out: LoRAs, ControlNets."),
@@ -38,7 +42,7 @@ def profile(
 ) -> None:
     """Measure steps, decode chunks, both sides' slowdowns when they run together, and overheads.
 
-    An interrupted measurement goes on where it stopped when the same command is given again.
+    An unfinished measurement goes on where it stopped when the same command is given again.
     """
     if adapters:
         _adapters(model, out, device, quick)
@@ -48,7 +52,9 @@ def profile(
 
     try:
         with progress("loading") as on_progress:
-            measured = measure.measure_profile(settings, out, on_progress)
+            measured = measure.measure_profile(
+                settings, out, on_progress, minutes=minutes, say=lambda line: typer.echo(line, err=True)
+            )
     except KeyboardInterrupt:
         typer.echo(f"{out}: what was measured is kept; the same command goes on from there.", err=True)
         raise
@@ -57,6 +63,8 @@ def profile(
     measure.draw_profile(measured, out)
     spent_s = measured.head.notes["measured_for_s"]
     typer.echo(f"{out}: tables, profile.yaml and the picture profile.png, measured in {spent_s:.0f} s")
+    if missing := measured.head.notes.get("missing"):
+        typer.echo(f"{out}: {lacks(missing)}; the same command goes on from there.")
 
 
 def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
@@ -79,6 +87,19 @@ def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
         link = f"{gb_per_s:.3g} GB/s after {latency_us:.0f} us"
     typer.echo(f"  {'link':<26}{link}")
     typer.echo(f"{out}: adapters.csv")
+
+
+def lacks(missing: dict[str, Any]) -> str:
+    """What an unfinished measurement lacks, in one line; profile.yaml lists it."""
+    parts = [f"{len(missing[name])} pairs {words}" for name, words in _LACKS.items() if name in missing]
+    if left_out := missing.get("chunkings_left_out"):
+        parts.append(f"without the chunkings {', '.join(left_out)}")
+    if once := missing.get("pairs_visited_less_than_twice"):
+        parts.append(f"{once} pairs visited only once")
+    return ", ".join(parts)
+
+
+_LACKS = {"not_measured": "not measured", "not_settled": "not settled"}
 
 
 def report(measured: Profile) -> list[str]:

@@ -1,6 +1,7 @@
 """Whole measurements of small points: complete tables, resuming, cuts, messages. Times are not judged."""
 
 import json
+import re
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from profiler.measure import measure_profile
 from profiler.partial import Partial
 from profiler.sampling import Rule, spread_of
 from profiler.settings import CORUN_ROWS, ROWS, make_settings
+from profiler.timing import Unsettled, measure_corun
 from synerdiff.cli import main
 from synerdiff.core import GUIDED, InputError
 from synerdiff.diffusion.checkpoint import load_model
@@ -31,7 +33,7 @@ def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "QUICK", FEW)
 
 
-def settings(rows: str = "1,2,4", **other: Any) -> Any:
+def settings(rows: str = "1,4,8", **other: Any) -> Any:
     return make_settings("digits", "cpu", rows=rows, quick=True, **other)
 
 
@@ -48,19 +50,19 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_tables_are_complete_and_read_back(measured: Any) -> None:
     folder, profile, seen = measured
     assert profile.provenance == "measured"
-    assert profile.row_buckets == tuple(profile.steps) == (1, 2, 4)
-    assert set(profile.held_out_steps) == {3}
+    assert profile.row_buckets == tuple(profile.steps) == (1, 4, 8)
+    assert set(profile.held_out_steps) == {5}
     assert {name: profile.chunk_count(name) for name in profile.chunkings} == {"whole": 1, "c4": 4}
     assert set(profile.overheads) == set(OVERHEADS)
     assert profile.overhead_ns("decision_lead") == 0
     for name in profile.chunkings:
         for chunk in range(profile.chunk_count(name)):
             cells = profile.corun[name, chunk]
-            assert {rows for rows, cell in cells.items() if not cell.held_out} == {1, 4}
+            assert {rows for rows, cell in cells.items() if not cell.held_out} == {1, 8}
             assert all(cell.step.n >= 3 and cell.chunk.n >= 3 for cell in cells.values())
-            for rows in (1, 2, 3, 4):
+            for rows in (1, 2, 5, 8):
                 assert all(ppm > 0 for ppm in profile.slowdown_ppm(rows, name, chunk))
-    held_out = [key for key, cells in profile.corun.items() if cells.get(2) is not None and cells[2].held_out]
+    held_out = [key for key, cells in profile.corun.items() if cells.get(4) is not None and cells[4].held_out]
     assert len(held_out) == 2, "the longest chunk of each chunking"
     assert not (folder / "partial.json").exists()
     done, total, _ = seen[-1]
@@ -74,7 +76,7 @@ def test_provenance_says_what_was_measured_and_how_well(measured: Any) -> None:
     assert (head.model, head.size, head.dtype, info["quick"]) == ("digits", (32, 32), "float32", True)
     assert head.weights == "trained"
     assert info["torch"] == torch.__version__
-    assert info["command"].startswith("synerdiff profile --model digits --device cpu --rows 1,2,4 --quick --out ")
+    assert info["command"].startswith("synerdiff profile --model digits --device cpu --rows 1,4,8 --quick --out ")
     assert info["measured_for_s"] > 0
     for name in ("processor", "usable_cores", "diffusers", "sampling", "lanes"):
         assert name in info
@@ -83,11 +85,15 @@ def test_provenance_says_what_was_measured_and_how_well(measured: Any) -> None:
     assert head.commit
     error = info["held_out_error"]
     assert {name: error[name]["cells"] for name in error} == {"step_time": 1, "step_slowdown": 2, "chunk_slowdown": 2}
-    lookup = profile.step_ns(3) / profile.held_out_steps[3].median
+    lookup = profile.step_ns(5) / profile.held_out_steps[5].median
     assert error["step_time"]["worst"] == pytest.approx(abs(lookup - 1), abs=1e-4)
     assert set(info["overlap"]) == {"whole", "c4"}
-    assert set(info["kappa"]["c4"]) == {1, 4}
-    assert info["unguided_step"]["rows"] == 4
+    assert set(info["kappa"]["c4"]) == {1, 8}
+    assert info["unguided_step"]["rows"] == 8
+    assert info["memory_format"] == "contiguous"
+    assert info["cudnn_benchmark"] is False
+    assert info["attention"]["sdpa_allowed"]
+    assert "missing" not in info
 
 
 def test_cuts_make_the_longest_chunk_as_short_as_the_measured_atoms_allow(measured: Any) -> None:
@@ -171,6 +177,77 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path: Path, mon
     (folder / "partial.json").unlink()
     with pytest.raises(InputError, match="already holds a profile"):
         measure_profile(settings("1,2"), folder)
+
+
+def test_a_measurement_that_runs_out_of_time_is_a_profile_of_what_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "QUICK", Rule(least=3, most=6, width=1.0, cap_s=2.0))
+    folder = tmp_path / "p"
+    asked = []
+    one = measure_corun
+
+    def out_of_time_after(most: int) -> None:
+        def measure(*arguments: Any) -> Any:
+            asked.append(1)
+            return one(*arguments)
+
+        def block_s(session: Any, cell: Any) -> float:
+            return 0.0 if len(asked) < most else 1e9
+
+        asked.clear()
+        monkeypatch.setattr(measuring, "measure_corun", measure)
+        monkeypatch.setattr(measuring._Session, "_block_s", block_s)
+
+    lines: list[str] = []
+    out_of_time_after(0)
+    with pytest.raises(InputError, match=r"60 minutes did not suffice for a profile; what was measured is kept"):
+        measure_profile(settings("1,2,8"), folder, minutes=60, say=lines.append)
+    assert re.fullmatch(r"about \d+\.\d minutes for \d+ rounds of solo times and 30 visits of pairs", lines[0])
+    kept = json.loads((folder / "partial.json").read_text())
+    assert len(kept["tables"]["solo"]["step 1"][0]) >= FEW.least, "solo times come first"
+
+    out_of_time_after(2)
+    profile = measure_profile(settings("1,2,8"), folder, minutes=60)
+    assert profile.row_buckets == (2, 8), "one row is padded to two"
+    assert set(profile.steps) == {1, 2, 8}
+    assert profile.chunkings == ("whole",)
+    assert list(profile.head.cuts) == ["whole"]
+    assert load_profile(folder).slowdown_ppm(1, "whole", 0) == profile.slowdown_ppm(2, "whole", 0)
+    missing = profile.head.notes["missing"]
+    assert missing["chunkings_left_out"] == ["c4"]
+    assert missing["pairs_visited_less_than_twice"] == 2
+    assert len(missing["not_measured"]) == 13
+
+    out_of_time_after(1000)
+    profile = measure_profile(settings("1,2,8"), folder)
+    assert profile.chunkings == ("whole", "c4")
+    assert profile.row_buckets == (1, 2, 8)
+    assert "missing" not in profile.head.notes
+    assert not (folder / "partial.json").exists()
+
+
+def test_a_pair_that_cannot_be_settled_is_named_and_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = measure_corun
+
+    def unsettled(bench: Any, step: Any, *rest: Any) -> Any:
+        if len(step._guidance) == 1 and step._guidance[0] > 1:
+            raise Unsettled("the machine is too busy")
+        return one(bench, step, *rest)
+
+    monkeypatch.setattr(measuring, "measure_corun", unsettled)
+    folder = tmp_path / "p"
+    assert main(["profile", "--model", "digits", "--rows", "1,2,3", "--quick", "--out", str(folder)]) == 0
+    printed = capsys.readouterr()
+    assert "minutes for" in printed.err
+    assert "5 pairs not settled; the same command goes on from there" in printed.out
+    profile = load_profile(folder)
+    assert profile.head.notes["missing"]["not_settled"]["whole 0 2"] == "the machine is too busy"
+    assert profile.chunkings == ("whole", "c4")
+    low, high = (profile.slowdown_ppm(rows, "whole", 0)[0] for rows in (1, 3))
+    assert min(low, high) <= profile.slowdown_ppm(2, "whole", 0)[0] <= max(low, high), "between its neighbours"
 
 
 def test_the_command_measures_reports_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from profiler.machine import throttle_counts
 from profiler.partial import FILE, Partial, require_profile_folder
 from profiler.sampling import Rule, median_width, spread_of, warm_up
 from profiler.settings import command_line, make_settings
-from profiler.timing import Side, _inside, active_times, alone, in_turn, together
+from profiler.timing import Side, _inside, active_times, alone, in_turn, together, visit_s
 from synerdiff.core import InputError
 from synerdiff.device import open_device
 from synerdiff.profile.tables import Corun, Profile, Spread
@@ -180,6 +180,11 @@ def test_the_plan_follows_from_settings_and_atoms() -> None:
     assert {(cell.chunking, cell.chunk) for cell in held_out} == {("whole", 0), ("c4", 3), ("c8", 7)}
     assert {cell.rows for cell in held_out} == {3, 6, 12, 24}
     assert len(plan.cells) == len(set(plan.cells)) == 13 * 6 + 3 * 4
+    order = [cell.key for cell in plan.cells]
+    assert order[:6] == ["whole 0 2", "whole 0 8", "c4 3 2", "c4 3 8", "c8 7 2", "c8 7 8"], "the most valuable first"
+    assert order[6:10] == ["whole 0 1", "whole 0 32", "whole 0 4", "whole 0 16"]
+    assert order[10:18] == [f"c4 {chunk} {rows}" for chunk in range(4) for rows in (1, 32)], "the ends of the range"
+    assert all(plan.held_out(cell) for cell in plan.cells[-12:])
     due = [plan.round_due(done, 10) for done in range(2 * len(plan.cells))]
     assert due == sorted(due)
     assert (due[0], due[-1]) == (1, 10)
@@ -187,6 +192,33 @@ def test_the_plan_follows_from_settings_and_atoms() -> None:
     few = MeasuringPlan(make_settings("digits", "cpu", rows="1"), [3, 1, 1, 1, 1])
     assert [cut.name for cut in few.chunkings] == ["whole", "c4"], "eight chunks need eight atoms"
     assert [few.round_due(done, 10) for done in range(10)] == list(range(1, 11))
+
+
+def test_a_profile_can_be_made_of_chunkings_that_reach_over_the_whole_decodes_range() -> None:
+    plan = MeasuringPlan(make_settings("digits", "cpu", rows="1,2,8,32"), [1] * 8)
+    corun: dict[str, Any] = {}
+    with pytest.raises(InputError, match="no step was measured beside a decode"):
+        plan.complete(corun)
+    samples = ([1_000_000], [1_000_000])
+    for cell in plan.cells[:2]:
+        corun[cell.key] = samples
+    corun |= {f"c4 {chunk} {rows}": samples for chunk in range(4) for rows in (2, 8)}
+    (low, high), chunkings = plan.complete(corun)
+    assert (low, high, [cut.name for cut in chunkings]) == (2, 8, ["whole", "c4"])
+    corun["whole 0 32"] = samples
+    (low, high), chunkings = plan.complete(corun)
+    assert (low, high, [cut.name for cut in chunkings]) == (2, 32, ["whole"])
+    missing = plan.missing({"corun": corun, "skipped": {"c4 0 32": "too busy"}, "visit 2": {"whole 0 2": 1}})
+    assert missing["not_settled"] == {"c4 0 32": "too busy"}
+    assert missing["chunkings_left_out"] == ["c4", "c8"]
+    assert missing["pairs_visited_less_than_twice"] == len(corun) - 1
+    assert len(missing["not_measured"]) == len(plan.cells) - len(corun) - 1
+
+
+def test_how_long_a_visit_takes() -> None:
+    # 30 and 10 ms: 2 * 40 of warming up, 3 * 40 before, 3 * 30 + 3 * 10 after, 1.5 * 5 * 30 together: 545 ms.
+    assert visit_s(Rule(5, 10, 0.1, 0.5), 30e6, 10e6) == pytest.approx(0.545)
+    assert visit_s(Rule(5, 10, 0.1, 4.0), 30e6, 10e6) == 2.0
 
 
 def made_profile() -> Any:
