@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Set
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any, Protocol
 
+from policies.shared_queue import SharedQueue
 from synerdiff.core import InputError, Request
+from synerdiff.profile.tables import Profile
 
 
 class WorkerState:
     """What a router sees of a worker. Engines write it, routers only read it."""
 
-    __slots__ = ("index", "loras", "samples", "steps_left")
+    __slots__ = ("index", "loras", "profile", "samples", "steps_left")
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, profile: Profile | None = None) -> None:
         self.index = index
+        self.profile = profile
+        """Times at the worker's own speed."""
         self.samples = 0
         """Samples given to it that have not ended."""
         self.steps_left = 0
@@ -62,7 +66,7 @@ class ShortestQueue:
 
 
 class LeastWork:
-    """The worker whose samples have the fewest denoising steps left."""
+    """The worker whose samples have the least denoising left: steps, each as long as its largest step alone."""
 
     NAME = "least-work"
 
@@ -70,7 +74,7 @@ class LeastWork:
         pass
 
     def route(self, request: Request, workers: list[WorkerState]) -> int:
-        return min(workers, key=lambda worker: (worker.steps_left, worker.index)).index
+        return min(workers, key=lambda worker: (worker.steps_left * _step_ns(worker), worker.index)).index
 
 
 class AdapterAffinity:
@@ -106,6 +110,10 @@ def _score(file: str, worker: int) -> bytes:
     return blake2b(f"{worker}/{file}".encode(), digest_size=8).digest()
 
 
+def _step_ns(worker: WorkerState) -> int:
+    return 1 if worker.profile is None else worker.profile.step_ns(worker.profile.max_rows)
+
+
 def _queue(worker: WorkerState) -> tuple[int, int]:
     return worker.samples, worker.index
 
@@ -118,8 +126,16 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-def build_router(name: str) -> Router:
-    """A fresh router; InputError lists the known ones."""
-    if name not in ROUTERS:
-        raise InputError(f"there is no router '{name}'; known are {', '.join(ROUTERS)}.")
-    return ROUTERS[name]()
+ROUTER_PARAMETERS = {AdapterAffinity.NAME: ("slack",), SharedQueue.NAME: ("batch", "max_wait_s", "slots")}
+
+
+def build_router(name: str, **parameters: Any) -> Router | SharedQueue:
+    """A fresh router; InputError lists the known ones, and the parameters that it has."""
+    routers: dict[str, type[Router] | type[SharedQueue]] = {**ROUTERS, SharedQueue.NAME: SharedQueue}
+    if name not in routers:
+        raise InputError(f"there is no router '{name}'; known are {', '.join(routers)}.")
+    known = ROUTER_PARAMETERS.get(name, ())
+    for parameter in parameters:
+        if parameter not in known:
+            raise InputError(f"router '{name}' has no {parameter}; it has {', '.join(known) or 'no parameters'}.")
+    return routers[name](**parameters)

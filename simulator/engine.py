@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import simpy
 
 from policies.base import Policy
-from policies.routers import RoundRobin, Router, WorkerState
+from policies.routers import RoundRobin, Router
+from policies.shared_queue import SharedQueue
 from simulator.adapters import ControlNetServices, Loader
+from simulator.fleet import FleetClock
 from simulator.pieces import Draws
 from simulator.planned import PlannedStepper
 from simulator.step_plan import StepPlanner
-from simulator.worker_run import PROGRESS_EVERY, WorkerRun
+from simulator.worker_run import WorkerRun
 from synerdiff.config.cluster import Cluster, WorkerEntry
 from synerdiff.core import (
     NO_SKIPS,
@@ -32,7 +34,6 @@ from synerdiff.core import (
     WorkerInfo,
     WorkRecord,
 )
-from synerdiff.engine.rounds import NEVER
 from synerdiff.engine.samples import make_samples, request_records, sorted_work
 from synerdiff.profile.adapters import Adapters
 from synerdiff.profile.tables import Profile
@@ -118,7 +119,7 @@ def simulate_cluster(
     cluster: Cluster,
     *,
     adapters: Adapters | None = None,
-    router: Router | None = None,
+    router: Router | SharedQueue | None = None,
     budget: SkipBudget = NO_SKIPS,
     dispersion_seed: int | None = None,
     on_progress: Callable[[int], None] | None = None,
@@ -143,7 +144,7 @@ def simulate_cluster(
             planners[index] = _planner(run, cluster, entry, adapters, services, seed)
             run.stepper = PlannedStepper(planners[index], run.worker, run.records)
         runs.append(run)
-    fleet = _Fleet(requests, samples, runs, planners, router or RoundRobin(), on_progress)
+    fleet = FleetClock(requests, samples, runs, planners, router or RoundRobin(), on_progress)
     end_ns = _play(fleet.run)
     records: list[WorkRecord] = []
     for index, run in enumerate(runs):
@@ -204,105 +205,6 @@ def _require(
     if controlnets is not None and cluster.strategies.controlnets == "service":
         services.require(dict.fromkeys(use.name for request in requests for use in request.controlnets))
     return loras is not None or controlnets is not None or two_gpus
-
-
-class _Fleet:
-    """The workers' common clock. Within one instant (contract, rule 23): ends by worker index, then routing in trace
-    order, then each worker that is to be asked, by index."""
-
-    def __init__(
-        self,
-        requests: Sequence[Request],
-        samples: Sequence[Sample],
-        runs: list[WorkerRun],
-        planners: dict[int, StepPlanner],
-        router: Router,
-        on_progress: Callable[[int], None] | None,
-    ) -> None:
-        self.requests, self.samples, self.runs, self.planners = requests, samples, runs, planners
-        self.router = router
-        self.on_progress = on_progress
-        self.worker_of: list[int] = []
-        self.routed_samples = 0
-        self.states = [WorkerState(index) for index in range(len(runs))]
-        self.steps_given = [0] * len(runs)
-        """Per worker: denoising steps of the samples that it was given."""
-        self.due_ns = [NEVER] * len(runs)
-        """When something can next happen at each worker; it changes only by a round or a new sample."""
-        for run in runs:
-            run.open = True
-        router.reset(len(runs))
-
-    def run(self, environment: simpy.Environment) -> Generator[simpy.Event, None, None]:
-        """Sleep until something happens anywhere, and take it all."""
-        due = self.due_ns
-        now_ns = reported = 0
-        while True:
-            causes = {index: self.runs[index].take_ends(now_ns) for index, at in enumerate(due) if at <= now_ns}
-            self.route(now_ns, causes)
-            for index in sorted(causes):
-                run = self.runs[index]
-                cause_ns = run.rounds.take_arrivals(now_ns, causes[index])
-                if run.asks(cause_ns, now_ns) and (run.open or run.worker.ended < len(run.arrivals)):
-                    run.decide(now_ns)
-                run.retime(now_ns)
-                due[index] = run.next_ns()
-            ended = sum([run.worker.ended for run in self.runs])
-            if ended == len(self.samples):
-                return
-            if self.on_progress is not None and ended >= reported + PROGRESS_EVERY:
-                reported = ended
-                self.on_progress(ended)
-            next_ns = self.next_ns(now_ns)
-            if next_ns > now_ns:
-                yield environment.timeout(next_ns - now_ns)
-                now_ns = next_ns
-
-    def next_ns(self, now_ns: int) -> int:
-        """The earliest instant at which something happens anywhere; a stalled worker is refused."""
-        due_ns = min(self.due_ns)
-        if len(self.worker_of) < len(self.requests):
-            due_ns = min(due_ns, self.requests[len(self.worker_of)].arrival_ns)
-        if due_ns == NEVER:
-            next(run for run in self.runs if run.worker.ended < len(run.arrivals)).worker.refuse_stall(now_ns)
-        return max(now_ns, due_ns)
-
-    def route(self, now_ns: int, causes: dict[int, int]) -> None:
-        """Give what has arrived to workers, in trace order; ``causes`` gets the workers that this concerns now."""
-        requests, routed = self.requests, len(self.worker_of)
-        if routed == len(requests) or requests[routed].arrival_ns > now_ns:
-            return
-        while routed < len(requests) and requests[routed].arrival_ns <= now_ns:
-            index = self.give(requests[routed])
-            self.due_ns[index] = self.runs[index].next_ns()
-            if self.due_ns[index] <= now_ns:
-                causes.setdefault(index, -1)
-            routed += 1
-        if routed == len(requests):
-            for index, run in enumerate(self.runs):
-                run.open = False
-                if run.worker.waiting and run.closed and not run.worker.denoise_held:
-                    # A policy that holds samples back for more to come is asked, now that it sees ``closed``.
-                    causes[index] = max(causes.get(index, -1), now_ns)
-
-    def give(self, request: Request) -> int:
-        """Route one request; returns its worker."""
-        for index, (state, run) in enumerate(zip(self.states, self.runs, strict=True)):
-            state.samples = len(run.arrivals) - run.worker.ended
-            state.steps_left = self.steps_given[index] - run.worker.steps_settled
-            if request.loras and index in self.planners:
-                state.loras = self.planners[index].loader.known | self.planners[index].files_in_weights
-        index = self.router.route(request, self.states)
-        if type(index) is not int or not 0 <= index < len(self.runs):
-            raise InputError(
-                f"the router sent request {request.request_id} to worker {index!r}; there are workers 0 to "
-                f"{len(self.runs) - 1}."
-            )
-        self.worker_of.append(index)
-        self.steps_given[index] += request.steps * request.images
-        self.runs[index].arrivals += self.samples[self.routed_samples : self.routed_samples + request.images]
-        self.routed_samples += request.images
-        return index
 
 
 def _play(process: Callable[[simpy.Environment], Generator[simpy.Event, None, None]]) -> int:

@@ -60,6 +60,8 @@ class WorkerRun:
         """Samples that have entered waiting; the rest have yet to arrive."""
         self.open = False
         """More samples may be given to this worker."""
+        self.in_groups = False
+        """It is given groups from a shared queue, and each closes its view until the next comes."""
         self.stepper: Stepper = PlainStepper(self.times, profile, self.gpu)
         self.chunk_pieces: list[Piece | None] = [None] * len(info.decode_gpus)
         self.chunks_running = 0
@@ -96,8 +98,8 @@ class WorkerRun:
 
     @property
     def closed(self) -> bool:
-        """No sample can enter waiting any more."""
-        return self.entered == len(self.arrivals) and not self.open
+        """No sample can enter waiting any more, or none of the group that the worker was given."""
+        return self.entered == len(self.arrivals) and (self.in_groups or not self.open)
 
     def take_ends(self, now_ns: int) -> int:
         """`Rounds.take_ends`, then what the host has held back until now starts."""

@@ -59,6 +59,8 @@ def processes_of(cluster: Cluster) -> list[Process]:
     """All processes by rank. Raises InputError for what cannot be run on hardware."""
     if len(cluster.workers) != 1:
         raise InputError(f"the cluster has {len(cluster.workers)} workers; a run on hardware has one.")
+    if cluster.router.kind == "shared-queue":
+        raise InputError("router: a run on hardware has one worker and no shared queue; leave this out.")
     worker, strategies = cluster.workers[0], cluster.strategies
     if set(worker.lanes) != {worker.denoise_gpu}:
         raise InputError("workers[0]: on hardware every decode lane is on the denoise GPU.")

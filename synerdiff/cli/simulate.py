@@ -30,7 +30,8 @@ def simulate(
     decode_gpus: options.DecodeGpus = "0",
     cluster: options.ClusterFile = None,
     router: Annotated[
-        str | None, typer.Option(help="With --cluster: round-robin, shortest-queue (default), least-work, ...")
+        str | None,
+        typer.Option(help="With --cluster, instead of its own: round-robin, shortest-queue, least-work, ..."),
     ] = None,
     skip_fraction: options.SkipFraction = 0.0,
     skip_warmup: options.SkipWarmup = 3,
@@ -59,7 +60,7 @@ def simulate(
         window=window,
         decode_gpus=decode_gpus,
         cluster=cluster,
-        router=router or runs.DEFAULT_ROUTER,
+        router=router,
         min_ssim=min_ssim,
         fidelity=fidelity,
         load=load,
@@ -73,6 +74,6 @@ def simulate(
     with progress("simulating", prepared.images) as on_progress:
         outcome = runs.execute(prepared, runs.simulator, on_progress)
     outcome.write(out, timeline)
-    where = "" if spec.cluster is None else f" behind {spec.router} on {len(spec.cluster.gpus)} GPUs"
+    where = "" if spec.cluster is None else f" behind {spec.router_entry.kind} on {len(spec.cluster.gpus)} GPUs"
     options.report(outcome, f"{out}: {policy}{where} on {prepared.profile.label}, {trace.name}")
     options.require_served(outcome)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from synerdiff.core import NS_PER_S, PPM
 from synerdiff.files import read_yaml
@@ -116,8 +116,34 @@ class LoraStorage(Section):
         return round(self.sizes_mib.get(name, self.mib) * MIB)
 
 
+class RouterEntry(Section):
+    """Which worker serves a request: a router, or the shared queue and how workers take from it."""
+
+    kind: str
+    batch: int | None = Field(default=None, ge=1, le=4096)
+    """shared-queue: images of a group."""
+    max_wait_s: float | None = Field(default=None, ge=0, le=3600)
+    """shared-queue: longest wait of a group's oldest request for a full one."""
+    slots: int | None = Field(default=None, ge=1, le=4096)
+    """shared-queue, instead of groups: a worker that holds fewer samples takes the oldest request."""
+    slack: int | None = Field(default=None, ge=0, le=10**6)
+    """adapter-affinity: how many samples a worker may have above the shortest queue."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Those that are given."""
+        return self.model_dump(exclude={"kind"}, exclude_none=True)
+
+
+def _named_router(given: Any) -> Any:
+    """A router's name alone stands for it."""
+    return {"kind": given} if isinstance(given, str) else given
+
+
 class Cluster(Section):
     """Workers, services and how they work together."""
+
+    router: Annotated[RouterEntry, BeforeValidator(_named_router)] = RouterEntry(kind="shortest-queue")
 
     workers: Listed[WorkerEntry] = Field(min_length=1, max_length=4096)
     strategies: Strategies = Strategies()

@@ -218,7 +218,8 @@ class Fleet(Section):
     gpus: Axis[Annotated[int, Field(ge=4, le=1024)]] = ()
     lora_mib: float = Field(default=380, gt=0, le=1e6)
     host_cache_mib: float = Field(default=0, ge=0, le=1e9)
-    router: str = "shortest-queue"
+    router: str | None = None
+    """Instead of the cluster's own."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Fleet:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from policies.registry import build_policy, policy_parameters
 from policies.routers import build_router
-from synerdiff.config.cluster import MIB, Cluster, cluster_of, load_cluster
+from synerdiff.config.cluster import MIB, Cluster, RouterEntry, cluster_of, load_cluster
 from synerdiff.config.experiment import Experiment, Fleet, Machines, PolicyEntry, Workload
 from synerdiff.core import NO_SKIPS, InputError, SkipBudget, WorkerInfo
 from synerdiff.experiments.adapter_mix import AdapterTrace
@@ -290,8 +290,13 @@ class Grid:
         )
 
     def _gpus_of(self, fleet: Fleet) -> tuple[int, ...]:
-        build_router(fleet.router)  # an unknown one is an InputError
-        return fleet.gpus or (len(self._cluster(fleet).gpus),)
+        if fleet.strategies is not None:
+            build_router(fleet.router or "shortest-queue")  # an unknown one is an InputError
+            return fleet.gpus
+        cluster = self._cluster(fleet)
+        router = cluster.router if fleet.router is None else RouterEntry(kind=fleet.router)
+        build_router(router.kind, **router.parameters)
+        return (len(cluster.gpus),)
 
     def _cluster(self, fleet: Fleet) -> Cluster:
         if isinstance(fleet.cluster, str):

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from policies.base import Policy
 from policies.registry import build_policy
 from policies.routers import Router, build_router
+from policies.shared_queue import SharedQueue
 from simulator import simulate, simulate_cluster
-from synerdiff.config.cluster import Cluster
+from synerdiff.config.cluster import Cluster, RouterEntry
 from synerdiff.core import (
     NO_SKIPS,
     NS_PER_S,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-DEFAULT_ROUTER = "shortest-queue"
 CAPACITY_IMAGES = 200
 """Per worker: how many wait from the start where a policy's capacity is asked for."""
 MOST_CAPACITY_IMAGES = 4000
@@ -77,7 +77,8 @@ class RunSpec:
     decode_gpus: tuple[int, ...] = (0,)
     """The GPU of each decode lane of the one worker; a cluster lists its own."""
     cluster: Cluster | None = None
-    router: str = DEFAULT_ROUTER
+    router: str | None = None
+    """Instead of the cluster's own."""
     budget: SkipBudget = NO_SKIPS
     min_ssim: float | None = None
     """Floor on image fidelity, which chooses the budget from a fidelity table instead."""
@@ -98,6 +99,13 @@ class RunSpec:
     """Seed of the drawn times; None: every piece takes its median."""
     planning: Profile | None = None
     """What policies plan with; None: the profile whose times the engine takes."""
+
+    @property
+    def router_entry(self) -> RouterEntry:
+        """The router of its name, else the cluster's."""
+        if self.router is not None:
+            return RouterEntry(kind=self.router)
+        return RouterEntry(kind="round-robin") if self.cluster is None else self.cluster.router
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +168,10 @@ class Prepared:
         policy = build_policy(self.spec.policy, dict(self.spec.parameters), self.spec.base_folder)
         return policy if self.spec.planning is None else Planned(policy, self.spec.planning)
 
-    def router(self) -> Router:
-        return build_router(self.spec.router)
+    def router(self) -> Router | SharedQueue:
+        """A fresh one."""
+        entry = self.spec.router_entry
+        return build_router(entry.kind, **entry.parameters)
 
     def with_parameters(self, **parameters: Any) -> Prepared:
         """The same run with other parameters of its policy."""
@@ -200,7 +210,11 @@ class Prepared:
         }
         if spec.cluster is None:
             return known | {"decode_gpus": list(spec.decode_gpus)}
-        return known | {"router": spec.router, "cluster": spec.cluster.model_dump(mode="json")}
+        router = spec.router_entry
+        return known | {
+            "router": {"kind": router.kind, **router.parameters} if router.parameters else router.kind,
+            "cluster": spec.cluster.model_dump(mode="json", exclude={"router"}),
+        }
 
 
 class Planned:
@@ -298,7 +312,7 @@ class Outcome:
 def prepare(spec: RunSpec) -> Prepared:
     """The profile, the requests as it serves them, the skip budget and the load. InputError for what does not fit."""
     build_policy(spec.policy, dict(spec.parameters), spec.base_folder)
-    build_router(spec.router)
+    build_router(spec.router_entry.kind, **spec.router_entry.parameters)
     profile = _profile_of(spec)
     adapters = spec.adapters
     if adapters is None and spec.cluster is not None and isinstance(spec.profile, Path):

@@ -1,0 +1,184 @@
+"""The workers' common clock, and who gets which request: from a router at its arrival, or from a shared queue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from itertools import accumulate
+
+import simpy
+
+from policies.routers import Router, WorkerState
+from policies.shared_queue import SharedQueue
+from simulator.step_plan import StepPlanner
+from simulator.worker_run import PROGRESS_EVERY, WorkerRun
+from synerdiff.core import InputError, Request, Sample
+from synerdiff.engine.rounds import NEVER
+
+
+class FleetClock:
+    """Within one instant (contract): ends by worker index, then routing in trace order, then each worker that is to be
+    asked, by index."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        samples: Sequence[Sample],
+        runs: list[WorkerRun],
+        planners: Mapping[int, StepPlanner],
+        router: Router | SharedQueue,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        self.requests, self.samples, self.runs, self.planners = requests, samples, runs, planners
+        self.on_progress = on_progress
+        self.worker_of = [-1] * len(requests)
+        self.arrived = 0
+        """Requests that have arrived; the first so many."""
+        self.first_sample = [0, *accumulate(request.images for request in requests)]
+        self.position = {request.request_id: number for number, request in enumerate(requests)}
+        self.states = [WorkerState(index, run.profile) for index, run in enumerate(runs)]
+        self.steps_given = [0] * len(runs)
+        """Per worker: denoising steps of the samples that it was given."""
+        self.due_ns = [NEVER] * len(runs)
+        """When something can next happen at each worker; it changes only by a round or a new sample."""
+        self.idle_since_ns: list[int | None] = [0] * len(runs)
+        """Since when all that a worker was given has ended and its host is done with it; None while it has not."""
+        self.router = self.queue = None
+        if isinstance(router, SharedQueue):
+            self.queue = router
+        else:
+            self.router = router
+            router.reset(len(runs))
+        for run in runs:
+            run.open = True
+            run.in_groups = self.queue is not None and self.queue.slots is None
+
+    def run(self, environment: simpy.Environment) -> Generator[simpy.Event, None, None]:
+        """Sleep until something happens anywhere, and take it all."""
+        due = self.due_ns
+        now_ns = reported = 0
+        while True:
+            causes = {index: self.runs[index].take_ends(now_ns) for index, at in enumerate(due) if at <= now_ns}
+            if self.queue is None:
+                self.push(now_ns, causes)
+            else:
+                self.note_idle(causes, now_ns)
+                self.pull(self.queue, now_ns, causes)
+            for index in sorted(causes):
+                run = self.runs[index]
+                cause_ns = run.rounds.take_arrivals(now_ns, causes[index])
+                if run.asks(cause_ns, now_ns) and (run.open or run.worker.ended < len(run.arrivals)):
+                    run.decide(now_ns)
+                run.retime(now_ns)
+                due[index] = run.next_ns()
+            self.note_idle(causes, now_ns)
+            ended = sum([run.worker.ended for run in self.runs])
+            if ended == len(self.samples):
+                return
+            if self.on_progress is not None and ended >= reported + PROGRESS_EVERY:
+                reported = ended
+                self.on_progress(ended)
+            next_ns = self.next_ns(now_ns)
+            if next_ns > now_ns:
+                yield environment.timeout(next_ns - now_ns)
+                now_ns = next_ns
+
+    def next_ns(self, now_ns: int) -> int:
+        """The earliest instant at which something happens anywhere; a stalled worker is refused."""
+        due_ns = min(self.due_ns)
+        if self.arrived < len(self.requests):
+            due_ns = min(due_ns, self.requests[self.arrived].arrival_ns)
+        if self.queue is not None:
+            due_ns = min(due_ns, self.queue.due_ns)
+            if self.queue.ready and self.taker(now_ns) is not None:
+                return now_ns  # a decision has rejected all that its worker was given
+        if due_ns == NEVER:
+            next(run for run in self.runs if run.worker.ended < len(run.arrivals)).worker.refuse_stall(now_ns)
+        return max(now_ns, due_ns)
+
+    # --- a router -------------------------------------------------------------------------------------------------
+
+    def push(self, now_ns: int, causes: dict[int, int]) -> None:
+        """Give what has arrived to workers, in trace order; ``causes`` gets the workers that this concerns now."""
+        requests = self.requests
+        if self.arrived == len(requests) or requests[self.arrived].arrival_ns > now_ns:
+            return
+        while self.arrived < len(requests) and requests[self.arrived].arrival_ns <= now_ns:
+            request = requests[self.arrived]
+            self.arrived += 1
+            self.give(self.routed(request), request, now_ns, causes)
+        if self.arrived == len(requests):
+            self.end_arrivals(now_ns, causes)
+
+    def routed(self, request: Request) -> int:
+        """The worker that the router chooses."""
+        assert self.router is not None
+        for index, (state, run) in enumerate(zip(self.states, self.runs, strict=True)):
+            state.samples = len(run.arrivals) - run.worker.ended
+            state.steps_left = self.steps_given[index] - run.worker.steps_settled
+            if request.loras and index in self.planners:
+                state.loras = self.planners[index].loader.known | self.planners[index].files_in_weights
+        index = self.router.route(request, self.states)
+        if type(index) is not int or not 0 <= index < len(self.runs):
+            raise InputError(
+                f"the router sent request {request.request_id} to worker {index!r}; there are workers 0 to "
+                f"{len(self.runs) - 1}."
+            )
+        return index
+
+    def give(self, index: int, request: Request, now_ns: int, causes: dict[int, int]) -> None:
+        """The request's samples are that worker's from now on."""
+        run, position = self.runs[index], self.position[request.request_id]
+        self.worker_of[position] = index
+        self.steps_given[index] += request.steps * request.images
+        self.idle_since_ns[index] = None
+        run.arrivals += self.samples[self.first_sample[position] : self.first_sample[position + 1]]
+        self.due_ns[index] = run.next_ns()
+        if self.due_ns[index] <= now_ns:
+            causes.setdefault(index, -1)
+
+    def end_arrivals(self, now_ns: int, causes: dict[int, int]) -> None:
+        """No worker will be given any more. A policy that holds samples back for more to come is asked, now that it
+        sees ``closed``."""
+        for index, run in enumerate(self.runs):
+            run.open = False
+            if run.worker.waiting and run.closed and not run.in_groups and not run.worker.denoise_held:
+                causes[index] = max(causes.get(index, -1), now_ns)
+
+    # --- a shared queue -------------------------------------------------------------------------------------------
+
+    def pull(self, queue: SharedQueue, now_ns: int, causes: dict[int, int]) -> None:
+        """Let what has arrived join the queue, then workers take what is complete."""
+        requests = self.requests
+        while self.arrived < len(requests) and requests[self.arrived].arrival_ns <= now_ns:
+            queue.arrive(requests[self.arrived], now_ns)
+            self.arrived += 1
+        queue.close(now_ns, self.arrived == len(requests))
+        while queue.ready and (index := self.taker(now_ns)) is not None:
+            entered_ns = now_ns + self.runs[index].profile.overhead_ns("text_encode")
+            for request in queue.take():
+                position = self.position[request.request_id]
+                for sample in self.samples[self.first_sample[position] : self.first_sample[position + 1]]:
+                    sample.entered_ns = entered_ns
+                self.give(index, request, now_ns, causes)
+        if queue.empty and self.arrived == len(requests) and self.runs[0].open:
+            self.end_arrivals(now_ns, causes)
+
+    def taker(self, now_ns: int) -> int | None:
+        """The worker that takes next: idle longest, then the lower index; with slots, then those that are not idle."""
+        assert self.queue is not None
+        slots, best, best_since_ns = self.queue.slots, None, NEVER
+        for index, (run, since_ns) in enumerate(zip(self.runs, self.idle_since_ns, strict=True)):
+            if since_ns is None or since_ns > now_ns:
+                if slots is None or len(run.arrivals) - run.worker.ended >= slots:
+                    continue
+                since_ns = NEVER - 1
+            if since_ns < best_since_ns:
+                best, best_since_ns = index, since_ns
+        return best
+
+    def note_idle(self, indices: Mapping[int, int], now_ns: int) -> None:
+        """Whether these workers are idle now, or will be when their host is done."""
+        for index in indices:
+            run = self.runs[index]
+            if self.idle_since_ns[index] is None and run.worker.ended == len(run.arrivals):
+                self.idle_since_ns[index] = max(now_ns, run.worker.held_until_ns)
