@@ -143,6 +143,9 @@ class Request:
     controlnets: tuple[ControlNetUse, ...] = ()
     slo_ns: int | None = None
     seed: int | None = None
+    prompt: str = ""
+    """Empty: the model's own for this seed. Only hardware looks at it."""
+    negative_prompt: str = ""
 
     @property
     def batch_key(self) -> BatchKey:

@@ -187,7 +187,9 @@ def read_rows(path: Path, columns: Sequence[str], what: str, optional: Sequence[
     return [Row(f"{path}, line {line}", dict(zip(header, cells, strict=True))) for line, cells in lines]
 
 
-def csv_rows(path: Path, what: str, progress: Progress | None = None) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(
+    path: Path, what: str, progress: Progress | None = None, delimiter: str = ","
+) -> Iterator[tuple[int, list[str]]]:
     """Rows of a CSV file (or of its gzip) as (line, cells), the header first; empty lines are left out.
 
     Raises InputError when it cannot be read, is no CSV table, or a row has another number of cells than the header.
@@ -195,15 +197,19 @@ def csv_rows(path: Path, what: str, progress: Progress | None = None) -> Iterato
     with reading(path, what), path.open("rb") as raw:
         total = path.stat().st_size
         report = None if progress is None else lambda: progress(raw.tell(), total)
-        yield from csv_rows_of(decompressed(raw), path, what, report)
+        yield from csv_rows_of(decompressed(raw), path, what, report, delimiter)
 
 
 def csv_rows_of(
-    stream: IO[bytes], path: Path, what: str, report: Callable[[], None] | None = None
+    stream: IO[bytes],
+    path: Path,
+    what: str,
+    report: Callable[[], None] | None = None,
+    delimiter: str = ",",
 ) -> Iterator[tuple[int, list[str]]]:
     """The same for an open binary stream; ``path`` is the name that errors give."""
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    reader = csv.reader(_lines(text, path, what, report), strict=True)
+    reader = csv.reader(_lines(text, path, what, report), strict=True, delimiter=delimiter)
     width = 0
     try:
         for cells in reader:
@@ -240,8 +246,10 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     """Write a CSV table in one step."""
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
+        quoting = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
         writer.writerow(columns)
-        writer.writerows(rows)
+        for row in rows:  # csv leaves a lone \r bare, and then reads it as the end of the row
+            (quoting if any(isinstance(cell, str) and "\r" in cell for cell in row) else writer).writerow(row)
 
 
 # YAML: the plain types of version 1.2, so that 010, 1:20, no and dates mean what they look like

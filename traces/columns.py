@@ -21,6 +21,8 @@ COLUMNS = (
     "controlnets",
     "slo_s",
     "seed",
+    "prompt",
+    "negative_prompt",
 )
 REQUIRED = COLUMNS[:2]
 INTEGER_COLUMNS = ("steps", "images", "height", "width", "seed")
@@ -33,12 +35,13 @@ SIDE_PIXELS = (8, 16384)
 SEED = (0, 2**63 - 1)
 MAX_ARRIVAL_S = 1_000_000_000
 MAX_SLO_S = 1_000_000_000
+PROMPT_CHARACTERS = 20_000
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _NS = Decimal(NS_PER_S)
 _REMEMBERED_ROWS = 20_000
 
-Fields = tuple[
+_Repeating = tuple[
     int,
     int,
     float,
@@ -50,6 +53,7 @@ Fields = tuple[
     int | None,
     int | None,
 ]
+Fields = tuple[*_Repeating, str, str]
 """A request's fields after its arrival, in their order."""
 
 
@@ -78,23 +82,39 @@ class RowParser:
 
     def __init__(self, header: Sequence[str]) -> None:
         self._arrival = list(header).index("arrival_s")
-        self._order = [header.index(column) if column in header else -1 for column in COLUMNS[1:]]
-        self._seen: dict[tuple[str, ...], Fields] = {}
+        *self._order, self._prompt, self._negative = [
+            header.index(column) if column in header else -1 for column in COLUMNS[1:]
+        ]
+        self._known: dict[tuple[str, ...], _Repeating] = {}
 
     def parse(self, cells: Sequence[str]) -> tuple[int, Fields]:
         """Raises FieldError with what is wrong."""
         arrival_ns = nanoseconds(cells[self._arrival], "arrival_s", MAX_ARRIVAL_S)
         rest = tuple([cells[i] if i >= 0 else "" for i in self._order])
-        fields = self._seen.get(rest)
+        fields = self._known.get(rest)
         if fields is None:
-            if len(self._seen) >= _REMEMBERED_ROWS:
-                self._seen.clear()
-            fields = self._seen[rest] = parse_fields(rest)
-        return arrival_ns, fields
+            if len(self._known) >= _REMEMBERED_ROWS:
+                self._known.clear()
+            fields = self._known[rest] = _repeating(rest)
+        prompt = "" if self._prompt < 0 else cells[self._prompt]
+        negative = "" if self._negative < 0 else cells[self._negative]
+        return arrival_ns, (*fields, *_prompts(prompt, negative))
 
 
 def parse_fields(texts: Sequence[str]) -> Fields:
     """The texts of all columns but arrival_s, in the order of COLUMNS; an empty one is the default."""
+    *rest, prompt, negative_prompt = texts
+    return *_repeating(rest), *_prompts(prompt, negative_prompt)
+
+
+def _prompts(prompt: str, negative_prompt: str) -> tuple[str, str]:
+    for text in (prompt, negative_prompt):
+        if len(text) > PROMPT_CHARACTERS:
+            raise FieldError(f"a prompt has {len(text):,} characters; at most {PROMPT_CHARACTERS:,} are read")
+    return prompt, negative_prompt
+
+
+def _repeating(texts: Sequence[str]) -> _Repeating:
     steps, images, guidance, height, width, base_model, loras, controlnets, slo, seed = texts
     if bool(height.strip()) != bool(width.strip()):
         raise FieldError("height and width go together; one of them is empty")
@@ -181,6 +201,8 @@ def texts_of(request: Request) -> list[str]:
         _joined(request.controlnets, "controlnets"),
         "" if request.slo_ns is None else seconds_text(request.slo_ns),
         _optional(request.seed),
+        request.prompt,
+        request.negative_prompt,
     ]
     nanoseconds(texts[0], "arrival_s", MAX_ARRIVAL_S)
     if parse_fields(texts[1:])[6:8] != (request.loras, request.controlnets):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +28,22 @@ WHAT = "trace"
 _ALWAYS_WRITTEN = ("arrival_s", "steps", "images", "guidance_scale")
 
 
-def read_trace(path: Path, progress: Progress | None = None) -> list[Request]:
+def read_trace(path: Path, progress: Progress | None = None, sort: bool = False) -> list[Request]:
     """The requests of a trace file (``.csv``, gzipped or not, or ``.parquet``), in its order, numbered from 0.
 
     arrival_ns = round(arrival_s * 10^9). Raises InputError, with file and line, for anything that the format does not
-    allow and when there is no request.
+    allow and when there is no request. ``sort``: the file need not be in order; equal arrivals keep theirs.
     """
-    requests = [request_of(index, *row) for index, row in enumerate(_parsed(path, progress))]
+    rows = _parsed(path, progress, sort)
+    if sort:
+        rows = iter(sorted(rows, key=itemgetter(0)))
+    requests = [request_of(index, *row) for index, row in enumerate(rows)]
     if not requests:
         raise InputError(f"{path}: the trace holds no requests.")
     return requests
 
 
-def _parsed(path: Path, progress: Progress | None) -> Iterator[tuple[int, Fields]]:
+def _parsed(path: Path, progress: Progress | None, sort: bool) -> Iterator[tuple[int, Fields]]:
     parquet = path.suffix == ".parquet"
     rows = parquet_rows(path, WHAT) if parquet else csv_rows(path, WHAT, progress)
     place = "row" if parquet else "line"
@@ -53,10 +58,10 @@ def _parsed(path: Path, progress: Progress | None) -> Iterator[tuple[int, Fields
             arrival_ns, fields = parser.parse(cells)
         except FieldError as error:
             raise InputError(f"{path}, {place} {line}: {error}.") from None
-        if arrival_ns < previous_ns:
+        if arrival_ns < previous_ns and not sort:
             raise InputError(
                 f"{path}, {place} {line}: arrival_s is {seconds_text(arrival_ns)}, before the previous request's "
-                f"{seconds_text(previous_ns)}; a trace is sorted by arrival."
+                f"{seconds_text(previous_ns)}; a trace is sorted by arrival, or read with --sort."
             )
         previous_ns = arrival_ns
         yield arrival_ns, fields
@@ -99,10 +104,11 @@ def write_trace(path: Path, requests: Sequence[Request]) -> None:
 _ROWS_PER_BATCH = 16_384
 
 
-def parquet_rows(path: Path, what: str) -> Iterator[tuple[int, list[str]]]:
+def parquet_rows(path: Path, what: str, strict: bool = True) -> Iterator[tuple[int, list[str]]]:
     """The column names as row 0, then (row, texts) with rows counted from 1; a null is an empty text.
 
-    Raises InputError for a foreign or truncated file and for values that are neither text nor numbers.
+    Times become ISO 8601. Raises InputError for a foreign or truncated file and, when strict, for other values than
+    text, numbers and times.
     """
     with reading(path, what), path.open("rb"):  # a missing file or a folder gets its own sentence
         pass
@@ -118,12 +124,12 @@ def parquet_rows(path: Path, what: str) -> Iterator[tuple[int, list[str]]]:
                 columns = [column.to_pylist() for column in batch.columns]
                 for values in zip(*columns, strict=True):
                     row += 1
-                    yield row, [_text(path, row, *pair) for pair in zip(names, values, strict=True)]
+                    yield row, [_text(path, row, *pair, strict) for pair in zip(names, values, strict=True)]
     except (pyarrow.ArrowException, OSError):
         raise InputError(f"{path}: this is not a complete parquet file, so it cannot be a {what}.") from None
 
 
-def _text(path: Path, row: int, column: str, value: Any) -> str:
+def _text(path: Path, row: int, column: str, value: Any, strict: bool) -> str:
     if value is None:
         return ""
     if isinstance(value, str):
@@ -132,6 +138,10 @@ def _text(path: Path, row: int, column: str, value: Any) -> str:
         # A column of whole numbers that has a gap is stored as floating point by most writers.
         whole = column in INTEGER_COLUMNS and isinstance(value, float) and value.is_integer()
         return str(int(value)) if whole else repr(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if not strict:
+        return str(value)
     raise InputError(f"{path}, row {row}: {column} holds a {type(value).__name__}; text or a number is needed.")
 
 
@@ -141,15 +151,27 @@ ADAPTERS = ("keep", "drop")
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """``rows`` read = requests + dropped; ``noted`` counts what was kept and is worth knowing, or was changed."""
+    """``rows`` = requests + merged + dropped; ``noted`` counts what was kept and is worth knowing, or was changed."""
 
     requests: list[Request]
     rows: int
     dropped: Mapping[str, int] = field(default_factory=dict)
     noted: Mapping[str, int] = field(default_factory=dict)
+    facts: tuple[str, ...] = ()
+    """How the file was understood, a line each."""
+    merged: int = 0
+    """Rows that became a further image of a request before them."""
 
     def __post_init__(self) -> None:
-        assert self.rows == len(self.requests) + sum(self.dropped.values())
+        assert self.rows == len(self.requests) + self.merged + sum(self.dropped.values())
+
+    def lines(self) -> list[str]:
+        """How the file was understood and what became of its rows, for people."""
+        return [
+            *(f"  {fact}" for fact in self.facts),
+            *(f"  {count:>7,} dropped: {reason}" for reason, count in self.dropped.items()),
+            *(f"  {count:>7,} {note}" for note, count in self.noted.items()),
+        ]
 
 
 def check_options(checkpoints: str, adapters: str) -> None:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from synerdiff.experiments.run import Outcome, RunSpec
 
 ProfileName = Annotated[str, typer.Option("--profile", help="Folder of a profile, or the name of a shipped one.")]
-TraceFile = Annotated[Path, typer.Option("--trace", help="Trace file (CSV or parquet).")]
+TraceFile = Annotated[
+    Path, typer.Option("--trace", help="Trace file: CSV, parquet, JSON or JSON lines, with the names of many engines.")
+]
 PolicyName = Annotated[str, typer.Option("--policy", help="Name of a policy, or module:Class.")]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the records.")]
 Settings = Annotated[
@@ -31,6 +33,10 @@ LoadOption = Annotated[float | None, typer.Option("--load", help="Stretch the ar
 RateOption = Annotated[float | None, typer.Option("--rate", help="Stretch the arrivals to so many requests a second.")]
 TimeScale = Annotated[float | None, typer.Option("--time-scale", help="Multiply every arrival by this.")]
 Window = Annotated[str | None, typer.Option("--window", help="A:B, seconds of the trace as written; B excluded.")]
+Map = Annotated[
+    str | None, typer.Option("--map", help="Columns of a foreign trace: arrival=timestamp:ms,steps=30,size=dims:WxH.")
+]
+Sort = Annotated[bool, typer.Option("--sort", help="Sort a trace that is not in order of arrival.")]
 Slo = Annotated[
     float | None, typer.Option("--slo", help="Latency limit in seconds of a request that has none of its own.")
 ]
@@ -129,6 +135,8 @@ def run_spec(
     *,
     budget: SkipBudget,
     window: str | None,
+    mapping: str | None,
+    sort: bool,
     decode_gpus: str,
     cluster: Path | None,
     **fields: Any,
@@ -140,7 +148,7 @@ def run_spec(
         raise InputError("--decode-gpus excludes --cluster, whose workers list their decode_gpus.")
     return run.RunSpec(
         profile=find_profile(profile),
-        source=sources.trace_source(trace, window_of(window)),
+        source=sources.trace_source(trace, window_of(window), mapping, sort),
         policy=policy,
         parameters=parameter_values(policy, policy_parameters(policy, Path()), settings or []),
         base_folder=Path(),

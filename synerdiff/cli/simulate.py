@@ -22,6 +22,8 @@ def simulate(
     rate: options.RateOption = None,
     time_scale: options.TimeScale = None,
     window: options.Window = None,
+    map: options.Map = None,
+    sort: options.Sort = False,
     slo: options.Slo = None,
     dispersion: Annotated[
         bool, typer.Option("--dispersion", help="Draw times between the profile's p10 and p90 instead of medians.")
@@ -58,6 +60,8 @@ def simulate(
         settings,
         budget=options.skip_budget(skip_fraction, skip_warmup, skip_longest_run, skip_mode),
         window=window,
+        mapping=map,
+        sort=sort,
         decode_gpus=decode_gpus,
         cluster=cluster,
         router=router,

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from synerdiff.cli import options
 from synerdiff.cli.progress import print_table, progress
 from synerdiff.core import InputError, Request
 from synerdiff.files import claim_folder
+from traces.dialects import Reading, convert_trace, load_trace
 from traces.fetch import fetch as fetch_files
 from traces.fetch import published_trace
 from traces.gentd26 import read_gentd26
 from traces.katz import read_katz
-from traces.native import read_trace, require_trace_target, write_trace
+from traces.native import require_trace_target, write_trace
 from traces.spec import trace_spec
 
 if TYPE_CHECKING:
@@ -48,8 +50,10 @@ def fetch(
 
 @trace_app.command()
 def describe(
-    file: Annotated[Path, typer.Argument(help="A trace (.csv, gzipped or not, or .parquet).")],
+    file: Annotated[Path, typer.Argument(help="A trace of any dialect.")],
     out: Annotated[Path | None, typer.Option(help=f"Folder for a picture, {_PICTURE}.png and .pdf.")] = None,
+    map: options.Map = None,
+    sort: options.Sort = False,
 ) -> None:
     """Show what a trace is like: load, mix, popularity and burstiness."""
     from traces.describe import describe as summarise
@@ -57,7 +61,10 @@ def describe(
     if out is not None:
         claim_folder(out, "trace describe")
     with progress(f"Reading {file.name}") as update:
-        requests = read_trace(file, progress=update)
+        conversion = load_trace(file, Reading(map or "", sort), update)
+    requests = conversion.requests
+    for line in conversion.lines():
+        typer.echo(line)
     summary = summarise(requests)
     print_table((file.name, ""), _overview(summary))
     if summary.windows:
@@ -132,7 +139,10 @@ def generate(
 def convert(
     source: Annotated[Path, typer.Argument(help="The foreign trace: a file, or for gentd26 the folder of its files.")],
     target: Annotated[Path, typer.Argument(help="The trace to write (.csv).")],
-    format: Annotated[str, typer.Option(help="gentd26 or katz.")],
+    format: Annotated[str, typer.Option(help="auto, gentd26 or katz.")] = "auto",
+    map: options.Map = None,
+    sort: options.Sort = False,
+    seed: Annotated[int, typer.Option(help="auto: of where posts fall within their minute (DiffusionDB).")] = 0,
     checkpoints: Annotated[
         str, typer.Option(help="one: all checkpoints count as one model; keep: base_model names them.")
     ] = "one",
@@ -147,18 +157,27 @@ def convert(
         float | None, typer.Option(help="katz: guidance scale, absent there (default 7.5).")
     ] = None,
 ) -> None:
-    """Convert a published trace into synerdiff's format, and tell what was left out and why."""
+    """Convert a trace of any dialect into synerdiff's format, and tell how it was read, what was left out and why."""
 
-    _one_of("--format", format, ("gentd26", "katz"))
+    _one_of("--format", format, ("auto", "gentd26", "katz"))
     _one_of("--service", service or "A", ("A", "B"))
     for flag, value in (("service", service), ("steps", steps), ("images", images), ("guidance-scale", guidance_scale)):
-        if format == "gentd26" and value is not None:
-            raise InputError(f"--{flag} belongs to --format katz; GenTD26 is converted without it.")
-    if format == "katz" and all_types:
-        raise InputError("--all-types belongs to --format gentd26; the Katz trace names no types.")
+        if format != "katz" and value is not None:
+            other = f"give --map {flag.replace('-', '_')}={value} instead" if flag != "service" else "leave it out"
+            raise InputError(f"--{flag} belongs to --format katz; {other}.")
+    if format != "gentd26" and all_types:
+        raise InputError("--all-types belongs to --format gentd26; other traces name no types.")
+    for flag, is_given in (("map", map is not None), ("sort", sort), ("seed", seed != 0)):
+        if format != "auto" and is_given:
+            raise InputError(f"--{flag} belongs to --format auto; {format} is read without it.")
+    for flag, value, default in (("checkpoints", checkpoints, "one"), ("adapters", adapters, "keep")):
+        if format == "auto" and value != default:
+            raise InputError(f"--{flag} belongs to --format gentd26 and katz; say with --map what is read.")
     require_trace_target(target)
     with progress(f"Reading {source.name}") as update:
-        if format == "gentd26":
+        if format == "auto":
+            conversion = convert_trace(source, Reading(map or "", sort, seed), update)
+        elif format == "gentd26":
             conversion = read_gentd26(
                 source, checkpoints=checkpoints, adapters=adapters, all_types=all_types, progress=update
             )
@@ -175,11 +194,9 @@ def convert(
             )
     write_trace(target, conversion.requests)
     typer.echo(f"{source}: {conversion.rows:,} rows")
-    for reason, count in conversion.dropped.items():
-        typer.echo(f"  {count:>7,} dropped: {reason}")
+    for line in conversion.lines():
+        typer.echo(line)
     typer.echo(f"{target}: {len(conversion.requests):,} requests")
-    for note, count in conversion.noted.items():
-        typer.echo(f"  {count:>7,} {note}")
 
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -34,6 +34,8 @@ def validate(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     tolerance: Annotated[str | None, typer.Option(help="strict or cpu (default: cpu on a CPU, else strict).")] = None,
     window: options.Window = None,
+    map: options.Map = None,
+    sort: options.Sort = False,
     skip_fraction: options.SkipFraction = 0.0,
     skip_warmup: options.SkipWarmup = 3,
     skip_longest_run: options.SkipLongestRun = 1,
@@ -54,6 +56,8 @@ def validate(
         None,
         budget=options.skip_budget(skip_fraction, skip_warmup, skip_longest_run, skip_mode),
         window=window,
+        mapping=map,
+        sort=sort,
         decode_gpus="0",
         cluster=None,
     )

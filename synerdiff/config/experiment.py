@@ -89,7 +89,7 @@ class Workload(Section):
     generator: str | None = None
     parameters: dict[str, Any] = {}
     trace: str | None = None
-    format: Literal["native", "gentd26"] = "native"
+    format: Literal["auto", "gentd26"] = "auto"
     windows: Listed[Window] = ()
     lora_share: Axis[Share] = Field(default=(), max_length=100)
     """Generator adapters: share of the requests that ask for LoRAs."""

@@ -32,7 +32,7 @@ from synerdiff.core import (
 )
 from synerdiff.diffusion import SCHEDULERS
 from synerdiff.experiments.offer import fitted, limits_from, stretch, window_s, with_fewer_steps
-from synerdiff.experiments.sources import Source, arrivals
+from synerdiff.experiments.sources import Arrivals, Source, arrivals
 from synerdiff.fidelity.floor import FloorChoice, floor_for_requests
 from synerdiff.profile.adapters import Adapters, load_adapters
 from synerdiff.profile.capacity import default_batch, mix_of, offered_load, solo_latencies_ns
@@ -124,6 +124,8 @@ class Prepared:
     window: tuple[float, float] | None
     slo_from: str
     """Where the requests' latency limits come from."""
+    read_as: tuple[str, ...] = ()
+    """How a trace of another dialect was understood, for people."""
     time_scale: float = 1.0
     load: float | None = None
     """None when all requests arrive at once."""
@@ -306,7 +308,11 @@ class Outcome:
     def lines(self) -> list[str]:
         """The floor that was chosen and the metrics that matter most, for people."""
         floor = self.prepared.floor
-        return [*(floor.lines() if floor is not None else ()), *folder.summary_lines(self.described)]
+        return [
+            *self.prepared.read_as,
+            *(floor.lines() if floor is not None else ()),
+            *folder.summary_lines(self.described),
+        ]
 
 
 def prepare(spec: RunSpec) -> Prepared:
@@ -317,11 +323,8 @@ def prepare(spec: RunSpec) -> Prepared:
     adapters = spec.adapters
     if adapters is None and spec.cluster is not None and isinstance(spec.profile, Path):
         adapters = load_adapters(spec.profile, profile.name)
-    asked, window = (
-        (spec.source, None)
-        if isinstance(spec.source, tuple)
-        else (arrivals(spec.source).requests, arrivals(spec.source).window)
-    )
+    arriving = Arrivals(spec.source, None, {}) if isinstance(spec.source, tuple) else arrivals(spec.source)
+    asked, window = arriving.requests, arriving.window
     requests = fitted(asked, profile, spec.slo_seconds, spec.slo_multiple)
     floor = _floor(spec, requests, profile)
     prepared = Prepared(
@@ -334,6 +337,7 @@ def prepare(spec: RunSpec) -> Prepared:
         floor=floor,
         window=window,
         slo_from=limits_from(asked, spec.slo_seconds, spec.slo_multiple),
+        read_as=arriving.read_as,
     )
     scale, load = stretch(requests, window, prepared.load_of, spec.load, spec.rate_per_s, spec.time_scale)
     requests = scaled(requests, scale)

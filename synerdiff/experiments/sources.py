@@ -16,9 +16,10 @@ from synerdiff.core import NS_PER_S, InputError, Request
 from synerdiff.experiments.adapter_mix import AdapterTrace, adapter_requests
 from synerdiff.files import sha256_of_files
 from synerdiff.schema import validated
+from traces.dialects import Reading, load_trace
 from traces.generate import generate_trace
 from traces.gentd26 import read_gentd26
-from traces.native import read_trace
+from traces.native import Conversion
 from traces.scaling import cut_window
 from traces.spec import trace_spec
 
@@ -37,7 +38,7 @@ class Source:
     """The generator's or the reader's, as JSON."""
     generator: str | None = None
     trace: str | None = None
-    trace_format: str = "native"
+    trace_format: str = "auto"
     trace_hash: str = ""
     window: tuple[float, float] | None = None
 
@@ -56,6 +57,8 @@ class Arrivals:
     """The stated window; a generator's begins at 0. None: from the first arrival to the last."""
     dropped: Mapping[str, int]
     """What the trace file held and is not replayed, by reason."""
+    read_as: tuple[str, ...] = ()
+    """How a trace of another dialect was understood and what became of its rows, for people."""
 
     @cached_property
     def content_hash(self) -> str:
@@ -85,10 +88,13 @@ def sources(workload: Workload, experiment: Experiment, base: Path) -> list[Sour
     ]
 
 
-def trace_source(path: Path, window: tuple[float, float] | None = None) -> Source:
-    """A trace of synerdiff's own format, or the arrivals of a window of it."""
+def trace_source(
+    path: Path, window: tuple[float, float] | None = None, mapping: str | None = None, sort: bool = False
+) -> Source:
+    """A trace of any dialect (``traces.dialects``), or the arrivals of a window of it."""
     trace_hash = _file_hash(path) if path.is_file() else ""  # the reader says what is wrong with it
-    return Source(path.name, 0, None, "{}", trace=str(path), trace_hash=trace_hash, window=window)
+    parameters = json.dumps(({"map": mapping} if mapping else {}) | ({"sort": True} if sort else {}))
+    return Source(path.name, 0, None, parameters, trace=str(path), trace_hash=trace_hash, window=window)
 
 
 def search_source(workload: Workload, experiment: Experiment, base: Path) -> Source:
@@ -129,20 +135,22 @@ def _file_hash(path: Path) -> str:
 @lru_cache(maxsize=64)
 def arrivals(source: Source) -> Arrivals:
     """The requests of a replicate, kept for the next run of this process."""
-    dropped: dict[str, int] = {}
+    dropped: Mapping[str, int] = {}
+    read_as: tuple[str, ...] = ()
     if source.generator is not None:
         requests = _generate(source)
     else:
         assert source.trace is not None  # a source has one of the two
-        requests, dropped = _read(source.trace, source.trace_format, source.parameters, source.trace_hash)
-        requests = cut_window(requests, source.window, source.trace)
+        conversion = _read(source.trace, source.trace_format, source.parameters, source.trace_hash)
+        requests = cut_window(tuple(conversion.requests), source.window, source.trace)
+        dropped, read_as = conversion.dropped, tuple(conversion.lines())
     window = source.window
     if source.requests is not None and len(requests) > source.requests:
         requests, window = requests[: source.requests], None
     if source.generator is not None:
         duration_s = json.loads(source.parameters).get("duration_s")
         window = (0.0, requests[-1].arrival_ns / NS_PER_S if duration_s is None else float(duration_s))
-    return Arrivals(requests, window, dropped)
+    return Arrivals(requests, window, dropped, read_as)
 
 
 def _generate(source: Source) -> tuple[Request, ...]:
@@ -165,16 +173,23 @@ def _generate(source: Source) -> tuple[Request, ...]:
     return tuple(generate_trace(trace_spec(fields, where)))
 
 
+_PARAMETERS: dict[str, dict[str, type]] = {
+    "auto": {"map": str, "sort": bool},
+    "gentd26": {"checkpoints": str, "adapters": str, "all_types": bool},
+}
+
+
 @lru_cache(maxsize=2)
-def _read(path: str, trace_format: str, parameters: str, trace_hash: str) -> tuple[tuple[Request, ...], dict[str, int]]:
+def _read(path: str, trace_format: str, parameters: str, trace_hash: str) -> Conversion:
     options = json.loads(parameters)
-    if trace_format == "native":
-        if options:
-            raise InputError(f"{path}: a native trace takes no parameters; found {', '.join(options)}.")
-        return tuple(read_trace(Path(path))), {}
-    known = ("checkpoints", "adapters", "all_types")
-    for name in options:
+    known = _PARAMETERS[trace_format]
+    for name, value in options.items():
         if name not in known:
-            raise InputError(f"{path}: there is no parameter '{name}' of GenTD26; known are {', '.join(known)}.")
-    conversion = read_gentd26(Path(path), **options)
-    return tuple(conversion.requests), dict(conversion.dropped)
+            raise InputError(f"{path}: there is no parameter '{name}' of this trace; known are {', '.join(known)}.")
+        if not isinstance(value, known[name]):
+            raise InputError(
+                f"{path}: {name} is {value!r}; {'true or false' if known[name] is bool else 'text'} is needed."
+            )
+    if trace_format == "auto":
+        return load_trace(Path(path), Reading(options.get("map", ""), options.get("sort", False)))
+    return read_gentd26(Path(path), **options)

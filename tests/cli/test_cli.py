@@ -92,6 +92,26 @@ def test_a_window_is_cut_before_it_is_stretched(world: Path) -> None:
     assert summary["run"]["window_s"] == [1, 2]
 
 
+def test_records_of_a_run_are_a_trace_that_ends_at_the_same_instants(world: Path) -> None:
+    assert simulate("--load", "0.9") == 0
+    shutil.move(world / "out", world / "first")
+    assert simulate(trace="first/requests.parquet") == 0
+    first, again = read_requests(world / "first"), read_requests(world / "out")
+    assert (first["finished_s"] == again["finished_s"]).all()
+    assert (first["arrival_s"] == again["arrival_s"]).all()
+
+
+def test_a_foreign_trace_is_read_by_name_or_by_map_and_it_is_said(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world / "log.jsonl").write_text('{"t": 7000, "prompt": "a"}\n{"t": 5000, "prompt": "b"}\n{"t": 6000}\n')
+    assert simulate("--map", "arrival=t:ms,steps=2", "--sort", trace="log.jsonl") == 0
+    assert "read as JSON lines: arrival from t (milliseconds), steps is 2" in capsys.readouterr().out
+    assert read_requests(world / "out")["arrival_s"].tolist() == [0, 1, 2]
+    assert simulate("--map", "arrival=t:ms", "--sort", trace="log.jsonl") == 2
+    assert "(JSON lines): none of its columns says how many denoiser steps a request takes" in sentence(capsys)
+
+
 def test_set_gives_parameters_in_their_types(world: Path) -> None:
     assert simulate("--set", "batch=2", "--set", "max_wait_s=0.25", policy="static") == 0
     summary = json.loads((world / "out" / "summary.json").read_text())

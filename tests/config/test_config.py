@@ -129,7 +129,7 @@ KNOWN = ", ".join(Experiment.model_fields)
         ({"workloads": "[{name: a, generator: g, trace: t}]"}, "workloads[0]: exactly one of generator and trace"),
         ({"workloads": "[{name: 'a b', trace: t}]"}, "workloads[0].name is 'a b'; it must match pattern"),
         ({"workloads": "[{name: a, trace: t, seeds: [1]}]"}, "workloads[0]: seeds belong to a generator; a trace"),
-        ({"workloads": "[{name: a, trace: t, format: csv}]"}, "workloads[0].format is 'csv'; it must be 'native' or "),
+        ({"workloads": "[{name: a, trace: t, format: csv}]"}, "workloads[0].format is 'csv'; it must be 'auto' or "),
         (
             {"workloads": "[{name: a, generator: g, windows: [{start_s: 1, end_s: 2}]}]"},
             "workloads[0]: windows belong to a trace; a generator takes requests and seeds.",

@@ -63,13 +63,28 @@ def test_convert_katz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "2 nulls among loras left out" in capsys.readouterr().out
 
 
+def test_convert_and_describe_a_foreign_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "log.csv", tmp_path / "trace.csv"
+    source.write_text("t,prompt\n5000,a\n4000,b\n")
+    trace("convert", source, target, "--map", "arrival=t:ms,steps=8", "--sort")
+    out = capsys.readouterr().out
+    for line in ("2 rows", "arrival from t (milliseconds)", "1 follow one that arrived later: sorted", "2 requests"):
+        assert line in out
+    assert [(request.arrival_ns, request.prompt) for request in read_trace(target)] == [(0, "b"), (10**9, "a")]
+    trace("describe", source, "--map", "arrival=t:ms,steps=8", "--sort")
+    assert "8: 100.0%" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("convert", "a", "b.csv", "--format", "katz", "--map", "steps=3"), "--map belongs to --format auto"),
+        (("convert", "a", "b.csv", "--steps", "3"), "--steps belongs to --format katz; give --map steps=3 instead"),
+        (("convert", "a", "b.csv", "--checkpoints", "keep"), "--checkpoints belongs to --format gentd26 and katz"),
         (("describe", "missing.csv"), "missing.csv: there is no such trace"),
         (("generate", "poisson", "--out", "x.csv"), "give either requests or duration_s"),
         (("generate", "poisson", "--requests", "3", "--out", "x.txt"), "ends in .csv"),
-        (("convert", "a", "b.csv", "--format", "azure"), "--format is 'azure'; allowed are gentd26 and katz"),
+        (("convert", "a", "b.csv", "--format", "azure"), "--format is 'azure'; allowed are auto and gentd26 and katz"),
         (("convert", "a", "b.csv", "--format", "gentd26", "--steps", "3"), "--steps belongs to --format katz"),
         (("convert", "a", "b.csv", "--format", "katz", "--all-types"), "--all-types belongs to --format gentd26"),
         (("convert", "a", "b.csv", "--format", "katz", "--service", "C"), "--service is 'C'; allowed are A and B"),

@@ -20,6 +20,7 @@ names = st.text(st.characters(exclude_categories=("Cs", "Cc"), exclude_character
     lambda text: text.strip() != ""
 )
 sides = st.integers(8, 16384)
+prompts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 plain_names = names.filter(lambda text: not set("@=") & set(text))
 scales = st.just(1.0) | st.floats(-3, 3)
 lora_uses = st.builds(LoraUse, plain_names, scales)
@@ -41,9 +42,13 @@ def traces(draw: st.DrawFn) -> list[Request]:
             controlnets=tuple(draw(st.lists(controlnet_uses, max_size=2, unique_by=lambda use: use.name))),
             slo_ns=draw(st.none() | st.integers(1, 10**15)),
             seed=draw(st.none() | st.integers(0, 2**63 - 1)),
-            **dict(zip(("height", "width"), draw(st.just((None, None)) | st.tuples(sides, sides)), strict=True)),
+            height=height,
+            width=width,
+            prompt=draw(prompts),
+            negative_prompt=draw(prompts),
         )
         for index, arrival_ns in enumerate(arrivals)
+        for height, width in [draw(st.just((None, None)) | st.tuples(sides, sides))]
     ]
 
 
@@ -67,7 +72,9 @@ def test_only_arrival_and_steps_are_needed(tmp_path: Path) -> None:
 
 
 def test_every_column_is_read(tmp_path: Path) -> None:
-    path = written(tmp_path, ",".join(COLUMNS) + "\n0.25,20,4,5,512,768,sdxl,style7@0.8;ink,canny,2.5,42\n")
+    path = written(
+        tmp_path, ",".join(COLUMNS) + '\n0.25,20,4,5,512,768,sdxl,style7@0.8;ink,canny,2.5,42,"a cat, red",blurry\n'
+    )
     assert read_trace(path) == [
         Request(
             request_id=0,
@@ -82,6 +89,8 @@ def test_every_column_is_read(tmp_path: Path) -> None:
             controlnets=controlnets_from(("canny",)),
             slo_ns=2_500_000_000,
             seed=42,
+            prompt="a cat, red",
+            negative_prompt="blurry",
         )
     ]
 

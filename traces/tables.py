@@ -1,0 +1,181 @@
+"""Any file of requests as a table of texts: CSV with , ; or tabs, parquet, JSON, JSON lines, ``Request(...)`` lines.
+
+What a file is, its content tells, not its name.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from synerdiff.core import InputError
+from synerdiff.files import Progress, csv_rows, decompressed, reading, shown
+from traces.native import parquet_rows
+
+WHAT = "trace"
+_HEAD_BYTES = 65_536
+_MOST_BYTES = 2**31
+_NESTED = 4
+_DELIMITERS = {",": "CSV", "\t": "a table with tabs", ";": "a table with semicolons"}
+_CALL = re.compile(r"\w*Request\((.*)\)\s*,?\s*$")
+_LONGEST_CALL = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """Rows with the number that errors give them; an absent value is an empty text."""
+
+    kind: str
+    names: list[str]
+    place: str
+    """What is counted: line, row or entry."""
+    rows: Iterator[tuple[int, list[str]]]
+    broken: Counter[str] = field(default_factory=Counter)
+    """Rows that cannot be read at all, by reason; complete once the rows have been read."""
+
+
+def open_table(path: Path, progress: Progress | None = None) -> TextTable:
+    """The table of a file; InputError says what it is when it is none."""
+    with reading(path, WHAT), path.open("rb") as raw:
+        if path.is_file() and path.stat().st_size == 0:
+            raise InputError(f"{path}: the trace is empty.")
+        head = decompressed(raw).read(_HEAD_BYTES)
+    if head.startswith(b"PAR1") or path.suffix == ".parquet":
+        return _counted("parquet", "row", parquet_rows(path, WHAT, strict=False), path)
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        raise InputError(f"{path}: this file is packed with zstd; unpack it first, or pack it with gzip.")
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise InputError(f"{path}: this file is text in UTF-16; save it as UTF-8.")
+    start = head.decode("utf-8-sig", errors="replace").lstrip()
+    if start.startswith(("{", "[")):
+        return _json_table(path)
+    first = start.partition("\n")[0]
+    if _CALL.search(first):
+        return _mapped("Request(...) lines", "line", *_calls(_text(path)))
+    delimiter = max(_DELIMITERS, key=lambda character: _cells(first, character))
+    return _counted(_DELIMITERS[delimiter], "line", csv_rows(path, WHAT, progress, delimiter), path)
+
+
+def _cells(header: str, delimiter: str) -> int:
+    """How many cells that delimiter makes of the header; one inside quotes does not count."""
+    return re.sub(r'"[^"]*"', "", header).count(delimiter)
+
+
+def _counted(kind: str, place: str, rows: Iterator[tuple[int, list[str]]], path: Path) -> TextTable:
+    names = next(rows, (0, list[str]()))[1]
+    if not names:
+        raise InputError(f"{path}: the trace is empty.")
+    return TextTable(kind, names, place, rows)
+
+
+def _mapped(kind: str, place: str, entries: Iterable[tuple[int, Mapping[str, str]]], broken: Counter[str]) -> TextTable:
+    """Of mappings that need not have the same names."""
+    kept = list(entries)
+    names = list(dict.fromkeys(name for _, entry in kept for name in entry))
+    rows = ((number, [entry.get(name, "") for name in names]) for number, entry in kept)
+    return TextTable(kind, names, place, rows, broken)
+
+
+def _text(path: Path) -> str:
+    with reading(path, WHAT), path.open("rb") as raw:
+        if path.stat().st_size > _MOST_BYTES:
+            raise InputError(f"{path}: JSON of more than 2 GiB is not read; split the file, or write it as parquet.")
+        return decompressed(raw).read().decode("utf-8-sig")
+
+
+def _json_table(path: Path) -> TextTable:
+    text = _text(path)
+    lines = text.split("\n")
+    filled = [line for line in lines if line.strip()]
+    first = _parsed(filled[0])
+    if isinstance(first, dict) and (len(filled) > 1 or not _list_within(first)):
+        return _mapped("JSON lines", "line", *_objects(enumerate(map(_parsed, lines), 1), lines))
+    document = _parsed(text)
+    entries = document if isinstance(document, list) else _list_within(document)
+    if not any(isinstance(entry, dict) for entry in entries or ()):
+        why = "holds no list of requests" if document is not None else "is cut short or damaged"
+        raise InputError(f"{path}: the JSON {why}; a list of objects is needed, or one object a line.")
+    return _mapped("JSON", "entry", *_objects(enumerate(entries or (), 1)))
+
+
+def _parsed(text: str) -> Any:
+    """JSON whose numbers stay the text that they are; None for what is no JSON."""
+    try:
+        return json.loads(text, parse_float=str, parse_int=str)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _list_within(document: Any) -> list[Any] | None:
+    """The one list of objects that an object holds."""
+    lists = [value for value in document.values() if _of_objects(value)] if isinstance(document, dict) else []
+    return lists[0] if len(lists) == 1 else None
+
+
+def _of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _objects(
+    entries: Iterable[tuple[int, Any]], lines: list[str] | None = None
+) -> tuple[list[tuple[int, dict[str, str]]], Counter[str]]:
+    kept: list[tuple[int, dict[str, str]]] = []
+    broken: Counter[str] = Counter()
+    for number, entry in entries:
+        if isinstance(entry, dict):
+            kept.append((number, dict(_flat(entry, "", _NESTED))))
+        elif lines is None or lines[number - 1].strip():
+            broken["not a JSON object"] += 1
+    return kept, broken
+
+
+def _flat(entry: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, str]]:
+    """Names and texts of an object; what an object within it holds is named ``outer.inner``."""
+    for name, value in entry.items():
+        if isinstance(value, dict) and depth:
+            yield from _flat(value, f"{prefix}{name}.", depth - 1)
+        elif isinstance(value, list):
+            plain = all(isinstance(part, str) for part in value)
+            yield prefix + name, ";".join(value) if plain else json.dumps(value)
+        elif value is not None:
+            # A lone half of a surrogate pair, which JSON can spell, is no text that a file can hold.
+            yield prefix + name, str(value).encode("utf-8", "replace").decode()
+
+
+def _calls(text: str) -> tuple[list[tuple[int, dict[str, str]]], Counter[str]]:
+    """``Request(prompt='a cat', width=512, ...)``, one a line, as Python prints a record; only plain values."""
+    kept: list[tuple[int, dict[str, str]]] = []
+    broken: Counter[str] = Counter()
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        entry = _arguments(line)
+        if entry is None:
+            broken["not a line Request(name=value, ...)"] += 1
+        else:
+            kept.append((number, dict(_flat(entry, "", _NESTED))))
+    return kept, broken
+
+
+def _arguments(line: str) -> dict[str, Any] | None:
+    match = _CALL.search(line)
+    if match is None or len(line) > _LONGEST_CALL:
+        return None
+    try:
+        call = ast.parse(f"_({match[1]})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        return {argument.arg: ast.literal_eval(argument.value) for argument in call.keywords if argument.arg}
+    except (SyntaxError, ValueError, TypeError, AssertionError, RecursionError, MemoryError):
+        return None
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """Column names for a sentence."""
+    texts = [shown(name) if name.strip() else "(without a name)" for name in names]
+    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
