@@ -142,6 +142,7 @@ def assemble(
         chunks={cut.name: tuple(map(spread_of, solo[f"chunks {cut.name}"])) for cut in chunkings},
         corun={key: dict(sorted(corun[key].items())) for key in sorted(corun, key=_table_place(chunkings))},
         overheads={name: _overhead(name, solo) for name in OVERHEADS},
+        step_launch={rows: _launch(rows, solo) for rows in settings.rows},
     )
     notes = {
         **_notes(plan, tables, bench),
@@ -166,6 +167,13 @@ def _overhead(name: str, solo: Mapping[str, Any]) -> Spread:
     found = spread_of(solo[f"overhead {name}"][0])
     # A launch that comes too late costs more than one that comes early: nine in ten shall be in time.
     return Spread(found.p90, found.p10, found.p90, found.n) if name == "decision_lead" else found
+
+
+def _launch(rows: int, solo: Mapping[str, Any]) -> Spread:
+    """What a step takes longer on an idle lane than behind another: the medians' difference, never below 0."""
+    idle, queued_ns = spread_of(solo[f"overhead idle {rows}"][0]), spread_of(solo[f"step {rows}"][0]).median
+    median_ns, p10, p90 = (max(0, value - queued_ns) for value in (idle.median, idle.p10, idle.p90))
+    return Spread(median_ns, p10, p90, idle.n)
 
 
 def _head(chunkings: Sequence[Chunking], bench: Bench, watch: GpuWatch | None, notes: dict[str, Any]) -> Head:

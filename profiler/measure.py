@@ -147,7 +147,7 @@ class _Session:
             self._keep("decoder")
         functions = {cut.name: prepare_chunks(self.bench.model, cut, self.bench.decode) for cut in self.plan.chunkings}
         steps = {rows: TimedStep(self.bench.model, rows) for rows in self.settings.rows}
-        samplers = self._samplers(functions, steps[self.settings.rows[0]])
+        samplers = self._samplers(functions, steps)
         warm_up_all(self.bench, samplers)
         chunks = {name: chunk_pieces(self.bench, parts) for name, parts in functions.items()}
         # A measurement that may end early knows its solo times first; another spreads them over the whole of it.
@@ -204,13 +204,13 @@ class _Session:
         fits = sum(end <= time_s for end in ends)
         return f"{text}; there is time for about {fits} of these visits, in the order of their value"
 
-    def _samplers(self, functions: dict[str, Any], step: TimedStep) -> dict[str, Sampler]:
+    def _samplers(self, functions: dict[str, Any], steps: dict[int, TimedStep]) -> dict[str, Sampler]:
         rows = (*self.settings.rows, *self.settings.held_out_step_rows)
         unguided = max((r for r in self.settings.rows if r <= 8), default=self.settings.rows[0])
         return {
             **step_samplers(self.bench, rows, unguided),
             **{f"chunks {name}": chunks_sampler(self.bench, parts) for name, parts in functions.items()},
-            **overhead_samplers(self.bench, step, functions["whole"][0]),
+            **overhead_samplers(self.bench, steps, functions["whole"][0]),
         }
 
     def _solo_rounds(self, samplers: dict[str, Sampler], due: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from math import ceil, inf
 from statistics import median
@@ -206,8 +207,10 @@ def chunks_sampler(bench: Bench, functions: Sequence[ChunkFunction]) -> Sampler:
     return lambda count: in_turn(sides, count)
 
 
-def overhead_samplers(bench: Bench, step: TimedStep, whole: ChunkFunction) -> dict[str, Sampler]:
-    """``overhead NAME`` for each name of `synerdiff.profile.tables.OVERHEADS` that this device has."""
+def overhead_samplers(bench: Bench, by_rows: Mapping[int, TimedStep], whole: ChunkFunction) -> dict[str, Sampler]:
+    """``overhead NAME`` for each name of `synerdiff.profile.tables.OVERHEADS` that this device has, and
+    ``overhead idle R``: steps of each number of rows that are launched on an idle lane."""
+    step = by_rows[min(by_rows)]
     latent = bench.latent()
     image = bench.decode.submit(lambda: whole(latent)).result()
     steps, chunks = Side(bench.denoise, step), Side(bench.decode, TimedChunk(whole, latent))
@@ -217,6 +220,8 @@ def overhead_samplers(bench: Bench, step: TimedStep, whole: ChunkFunction) -> di
         "text_encode": lambda count: _host_times(bench, lambda: bench.model.start(0, 2), count),
         "result_copy": lambda count: _host_times(bench, lambda: finished_picture(image), count),
     }
+    for rows, one in by_rows.items():
+        samplers[f"idle {rows}"] = partial(launched_idle, bench, Side(bench.denoise, one))
     if bench.on_gpu:
         # A CPU lane launches for itself, so its decisions need no lead.
         samplers["decision_lead"] = lambda count: launch_times(steps, count)
@@ -237,6 +242,19 @@ def gaps(bench: Bench, side: Side, count: int, early: bool) -> list[int]:
         works[-2].result()
     durations(works)
     return [max(1, later.start_ns - work.end_ns) for work, later in pairwise(works)]
+
+
+def launched_idle(bench: Bench, side: Side, count: int) -> list[int]:
+    """Durations (ns) of a piece when nothing is queued before it; one more run before them is not counted.
+
+    A GPU's lane notes the start before this thread has launched all of the piece, so what the host takes is in them.
+    """
+    works = []
+    for _ in range(count + 1):
+        bench.device.synchronize()
+        works.append(side.submit())
+        works[-1].result()
+    return durations(works)[1:]
 
 
 def launch_times(side: Side, count: int) -> list[int]:

@@ -48,6 +48,8 @@ class Dispatch:
     def __init__(self) -> None:
         self.step_ns: list[int] = []
         """From the end (or arrival) that a step was decided on to its start."""
+        self.step_queued: list[bool] = []
+        """Whether it had been committed to the lane's queue while another step ran."""
         self.chunk_ns: list[int] = []
         self.decide_ns: list[int] = []
         self.lag_ns: list[int] = []

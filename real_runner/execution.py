@@ -96,7 +96,8 @@ class Execution:
         for lane in self.worker.lanes:
             if self.decodes[lane.index] is not None and lane.sample is not None:
                 ppm += self.profile.slowdown_ppm(step.rows, self.chunking, lane.sample.chunks_done)[0] - PPM
-        return running.since_ns + self.profile.step_ns(step.rows) * ppm // PPM
+        work_ns = self.profile.step_ns(step.rows) + (0 if step.committed else self.profile.launch_ns(step.rows))
+        return running.since_ns + work_ns * ppm // PPM
 
     # --- starting -----------------------------------------------------------------------------------------------
 
@@ -152,6 +153,7 @@ class Execution:
         step = self.worker.end_step(end_ns)
         self.step = None
         self.dispatch.step_ns.append(start_ns - running.cause_ns)
+        self.dispatch.step_queued.append(step.committed)
         if content.forward_began is not None:
             start_ns = min(end_ns, max(start_ns, content.forward_began() - self.zero_ns))
         self.records.append(WorkRecord.step(self.gpu, start_ns, end_ns, step.ids, step.rows, step.modes, step.pad_rows))

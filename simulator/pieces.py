@@ -90,6 +90,8 @@ class PlainStepper:
             work_ns = self._times.step_ns(rows)
             if not self._times.drawn:
                 self._solo_ns[rows] = work_ns
+        if self._profile.step_launch and not step.committed:
+            work_ns += self._profile.launch_ns(rows)
         self._left_ns = work_ns
         self._start_ns = self._since_ns = now_ns
         self._ppm = 0

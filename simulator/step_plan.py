@@ -269,8 +269,12 @@ class StepPlanner:
             bucket, step_ns = self.profile.bucket(rows), self.times.step_spread(rows).median
             rest_ns = max(0, step_ns - self.adapters.forward_ns(bucket))
             work_ns = (self.adapters.ns("denoise_forward_beside", bucket) + rest_ns) * work_ns // step_ns
-        work_ns = self.profile.sped(work_ns) + self.dispatch_ns
+        work_ns = self.profile.sped(work_ns) + self._begin_ns(step, rows)
         return plan.add(Segment("step", gpu=gpu, rows=rows, work_ns=work_ns), last)
+
+    def _begin_ns(self, step: Step, rows: int) -> int:
+        """Dispatch of a forward of ``rows`` rows, and its launch unless the step was committed beside another."""
+        return self.dispatch_ns + (0 if step.committed else self.profile.launch_ns(rows))
 
     def _forward_with_services(
         self, plan: Plan, step: Step, gpu: int, rows: int, controlnets: Mapping[str, int], before: Segment | None
@@ -286,7 +290,8 @@ class StepPlanner:
         rest_ns = max(0, step_ns - adapters.forward_ns(bucket))
         encoder_ns = self.profile.sped(adapters.ns_beside("denoise_encoder", bucket) * drawn_ns // step_ns)
         decoder_ns = (adapters.ns_beside("denoise_decoder", bucket) + rest_ns) * drawn_ns // step_ns
-        encoder = plan.add(Segment("encoder", gpu=gpu, rows=rows, work_ns=encoder_ns + self.dispatch_ns), before)
+        encoder_ns += self._begin_ns(step, rows)
+        encoder = plan.add(Segment("encoder", gpu=gpu, rows=rows, work_ns=encoder_ns), before)
         arrivals = []
         for name, its_rows in controlnets.items():
             decoder_ns += adapters.ns("residual_add", its_rows)

@@ -21,9 +21,11 @@ def make_profile(
     slowdowns: dict[int, tuple[int, int]] | None = None,
     *,
     overheads: dict[str, int] | None = None,
+    launches: dict[int, int] | None = None,
     eager: bool = False,
 ) -> Profile:
-    """``slowdowns``: rows -> (step ppm, chunk ppm), the same for every chunk; none given means no contention."""
+    """``slowdowns``: rows -> (step ppm, chunk ppm), the same for every chunk; none given means no contention.
+    ``launches``: rows -> what a step takes longer on an idle lane."""
     cells = slowdowns or {min(steps_ns): (1_000_000, 1_000_000), max(steps_ns): (1_000_000, 1_000_000)}
     corun = {
         (chunking, chunk): {rows: Corun(exact(u), exact(v), False) for rows, (u, v) in cells.items()}
@@ -38,6 +40,7 @@ def make_profile(
         chunks={chunking: tuple(exact(time_ns) for time_ns in times) for chunking, times in chunks_ns.items()},
         corun=corun,
         overheads={name: exact(value) for name, value in (overheads or {}).items()},
+        step_launch={rows: exact(value) for rows, value in (launches or {}).items()},
     )
 
 

@@ -48,15 +48,16 @@ class TimedWork:
 
 
 class TimedLane:
-    """First in, first out; each piece takes what ``duration_of`` says."""
+    """First in, first out; each piece takes what ``duration_of`` says of it and of whether the lane is idle."""
 
-    def __init__(self, clock: Clock, duration_of: Callable[[Any], int] = lambda piece: 0) -> None:
+    def __init__(self, clock: Clock, duration_of: Callable[[Any, bool], int] = lambda piece, idle: 0) -> None:
         self.clock, self.duration_of, self.free_at_ns = clock, duration_of, 0
 
     def submit(self, function: Any) -> TimedWork:
+        idle = self.clock.now_ns >= self.free_at_ns
         start_ns = max(self.clock.now_ns, self.free_at_ns)
         piece = getattr(function, "__self__", None)
-        self.free_at_ns = start_ns + (0 if piece is None else self.duration_of(piece))
+        self.free_at_ns = start_ns + (0 if piece is None else self.duration_of(piece, idle))
         return TimedWork(self.clock, start_ns, self.free_at_ns, NO_PICTURE)
 
 
@@ -98,10 +99,11 @@ def rehearse(
     def evenly_cut(profile: Profile, name: str) -> Chunking:
         return Chunking(name, tuple(range(1, profile.chunk_count(name))))
 
-    def step_ns(piece: Any) -> int:
-        return profile.step_ns(sum(2 if mode == "guided" else 1 for mode in piece.modes) + piece.pad_rows)
+    def step_ns(piece: Any, idle: bool) -> int:
+        rows = sum(2 if mode == "guided" else 1 for mode in piece.modes) + piece.pad_rows
+        return profile.step_ns(rows) + (profile.launch_ns(rows) if idle else 0)
 
-    def chunk_ns(piece: Any) -> int:
+    def chunk_ns(piece: Any, idle: bool) -> int:
         piece.image.hidden = 0
         return profile.chunk_ns(policy.chunking, piece.image.sample.chunks_done)
 

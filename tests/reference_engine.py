@@ -37,14 +37,14 @@ def reference_simulate(
     def piece(solo: Any, now: Any, **facts: Any) -> Any:
         return SimpleNamespace(left=solo, since=now, start=now, ppm=None, end=None, shown=False, **facts)
 
-    def begin_step(batch: Any, pads: Any, now: Any) -> Any:
+    def begin_step(batch: Any, pads: Any, now: Any, idle: bool) -> Any:
         if now < run.hold:  # it holds the lane, and starts when the host lets it
-            run.late_step = (batch, pads)
+            run.late_step = (batch, pads, idle)
             return SimpleNamespace(batch=batch, pads=pads, rows=0, end=None, shown=False)
         rows = pads + sum(2 if mode == "guided" else 1 for _, mode in batch)
-        return piece(
-            profile.step_ns(rows) + profile.overhead_ns("step_dispatch"), now, batch=batch, pads=pads, rows=rows
-        )
+        launch = profile.launch_ns(rows) if idle else 0
+        work = profile.step_ns(rows) + launch + profile.overhead_ns("step_dispatch")
+        return piece(work, now, batch=batch, pads=pads, rows=rows)
 
     def begin_chunk(lane: Any, now: Any) -> None:
         if now < run.hold:
@@ -118,14 +118,14 @@ def reference_simulate(
                 run.ended += 1
         if ended_step:  # 3. what was committed
             if run.committed is not None:
-                run.step, run.committed = begin_step(run.committed[0], run.committed[1], now), None
+                run.step, run.committed = begin_step(run.committed[0], run.committed[1], now, False), None
             for lane in lanes:
                 if lane.sample is not None and not lane.started:
                     lane.started = True
                     begin_chunk(lane, now)
         if now >= run.hold:  # and what the host held back
             if run.late_step is not None:
-                run.step, run.late_step = begin_step(run.late_step[0], run.late_step[1], now), None
+                run.step, run.late_step = begin_step(run.late_step[0], run.late_step[1], now, run.late_step[2]), None
             for lane in [late_lanes.pop(0) for _ in range(len(late_lanes))]:
                 begin_chunk(lane, now)
         while todo and todo[0].entered_ns <= now:  # 4. arrivals
@@ -173,7 +173,7 @@ def reference_simulate(
                 for sample, _ in batch:
                     sample.in_step = True
                 if step is None:
-                    run.step = begin_step(batch, decision.pad_rows, now)
+                    run.step = begin_step(batch, decision.pad_rows, now, True)
                 else:
                     run.committed = (batch, decision.pad_rows)
             for launch in decision.chunks:

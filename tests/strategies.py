@@ -91,11 +91,13 @@ def profiles(draw: Any, host: tuple[int, ...] = (0,)) -> Profile:
     names = ("step_dispatch", "chunk_dispatch", "decision_lead", "text_encode", "result_copy")
     overheads = {name: draw(st.sampled_from((0, 0, 1, 7, 60))) for name in names}
     overheads["sample_host"] = draw(st.sampled_from(host))
+    launches = {r: draw(st.sampled_from((0, 4, 90))) for r in rows} if draw(st.booleans()) else None
     return make_profile(
         {r: draw(times) for r in rows},
         {"whole": [draw(times)], "cut": chunk_times},
         ends,
         overheads=overheads,
+        launches=launches,
         eager=draw(st.booleans()),
     )
 

@@ -108,10 +108,12 @@ def report(measured: Profile) -> list[str]:
     times = "  ".join(f"{rows}: {spread.median / ms:.2f}" for rows, spread in measured.steps.items())
     decodes = "  ".join(f"{name}: {measured.decode_ns(name) / ms:.2f}" for name in measured.chunkings)
     overheads = "  ".join(f"{name}: {measured.overhead_ns(name) / ms:.3f}" for name in measured.overheads)
+    launches = "  ".join(f"{rows}: {spread.median / ms:.3f}" for rows, spread in measured.step_launch.items())
     lines = [
         f"  step, ms by rows   {times}",
         f"  decode, ms         {decodes}",
         f"  overheads, ms      {overheads}",
+        f"  idle launch, ms    {launches}",
         "  1/s_u + 1/s_v of a decode by rows (above 1, running it beside steps pays)",
     ]
     for name, by_rows in notes["overlap"].items():

@@ -42,7 +42,7 @@ def short(value: object) -> str:
 class Step:
     """One denoiser step over a batch of samples."""
 
-    __slots__ = ("freed", "ids", "modes", "pad_rows", "rows", "samples", "shown_done")
+    __slots__ = ("committed", "freed", "ids", "modes", "pad_rows", "rows", "samples", "shown_done")
 
     def __init__(self, samples: list[Sample], ids: tuple[SampleId, ...], modes: str, rows: int, pad_rows: int) -> None:
         self.samples = samples
@@ -50,6 +50,8 @@ class Step:
         self.modes = modes
         self.rows = rows
         self.pad_rows = pad_rows
+        self.committed = False
+        """It was decided while another step ran, so it does not start on an idle lane."""
         self.shown_done = False
         """The view shows it as done already, because the next decision closes early."""
         self.freed: list[Sample] = []
@@ -269,6 +271,7 @@ class Worker:
         if batch:
             step = self._make_step(batch, pad_rows, now_ns)
             if early:
+                step.committed = True
                 self.next_step = step
             else:
                 self.step = step

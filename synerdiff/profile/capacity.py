@@ -156,7 +156,8 @@ def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None
     """Latency of the request alone on an idle worker under ``continuous-serial``, full guidance, to the nanosecond.
 
     text_encode, then waves of at most ``batch`` images (default: the default batch for its rows): all steps of a wave,
-    its decodes one after the other, each with sample_host after it, then the next wave; at the end result_copy.
+    its decodes one after the other, each with sample_host after it, then the next wave; at the end result_copy. With a
+    decision lead only the first step of a wave is launched on an idle lane.
     """
     rows = 2 if request.guidance_scale > 1 else 1
     most = default_batch(profile, rows) if batch is None else min(batch, most_samples(profile, rows))
@@ -165,6 +166,7 @@ def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None
     while left:
         wave = min(left, most)
         total += request.steps * (profile.step_ns(wave * rows) + profile.overhead_ns("step_dispatch"))
+        total += (1 if profile.overhead_ns("decision_lead") else request.steps) * profile.launch_ns(wave * rows)
         total += wave * (_chunk_ns(profile, "whole", 0) + profile.overhead_ns("sample_host"))
         left -= wave
     return total
@@ -189,6 +191,8 @@ def _chunk_ns(profile: Profile, chunking: str, chunk: int) -> int:
 def _denoise_ns(profile: Profile, steps_mean: float, batch: int, rows: Mapping[int, float]) -> float:
     """Denoise-lane time per sample at full batches."""
     step_ns = _mean(profile.step_ns, rows) + profile.overhead_ns("step_dispatch")
+    if not profile.overhead_ns("decision_lead"):
+        step_ns += _mean(profile.launch_ns, rows)
     return steps_mean * step_ns / batch
 
 

@@ -15,6 +15,7 @@ from synerdiff.profile.tables import (
     OVERHEADS,
     SCHEMA_VERSION,
     STEP_COLUMNS,
+    STEP_LAUNCH,
     Corun,
     Head,
     Profile,
@@ -64,6 +65,7 @@ def load_profile(folder: Path) -> Profile:
         raise InputError(f"{head_path}: provenance is {provenance!r}; allowed are {', '.join(PROVENANCES)}.")
     steps, held_out = _read_steps(folder / "steps.csv")
     chunks = _read_chunks(folder / "chunks.csv")
+    overheads, launches = _read_overheads(folder / "overheads.csv")
     return Profile(
         name=_name(head_path, head.get("name", folder.resolve().name)),
         provenance=provenance,
@@ -71,7 +73,8 @@ def load_profile(folder: Path) -> Profile:
         steps=steps,
         chunks=chunks,
         corun=_read_corun(folder / "corun.csv", chunks),
-        overheads=_read_overheads(folder / "overheads.csv"),
+        overheads=overheads,
+        step_launch=launches,
         held_out_steps=held_out,
         head=head_of(head, str(head_path)),
         content_hash=profile_hash(folder),
@@ -207,16 +210,26 @@ def _read_corun(path: Path, chunks: Mapping[str, Sequence[Spread]]) -> dict[tupl
     return found
 
 
-def _read_overheads(path: Path) -> dict[str, Spread]:
+def _read_overheads(path: Path) -> tuple[dict[str, Spread], dict[int, Spread]]:
+    """By name; and step_launch by rows, the only one that has them."""
     found: dict[str, Spread] = {}
-    for row in read_rows(path, OVERHEAD_COLUMNS, "profile table"):
-        name = row.name("name")
+    launches: dict[int, Spread] = {}
+    for row in read_rows(path, OVERHEAD_COLUMNS, "profile table", optional=("rows",)):
+        name, rows = row.name("name"), row.text("rows")
+        if name == STEP_LAUNCH:
+            at = row.integer("rows", 1, _MOST_ROWS)
+            if at in launches:
+                raise row.error("rows", f"{at} is given twice for {STEP_LAUNCH}")
+            launches[at] = _spread(row, low=0)
+            continue
         if name not in OVERHEADS:
-            raise row.error("name", f"is {name!r}; known are {', '.join(OVERHEADS)}")
+            raise row.error("name", f"is {name!r}; known are {', '.join((*OVERHEADS, STEP_LAUNCH))}")
+        if rows:
+            raise row.error("rows", f"is {rows!r}; only {STEP_LAUNCH} has rows, elsewhere it is empty")
         if name in found:
             raise row.error("name", f"{name} is given twice")
         found[name] = _spread(row, low=0)
-    return found
+    return found, launches
 
 
 def write_profile(folder: Path, profile: Profile) -> None:
@@ -235,8 +248,9 @@ def write_profile(folder: Path, profile: Profile) -> None:
     ]
     write_rows(folder / "chunks.csv", CHUNK_COLUMNS, chunk_rows)
     write_rows(folder / "corun.csv", CORUN_COLUMNS, _corun_rows(profile))
-    overheads = [(name, s.median, s.p10, s.p90, s.n) for name, s in profile.overheads.items()]
-    write_rows(folder / "overheads.csv", OVERHEAD_COLUMNS, overheads)
+    overheads: list[tuple[Any, ...]] = [(k, s.median, s.p10, s.p90, s.n, "") for k, s in profile.overheads.items()]
+    overheads += [(STEP_LAUNCH, s.median, s.p10, s.p90, s.n, rows) for rows, s in sorted(profile.step_launch.items())]
+    write_rows(folder / "overheads.csv", (*OVERHEAD_COLUMNS, "rows"), overheads)
     write_yaml(folder / "profile.yaml", {**own, **fields_of(profile.head)})
 
 

@@ -37,6 +37,8 @@ CORUN_COLUMNS = (
     "n",
     "held_out",
 )
+STEP_LAUNCH = "step_launch"
+"""The overhead that `Profile.step_launch` holds: one by rows."""
 OVERHEAD_COLUMNS = ("name", "median_ns", "p10_ns", "p90_ns", "n")
 
 
@@ -108,6 +110,7 @@ class Profile:
 
     ``steps``: rows -> solo time of a denoiser step. ``chunks``: chunking -> solo time of each chunk of a decode.
     ``corun``: (chunking, chunk) -> rows -> slowdowns. ``overheads``: name -> time; a missing one is 0.
+    ``step_launch``: rows -> what a step takes longer that is launched on an idle lane; missing rows are 0.
     ``row_buckets``: the rows for which a step is compiled, None for eager execution (then times interpolate).
     ``speed_ppm`` divides the times that methods give of steps and chunks, not the tables and not the overheads.
     """
@@ -123,6 +126,7 @@ class Profile:
     head: Head = field(default_factory=Head)
     content_hash: str = ""
     speed_ppm: int = PPM
+    step_launch: Mapping[int, Spread] = field(default_factory=dict)
     _bucket_memo: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _step_memo: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _slowdown_memo: dict[tuple[int, str, int], tuple[int, int]] = field(
@@ -184,6 +188,16 @@ class Profile:
             found = _at(self.bucket(rows), self.steps, lambda spread: spread.median)
             found = self._step_memo[rows] = self.sped(found)
         return found
+
+    def launch_ns(self, rows: int) -> int:
+        """What a step of ``rows`` rows takes longer on an idle lane: at its bucket, on eager profiles interpolated; 0
+        where nothing was measured. No speed scales it."""
+        if not self.step_launch:
+            return 0
+        bucket = self.bucket(rows)
+        between = self.row_buckets is None and min(self.step_launch) <= bucket <= max(self.step_launch)
+        known = bucket in self.step_launch or between
+        return _at(bucket, self.step_launch, lambda spread: spread.median) if known else 0
 
     def step_spread(self, rows: int) -> Spread:
         """Median, p10 and p90 of a step at the bucket of ``rows``, at speed 1."""

@@ -130,6 +130,9 @@ class CellTimes:
     """
 
     steps: Mapping[int, Sequence[int]]
+    """Of steps that followed another without a gap, where any did; else of those that an idle lane was given."""
+    launched: Mapping[int, Sequence[int]]
+    """Of steps that an idle lane was given, where others followed without a gap."""
     chunks: Mapping[str, Sequence[Sequence[int]]]
     overheads: Mapping[str, Sequence[int]]
     beside: Mapping[CorunKey, tuple[Overlap, Overlap]]
@@ -159,12 +162,16 @@ def cell_times(chunking: str, run: RealRun) -> CellTimes:
     O; its slowdown is O over that. Both are summed over all pieces before they are divided.
     """
     work = handed_over(run)
+    queued_ends = _queued_ends(run)
     alone, solo = _alone(work)
+    launched = {rows: [s.end_ns - s.start_ns for s in of if s.end_ns not in queued_ends] for rows, of in alone.items()}
+    queued = {rows: [s.end_ns - s.start_ns for s in of if s.end_ns in queued_ends] for rows, of in alone.items()}
+    step_times = {rows: queued[rows] or launched[rows] for rows in alone}
     steps = [record for record in work if record.kind == "step"]
     decodes = [record for record in work if record.kind == "chunk"]
     with_decode = {id(step): _overlap_ns(step, decodes) for step in steps}
     beside = {}
-    for rows, times in alone.items():
+    for rows, times in step_times.items():
         same = [step for step in steps if step.rows == rows]
         beside_decodes = [(step, with_decode[id(step)]) for step in same if with_decode[id(step)]]
         of_steps = _overlap(beside_decodes, sum(times) / len(times))
@@ -180,13 +187,20 @@ def cell_times(chunking: str, run: RealRun) -> CellTimes:
         "text_encode": run.dispatch.prepare_ns,
         "result_copy": run.dispatch.copy_ns,
     }
-    return CellTimes(alone, {chunking: solo}, overheads, beside)
+    launched = {rows: times for rows, times in launched.items() if times and queued[rows]}
+    return CellTimes(step_times, launched, {chunking: solo}, overheads, beside)
 
 
-def _alone(work: Sequence[WorkRecord]) -> tuple[dict[int, list[int]], list[list[int]]]:
-    """Durations of steps without a decode beside them, by rows, and of exclusive chunks, by number."""
+def _queued_ends(run: RealRun) -> set[int]:
+    """When the steps ended that had been committed while another one ran."""
+    steps = sorted((record for record in run.result.work if record.kind == "step"), key=lambda record: record.end_ns)
+    return {record.end_ns for record, queued in zip(steps, run.dispatch.step_queued, strict=True) if queued}
+
+
+def _alone(work: Sequence[WorkRecord]) -> tuple[dict[int, list[WorkRecord]], list[list[int]]]:
+    """Steps without a decode beside them, by rows, and durations of exclusive chunks, by number."""
     decodes = [record for record in work if record.kind == "chunk"]
-    steps: dict[int, list[int]] = {}
+    steps: dict[int, list[WorkRecord]] = {}
     chunks: list[list[int]] = [[] for _ in range(1 + max(chunk.chunk for chunk in decodes))]
     for record in work:
         duration_ns = record.end_ns - record.start_ns
@@ -194,21 +208,25 @@ def _alone(work: Sequence[WorkRecord]) -> tuple[dict[int, list[int]], list[list[
             if record.exclusive:
                 chunks[record.chunk].append(duration_ns)
         elif not _overlap_ns(record, decodes):
-            steps.setdefault(record.rows, []).append(duration_ns)
+            steps.setdefault(record.rows, []).append(record)
     return steps, chunks
 
 
 def joined(parts: Sequence[CellTimes]) -> CellTimes:
     """The samples of passes with different chunkings together."""
     steps: dict[int, list[int]] = {}
+    launched: dict[int, list[int]] = {}
     overheads: dict[str, list[int]] = {}
     for part in parts:
         for rows, times in part.steps.items():
             steps.setdefault(rows, []).extend(times)
+        for rows, times in part.launched.items():
+            launched.setdefault(rows, []).extend(times)
         for name, times in part.overheads.items():
             overheads.setdefault(name, []).extend(times)
     return CellTimes(
         steps,
+        launched,
         {name: columns for part in parts for name, columns in part.chunks.items()},
         overheads,
         {key: both for part in parts for key, both in part.beside.items()},
@@ -270,6 +288,11 @@ def refreshed(profile: Profile, times: Sequence[CellTimes], ratios: Sequence[Cel
     # The simulator adds the hand-over to every piece; one within a decode is shorter than one to a lane that sleeps.
     step_ns, chunk_ns = (overheads[name].median for name in ("step_dispatch", "chunk_dispatch"))
     steps = {rows: _mean((one.steps[rows] for one in times), step_ns) for rows in times[0].steps}
+    launches = {}
+    for rows in times[0].launched:
+        idle = _mean((one.launched.get(rows, ()) for one in times), step_ns)
+        mean_ns, p10, p90 = (max(0, value - steps[rows].median) for value in (idle.median, idle.p10, idle.p90))
+        launches[rows] = Spread(mean_ns, p10, p90, idle.n)
     chunks = {
         name: tuple(_mean((one.chunks[name][i] for one in times), chunk_ns) for i in range(len(columns)))
         for name, columns in times[0].chunks.items()
@@ -289,6 +312,7 @@ def refreshed(profile: Profile, times: Sequence[CellTimes], ratios: Sequence[Cel
         chunks=dict(profile.chunks) | chunks,
         corun=corun,
         overheads=dict(profile.overheads) | overheads,
+        step_launch=launches,
         head=profile.head.model_copy(update={"notes": {**profile.head.notes, "measured_again": again}}),
         content_hash="",
     )
@@ -322,5 +346,6 @@ def all_times_scaled(profile: Profile, factor: float) -> Profile:
         steps={rows: scaled(spread) for rows, spread in profile.steps.items()},
         chunks={name: tuple(map(scaled, spreads)) for name, spreads in profile.chunks.items()},
         overheads={name: scaled(spread) if spread.median else spread for name, spread in profile.overheads.items()},
+        step_launch={rows: scaled(spread) if spread.median else spread for rows, spread in profile.step_launch.items()},
         content_hash="",
     )

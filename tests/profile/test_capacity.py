@@ -111,6 +111,15 @@ def test_solo_latency_by_hand(profile: Profile) -> None:
     assert solo_latencies_ns([request, request], profile) == [291 * MS] * 2
 
 
+@pytest.mark.parametrize("lead_ns", [0, 5 * MS])
+def test_idle_launches_are_in_the_latency_alone_as_the_simulator_has_them(profile: Profile, lead_ns: int) -> None:
+    with_overheads(profile, step_dispatch=2 * MS, decision_lead=lead_ns)
+    profile.step_launch = {rows: exactly(rows * MS) for rows in profile.steps}
+    request = Request(0, 0, 4, images=3)
+    record = simulate([request], build_policy("continuous-serial", {"batch": 2}), profile).requests[0]
+    assert record.finished_ns == solo_latency_ns(request, profile, batch=2)
+
+
 @pytest.mark.parametrize("images", [1, 3, 8, 9, 20])
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 @pytest.mark.parametrize("batch", [None, 3])

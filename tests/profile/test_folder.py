@@ -44,6 +44,29 @@ def test_a_profile_reads_back_as_it_was_written(folder: Path) -> None:
     assert load_profile(again).content_hash == profile.content_hash
 
 
+def test_step_launch_is_the_one_overhead_with_rows_and_old_tables_lack_the_column(folder: Path) -> None:
+    profile = load_profile(folder)
+    assert profile.step_launch == {}
+    table = folder / "overheads.csv"
+    table.write_text("name,median_ns,p10_ns,p90_ns,n\nstep_dispatch,5,4,6,9\n")
+    assert load_profile(folder).overhead_ns("step_dispatch") == 5
+    head = "name,median_ns,p10_ns,p90_ns,n,rows\n"
+    table.write_text(head + "step_dispatch,5,4,6,9,\nstep_launch,7,6,8,9,1\nstep_launch,9,8,10,9,2\n")
+    launched = load_profile(folder)
+    assert [launched.launch_ns(rows) for rows in (1, 2)] == [7, 9]
+    again = folder.parent / "again"
+    write_profile(again, launched)
+    assert load_profile(again).step_launch == launched.step_launch
+    for row, message in (
+        ("step_launch,7,6,8,9,", "line 2: rows is ''; a whole number"),
+        ("step_launch,7,6,8,9,1\nstep_launch,7,6,8,9,1", "1 is given twice for step_launch"),
+        ("step_dispatch,5,4,6,9,2", "only step_launch has rows"),
+    ):
+        table.write_text(head + row + "\n")
+        with pytest.raises(InputError, match=message):
+            load_profile(folder)
+
+
 @pytest.mark.parametrize("name", shipped_profiles())
 def test_shipped_profiles_say_what_they_are_of(name: str) -> None:
     head = load_profile(find_profile(name)).head

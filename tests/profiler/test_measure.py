@@ -55,6 +55,8 @@ def test_tables_are_complete_and_read_back(measured: Any) -> None:
     assert {name: profile.chunk_count(name) for name in profile.chunkings} == {"whole": 1, "c4": 4}
     assert set(profile.overheads) == set(OVERHEADS)
     assert profile.overhead_ns("decision_lead") == 0
+    assert set(profile.step_launch) == {1, 4, 8}
+    assert all(spread.median >= 0 for spread in profile.step_launch.values())
     for name in profile.chunkings:
         for chunk in range(profile.chunk_count(name)):
             cells = profile.corun[name, chunk]

@@ -27,6 +27,53 @@ def test_one_request_alone_is_the_sum_of_its_parts() -> None:
     assert record.finished_ns == 1258 + 11
 
 
+def test_a_step_launched_on_an_idle_lane_takes_longer() -> None:
+    # Without a decision lead every step is decided at its start: each pays 9, which a chunk beside it slows too.
+    profile = make_profile(
+        {2: 100, 4: 200}, {"whole": [40]}, {2: (2_000_000, 1_000_000), 4: (1, 1)}, launches={2: 9, 4: 50}
+    )
+    result = simulate([Request(0, 0, steps=2)], build_policy("continuous-serial"), profile)
+    assert spans(result) == [("denoise", 0, 109), ("denoise", 109, 218), ("decode0", 218, 258)]
+    policy = Script(
+        Decision(admit=(0, 1), step=((0, GUIDED),)),
+        Decision(step=((1, GUIDED),), chunks=(ChunkLaunch(0, 1),)),
+        Decision(),
+        Decision(chunks=(ChunkLaunch(1, 1),)),
+    )
+    result = simulate([Request(0, 0, steps=1), Request(1, 0, steps=1)], policy, profile)
+    # Beside the chunk of 40 the step does 20 of its 109; 89 are left.
+    assert spans(result, "denoise") == [("denoise", 0, 109), ("denoise", 109, 109 + 40 + 89)]
+
+
+def test_a_step_committed_beside_another_pays_no_launch() -> None:
+    profile = make_profile({2: 100}, {"whole": [40]}, launches={2: 9}, overheads={"decision_lead": 10})
+    result = simulate([Request(0, 0, steps=3)], build_policy("continuous-serial"), profile)
+    # The first is launched on an idle lane. The next two are decided 10 before the ends of the running ones.
+    assert spans(result) == [
+        ("denoise", 0, 109),
+        ("denoise", 109, 209),
+        ("denoise", 209, 309),
+        ("decode0", 309, 349),
+    ]
+    again = simulate([Request(0, 0, 1), Request(1, 500, 1)], build_policy("continuous-serial"), profile)
+    assert spans(again, "denoise") == [("denoise", 0, 109), ("denoise", 500, 609)]
+
+
+def test_a_launch_is_looked_up_at_the_bucket_and_neither_drawn_nor_scaled() -> None:
+    profile = make_profile({2: 100, 8: 400}, {"whole": [40]}, launches={8: 50})
+    assert [profile.launch_ns(rows) for rows in (1, 2, 3, 8)] == [0, 0, 50, 50]
+    assert profile.on_worker(2_000_000).launch_ns(8) == 50
+    eager = make_profile({2: 100, 8: 400}, {"whole": [40]}, launches={4: 10, 8: 50}, eager=True)
+    assert [eager.launch_ns(rows) for rows in (2, 4, 5, 8)] == [0, 10, 20, 50]
+    drawn = simulate(
+        [Request(0, 0, steps=1)],
+        build_policy("continuous-serial"),
+        make_profile({2: 100}, {"whole": [40]}, launches={2: 9}),
+        dispersion_seed=1,
+    )
+    assert spans(drawn, "denoise") == [("denoise", 0, 109)], "a spread of no width draws its median"
+
+
 def test_a_chunk_that_outlasts_its_step_runs_on_beside_the_next_at_that_step_s_slowdown() -> None:
     # Rows 2: step 100 slowed by 1.5, chunk 200 slowed by 2. Rows 4: step 120 slowed by 1.25, chunk slowed by 4.
     profile = make_profile({2: 100, 4: 120}, {"whole": [200]}, {2: (1_500_000, 2_000_000), 4: (1_250_000, 4_000_000)})

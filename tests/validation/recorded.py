@@ -31,6 +31,7 @@ def times_of(profile: Profile, factor: float = 1.0, offsets_ns: Sequence[int] = 
 
     return CellTimes(
         {rows: samples(cell.median) for rows, cell in profile.steps.items()},
+        {},
         {name: [samples(cell.median) for cell in cells] for name, cells in profile.chunks.items()},
         {name: [cell.median] for name, cell in profile.overheads.items()},
         {
@@ -47,6 +48,8 @@ def recorded(result: RunResult) -> Any:
     work = []
     for record in result.work:
         wait_ns = min(DISPATCH_NS, record.end_ns - record.start_ns)
+        if record.kind == "step":
+            dispatch.step_queued.append(False)
         (dispatch.step_ns if record.kind == "step" else dispatch.chunk_ns).append(wait_ns)
         work.append(record._replace(start_ns=record.start_ns + wait_ns))
     return SimpleNamespace(result=replace(result, work=work), faults=[], dispatch=dispatch)

@@ -40,7 +40,7 @@ def test_every_cell_is_visited_and_gives_back_its_time(chunking: str, lead_ns: i
     assert tuple(times.steps) == rows
     for count, samples in times.steps.items():
         assert set(samples) == {STEPS[count]}
-        assert len(samples) >= 2 * 3
+        assert len(samples) + len(times.launched.get(count, ())) >= 2 * 3
     solo = [cell.median for cell in profile.chunks[chunking]]
     assert [set(column) for column in times.chunks[chunking]] == [{ns} for ns in solo]
     assert {len(column) for column in times.chunks[chunking]} == {2 * len(rows)}
@@ -80,8 +80,9 @@ def test_what_each_side_loses_is_found_from_pieces_that_overlap_in_part() -> Non
         piece("chunk", 300, 388, 0),
         piece("step", 370, 479),
     ]
-    dispatch = SimpleNamespace(step_ns=[0] * 4, chunk_ns=[0] * 2, prepare_ns=[], copy_ns=[5])
+    dispatch = SimpleNamespace(step_ns=[0] * 4, step_queued=[False] * 4, chunk_ns=[0] * 2, prepare_ns=[], copy_ns=[5])
     times = cell_times("whole", SimpleNamespace(result=SimpleNamespace(work=work), dispatch=dispatch))  # type: ignore[arg-type]
+    assert times.launched == {}, "no step was queued behind another, so every step is launched as in the run"
     assert times.steps == {2: [100, 100]}
     assert times.chunks == {"whole": [[60]]}
     assert times.overheads["result_copy"] == [5]
@@ -92,6 +93,23 @@ def test_what_each_side_loses_is_found_from_pieces_that_overlap_in_part() -> Non
     )
     assert (chunk.overlap_ns, chunk.pieces) == (78, 1)
     assert chunk.progress_ns == pytest.approx(60 - 10), "in the gap between the steps the chunk ran at full speed"
+
+
+def test_steps_on_an_idle_lane_are_told_from_those_that_were_queued() -> None:
+    """130 and 120 on an idle lane, 100 behind another step: 25 more in the mean."""
+    work = [
+        piece("step", 0, 130),
+        piece("step", 130, 230),
+        piece("chunk", 230, 290, 0, exclusive=True),
+        piece("step", 290, 410),
+    ]
+    dispatch = SimpleNamespace(
+        step_ns=[0] * 3, step_queued=[False, True, False], chunk_ns=[0], prepare_ns=[7], copy_ns=[5]
+    )
+    times = cell_times("whole", SimpleNamespace(result=SimpleNamespace(work=work), dispatch=dispatch))  # type: ignore[arg-type]
+    assert (times.steps, times.launched) == ({2: [100]}, {2: [130, 120]})
+    profile = refreshed(small({"whole": [60]}), [times], [times])
+    assert (profile.step_ns(2), profile.launch_ns(2)) == (100, 25)
 
 
 def test_passes_with_several_chunkings_are_joined() -> None:
