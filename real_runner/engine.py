@@ -25,6 +25,7 @@ from synerdiff.core import (
     Decision,
     InputError,
     LaneView,
+    Phase,
     Request,
     RunResult,
     Sample,
@@ -34,7 +35,7 @@ from synerdiff.core import (
 from synerdiff.diffusion.decoder import Chunking
 from synerdiff.engine.policy import PolicyCalls
 from synerdiff.engine.rounds import NEVER, Rounds
-from synerdiff.engine.samples import make_samples, request_records, sorted_work
+from synerdiff.engine.samples import ClosedLoop, make_samples, request_records, sorted_work
 from synerdiff.engine.worker import Step, Worker
 from synerdiff.profile.tables import Profile
 
@@ -63,6 +64,7 @@ def run_real(
     hardware: Hardware,
     *,
     budget: SkipBudget = NO_SKIPS,
+    max_concurrency: int | None = None,
     stop: threading.Event | None = None,
     on_progress: Callable[[int], None] | None = None,
     on_image: OnImage | None = None,
@@ -71,9 +73,10 @@ def run_real(
 ) -> RealRun:
     """Replay requests (by arrival) through a policy on open hardware; ``serving`` is needed for LoRAs and ControlNets.
 
-    ``stop`` ends the run early: what runs is finished, the rest is unfinished. ``on_progress`` is told how many samples
-    have ended; ``on_image`` gets every finished image. Raises InputError for what model or profile cannot serve; an
-    error after the start is in the result. What has never run on this hardware is warmed up first.
+    ``max_concurrency``: at most so many requests are in the system at a time (a closed loop). ``stop`` ends the run
+    early: what runs is finished, the rest is unfinished. ``on_progress`` is told how many samples have ended;
+    ``on_image`` gets every finished image. Raises InputError for what model or profile cannot serve; an error after the
+    start is in the result. What has never run on this hardware is warmed up first.
     """
     require_served(requests, hardware, serving)
     gpu = GPU if serving is None else serving.gpu
@@ -85,7 +88,19 @@ def run_real(
     hardware.warm_up(profile.row_buckets or tuple(profile.steps), cut)
     if serving is not None:
         serving.begin()
-    run = _Run(requests, samples, calls, profile, hardware, cut, sample_rows, round(watchdog_s * NS_PER_S), serving)
+    loop = ClosedLoop(requests, samples, max_concurrency, 0)
+    run = _Run(
+        loop,
+        samples,
+        calls,
+        profile,
+        hardware,
+        cut,
+        sample_rows,
+        round(watchdog_s * NS_PER_S),
+        serving,
+        max_concurrency,
+    )
     run.execution.on_image = on_image
     error: Exception | None = None
     try:
@@ -104,7 +119,7 @@ def run_real(
         execution.faults += serving.parts.ledger.faults_since(execution.zero_ns)
     return RealRun(
         RunResult(
-            requests=request_records(requests, samples),
+            requests=request_records(loop.requests, samples),
             work=sorted_work(execution.records),
             sample_names=[sample.name for sample in samples],
             end_ns=execution.now_ns(),
@@ -145,7 +160,7 @@ class _Run:
 
     def __init__(
         self,
-        requests: Sequence[Request],
+        loop: ClosedLoop,
         samples: list[Sample],
         policy: PolicyCalls,
         profile: Profile,
@@ -154,7 +169,9 @@ class _Run:
         sample_rows: int,
         watchdog_ns: int,
         serving: Serving | None,
+        max_concurrency: int | None,
     ) -> None:
+        self.loop, self.max_concurrency = loop, max_concurrency
         self.samples, self.device, self.serving = samples, hardware.device, serving
         chunks = [hardware.chunk_functions(lane, cut) for lane in range(len(hardware.decode))]
         gpu = GPU if serving is None else serving.gpu
@@ -163,19 +180,20 @@ class _Run:
         lead_ns = profile.overhead_ns("decision_lead") if serving is None else 0
         self.rounds = Rounds(self.worker, policy, self, lead_ns)
         self.rounds.on_decision = self.decided
-        self.samples_of: dict[int, list[Sample]] = {request.request_id: [] for request in requests}
-        for sample in samples:
-            self.samples_of[sample.request.request_id].append(sample)
+        self.worker.on_end = self.ended
         self.entered = 0
         """Samples that have entered waiting or failed on the way; the rest have yet to arrive."""
         zero_ns = time.monotonic_ns() + HEAD_START_NS
         self.execution = Execution(self.worker, hardware, profile, cut.name, chunks, zero_ns, sample_rows, watchdog_ns)
         self.execution.gpu = gpu
+        self.execution.on_finished = self.finished
         if serving is not None:
             self.execution.make_step = serving.step_piece
         self.cancel = threading.Event()
         controls_of = no_controls if serving is None else serving.controls_of
-        self.intake = Intake(hardware.intake, hardware.model, requests, zero_ns, self.cancel, controls_of)
+        self.intake = Intake(
+            hardware.intake, hardware.model, loop.requests, zero_ns, self.cancel, controls_of, max_concurrency
+        )
 
     def run(self, stop: threading.Event, on_progress: Callable[[int], None] | None) -> None:
         """Round after round until all samples have ended, or ``stop``."""
@@ -184,16 +202,18 @@ class _Run:
         while worker.ended < total and not stop.is_set():
             works = execution.works()
             head = self.intake.head
-            if head is not None and not worker.denoise_held:
+            if head is not None and not worker.denoise_held and not self.stuck:
                 works.append(head)
             if not works and worker.wake_ns is None:
                 worker.refuse_stall(execution.now_ns())
+            if self.max_concurrency is not None:  # a copy that ends frees a place
+                works += [work for _, _, work in execution.copies]
             self.device.wait_any(works, execution.zero_ns + self.due_ns())
             execution.require_alive()
             cause_ns = self.rounds.take(execution.now_ns())
             execution.take_copies()
             if cause_ns >= 0 and worker.ended < total:
-                self.rounds.decide(execution.now_ns(), cause_ns, self.entered == total)
+                self.rounds.decide(execution.now_ns(), cause_ns, self.entered == total or self.stuck)
             if on_progress is not None and worker.ended > reported:
                 reported = worker.ended
                 on_progress(reported)
@@ -202,6 +222,27 @@ class _Run:
             execution.faults.append(Fault(execution.now_ns(), STOPPED, (), left))
             self.cancel.set()
         execution.drain()
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a closed loop's places are all taken and nothing runs: nothing can arrive."""
+        if self.max_concurrency is None or self.execution.works():
+            return False
+        live = {image.sample.request.request_id for image in self.execution.images.values()}
+        return len(live) == self.max_concurrency
+
+    def ended(self, sample: Sample) -> None:
+        """A sample has ended; one that is done keeps its place until its image has reached the host."""
+        if sample.phase is not Phase.DONE:
+            self.leave(sample, self.execution.now_ns())
+
+    def finished(self, sample: Sample) -> None:
+        self.leave(sample, sample.finished_ns)
+
+    def leave(self, sample: Sample, at_ns: int) -> None:
+        free_ns = self.loop.freed_ns(sample, at_ns)
+        if free_ns >= 0:
+            self.intake.free(free_ns)
 
     def due_ns(self) -> int:
         """When to look again although nothing has ended."""
@@ -240,7 +281,7 @@ class _Run:
     def enter(self, now_ns: int) -> int:
         execution, latest_ns = self.execution, -1
         for entry in self.intake.ready():
-            samples = self.samples_of[entry.request.request_id]
+            _, samples = self.loop.send_next(entry.sent_ns)
             self.entered += len(samples)
             latest_ns = min(entry.entered_ns - execution.zero_ns, execution.now_ns())
             if entry.failure:

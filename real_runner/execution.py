@@ -77,6 +77,8 @@ class Execution:
         self.faults: list[Fault] = []
         self.dispatch = Dispatch()
         self.on_image: OnImage | None = None
+        self.on_finished: Callable[[Sample], None] | None = None
+        """Told of samples whose image has reached the host."""
         self.make_step: MakeStep = partial(StepPiece, hardware.model)
         self.gpu = GPU
 
@@ -230,6 +232,8 @@ class Execution:
             sample = image.sample
             sample.finished_ns = max(decoded_ns, work.end_ns - self.zero_ns)
             self.dispatch.copy_ns.append(sample.finished_ns - decoded_ns)
+            if self.on_finished is not None:
+                self.on_finished(sample)
             picture = work.result()
             if not picture.finite:
                 sample.phase = Phase.FAILED

@@ -1,4 +1,7 @@
-"""The sender: open-loop arrivals against absolute deadlines, each prepared (prompt, noise) as it comes."""
+"""The sender: arrivals against absolute deadlines, each prepared (prompt, noise) as it comes.
+
+In a closed loop a request also waits for a place, which the engine frees.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import NamedTuple
 
 from real_runner.account import one_line
@@ -18,6 +22,8 @@ from synerdiff.diffusion.model import DiffusionModel, SampleState
 LOOKAHEAD = 512
 """Requests that the sender knows ahead, so that it never depends on the engine being quick."""
 
+STOP_POLL_S = 0.05
+"""How often a sender that waits for a place looks whether the run was stopped."""
 ControlsOf = Callable[[Request], tuple[ControlUse, ...]]
 """The ControlNets that steer a request, with their images; raises for an image that cannot be had."""
 
@@ -29,24 +35,30 @@ def no_controls(request: Request) -> tuple[ControlUse, ...]:
 class Entry(NamedTuple):
     """One request that has been sent and prepared, or has failed in it."""
 
-    request: Request
+    sent_ns: int
+    """When it was to be sent: its arrival, in a closed loop not before a place was free; from the trace's 0."""
     lag_ns: int
-    """How long after its intended arrival it was sent."""
+    """How long after that it was sent."""
     prepare_ns: int
     entered_ns: int
-    """On the monotonic clock; never before the intended arrival."""
+    """On the monotonic clock; never before ``sent_ns``."""
     states: list[SampleState]
     failure: str
 
 
 class _Sent(NamedTuple):
+    sent_ns: int
     lag_ns: int
     began_ns: int
     states: list[SampleState]
+    failure: str = ""
 
 
 class Intake:
-    """Sends requests in order on a lane of its own, whatever the engine does; ``zero_ns`` is the trace's 0."""
+    """Sends requests in order on a lane of its own; ``zero_ns`` is the trace's 0.
+
+    ``most``: so many places are free at first, and a request waits for one; None: none does (an open loop).
+    """
 
     def __init__(
         self,
@@ -56,7 +68,12 @@ class Intake:
         zero_ns: int,
         stop: threading.Event,
         controls_of: ControlsOf,
+        most: int | None = None,
     ) -> None:
+        self._free_ns: SimpleQueue[int] | None = None if most is None else SimpleQueue()
+        """When places became free, from the trace's 0."""
+        for _ in range(min(most or 0, len(requests))):
+            self.free(0)
         self._lane, self._model, self._requests = lane, model, requests
         self._controls_of = controls_of
         self._zero_ns, self._stop = zero_ns, stop
@@ -69,13 +86,16 @@ class Intake:
         """The next request's work, None when no request is left."""
         return self._sent[0] if self._sent else None
 
+    def free(self, at_ns: int) -> None:
+        """A place became free at that instant, counted from the trace's 0."""
+        if self._free_ns is not None:
+            self._free_ns.put(at_ns)
+
     def ready(self) -> list[Entry]:
         """Requests that have entered since the last call, in trace order."""
         entries = []
         while self._sent and self._sent[0].done():
-            work = self._sent.popleft()
-            request = self._requests[self._submitted - len(self._sent) - 1]
-            entries.append(self._entry(request, work))
+            entries.append(self._entry(self._sent.popleft()))
         self._refill()
         return entries
 
@@ -86,13 +106,26 @@ class Intake:
             self._submitted += 1
 
     def _send(self, request: Request) -> _Sent:
-        due_ns = self._zero_ns + request.arrival_ns
+        sent_ns = max(request.arrival_ns, self._place_ns())
+        due_ns = self._zero_ns + sent_ns
         while not self._stop.is_set() and (left_ns := due_ns - time.monotonic_ns()) > 0:
             self._stop.wait(left_ns / NS_PER_S)
         began_ns = time.monotonic_ns()
         if self._stop.is_set():
-            return _Sent(0, began_ns, [])
-        return _Sent(began_ns - due_ns, began_ns, self._prepare(request))
+            return _Sent(sent_ns, 0, began_ns, [])
+        try:
+            return _Sent(sent_ns, began_ns - due_ns, began_ns, self._prepare(request))
+        except Exception as error:  # it concerns this request alone
+            return _Sent(sent_ns, 0, began_ns, [], one_line(error))
+
+    def _place_ns(self) -> int:
+        """Wait for a place; when it became free."""
+        while self._free_ns is not None and not self._stop.is_set():
+            try:
+                return self._free_ns.get(timeout=STOP_POLL_S)
+            except Empty:
+                continue
+        return 0
 
     def _prepare(self, request: Request) -> list[SampleState]:
         seed = seed_of(request)
@@ -107,13 +140,10 @@ class Intake:
             state.controls = controls
         return states
 
-    def _entry(self, request: Request, work: Work[_Sent]) -> Entry:
-        entered_ns = max(work.end_ns, self._zero_ns + request.arrival_ns)
-        try:
-            sent = work.result()
-        except Exception as error:  # it concerns this request alone
-            return Entry(request, 0, 0, entered_ns, [], one_line(error))
-        return Entry(request, sent.lag_ns, work.end_ns - sent.began_ns, entered_ns, sent.states, "")
+    def _entry(self, work: Work[_Sent]) -> Entry:
+        sent = work.result()
+        entered_ns = max(work.end_ns, self._zero_ns + sent.sent_ns)
+        return Entry(sent.sent_ns, sent.lag_ns, work.end_ns - sent.began_ns, entered_ns, sent.states, sent.failure)
 
 
 def seed_of(request: Request) -> int:

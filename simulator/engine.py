@@ -34,7 +34,7 @@ from synerdiff.core import (
     WorkerInfo,
     WorkRecord,
 )
-from synerdiff.engine.samples import make_samples, request_records, sorted_work
+from synerdiff.engine.samples import ClosedLoop, make_samples, request_records, sorted_work
 from synerdiff.profile.adapters import Adapters
 from synerdiff.profile.tables import Profile
 
@@ -97,19 +97,25 @@ def simulate(
     decode_gpus: tuple[int, ...] = (DENOISE_GPU,),
     budget: SkipBudget = NO_SKIPS,
     dispersion_seed: int | None = None,
+    max_concurrency: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> RunResult:
     """Replay requests (by arrival) through a policy on one worker whose denoise lane is on GPU 0.
 
-    ``decode_gpus`` gives the GPU of each decode lane: lanes on another GPU do not contend. ``on_progress`` is told now
-    and then how many samples have ended. Raises InputError on what the profile cannot serve, ContractError when the
-    policy breaks the contract.
+    ``decode_gpus`` gives the GPU of each decode lane: lanes on another GPU do not contend. ``max_concurrency``: at most
+    so many requests are in the system at a time (a closed loop). ``on_progress`` is told now and then how many samples
+    have ended. Raises InputError on what the profile cannot serve, ContractError when the policy breaks the contract.
     """
     samples = make_samples(requests, profile, budget)
     info = WorkerInfo(profile.max_rows, DENOISE_GPU, decode_gpus, _sample_rows(samples))
-    run = WorkerRun(policy, profile, info, samples, samples, dispersion_seed)
-    end_ns = _play(lambda environment: run.run(environment, on_progress))
-    return _result(requests, samples, run.records, end_ns, run.rounds.decisions)
+    if max_concurrency is None:
+        run = WorkerRun(policy, profile, info, samples, samples, dispersion_seed)
+        end_ns = _play(lambda environment: run.run(environment, on_progress))
+        return _result(requests, samples, run.records, end_ns, run.rounds.decisions)
+    loop = ClosedLoop(requests, samples, max_concurrency, profile.overhead_ns("text_encode"))
+    run = WorkerRun(policy, profile, info, samples, [], dispersion_seed)
+    end_ns = _play(lambda environment: run.run(environment, on_progress, loop))
+    return _result(loop.requests, samples, run.records, end_ns, run.rounds.decisions)
 
 
 def simulate_cluster(
@@ -122,6 +128,7 @@ def simulate_cluster(
     router: Router | SharedQueue | None = None,
     budget: SkipBudget = NO_SKIPS,
     dispersion_seed: int | None = None,
+    max_concurrency: int | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> ClusterResult:
     """Replay requests (by arrival) on a cluster; ``policy`` makes a fresh policy for each worker.
@@ -144,7 +151,8 @@ def simulate_cluster(
             planners[index] = _planner(run, cluster, entry, adapters, services, seed)
             run.stepper = PlannedStepper(planners[index], run.worker, run.records)
         runs.append(run)
-    fleet = FleetClock(requests, samples, runs, planners, router or RoundRobin(), on_progress)
+    loop = ClosedLoop(requests, samples, max_concurrency, profile.overhead_ns("text_encode"))
+    fleet = FleetClock(loop, samples, runs, planners, router or RoundRobin(), on_progress)
     end_ns = _play(fleet.run)
     records: list[WorkRecord] = []
     for index, run in enumerate(runs):
@@ -152,7 +160,7 @@ def simulate_cluster(
     records += services.records
     loaders = [planner.loader for planner in planners.values()]
     return ClusterResult(
-        run=_result(requests, samples, records, end_ns, sum(run.rounds.decisions for run in runs)),
+        run=_result(loop.requests, samples, records, end_ns, sum(run.rounds.decisions for run in runs)),
         worker_of=fleet.worker_of,
         gpus=len(cluster.gpus),
         lora_requested=sum(loader.requested for loader in loaders),

@@ -13,6 +13,7 @@ from simulator.step_plan import StepPlanner
 from simulator.worker_run import PROGRESS_EVERY, WorkerRun
 from synerdiff.core import InputError, Request, Sample
 from synerdiff.engine.rounds import NEVER
+from synerdiff.engine.samples import ClosedLoop
 
 
 class FleetClock:
@@ -21,18 +22,17 @@ class FleetClock:
 
     def __init__(
         self,
-        requests: Sequence[Request],
+        loop: ClosedLoop,
         samples: Sequence[Sample],
         runs: list[WorkerRun],
         planners: Mapping[int, StepPlanner],
         router: Router | SharedQueue,
         on_progress: Callable[[int], None] | None,
     ) -> None:
-        self.requests, self.samples, self.runs, self.planners = requests, samples, runs, planners
+        self.loop, self.samples, self.runs, self.planners = loop, samples, runs, planners
         self.on_progress = on_progress
+        requests = loop.requests
         self.worker_of = [-1] * len(requests)
-        self.arrived = 0
-        """Requests that have arrived; the first so many."""
         self.first_sample = [0, *accumulate(request.images for request in requests)]
         self.position = {request.request_id: number for number, request in enumerate(requests)}
         self.states = [WorkerState(index, run.profile) for index, run in enumerate(runs)]
@@ -48,26 +48,35 @@ class FleetClock:
         else:
             self.router = router
             router.reset(len(runs))
+        self.saw_closed = [False] * len(runs)
+        """Whether each worker's last decision was taken knowing that no sample can enter waiting any more."""
         for run in runs:
             run.open = True
+            run.worker.on_end = loop.ended
             run.in_groups = self.queue is not None and self.queue.slots is None
 
     def run(self, environment: simpy.Environment) -> Generator[simpy.Event, None, None]:
         """Sleep until something happens anywhere, and take it all."""
         due = self.due_ns
         now_ns = reported = 0
+        stuck = False
         while True:
+            self.loop.now_ns = now_ns
             causes = {index: self.runs[index].take_ends(now_ns) for index, at in enumerate(due) if at <= now_ns}
             if self.queue is None:
                 self.push(now_ns, causes)
             else:
                 self.note_idle(causes, now_ns)
-                self.pull(self.queue, now_ns, causes)
+                self.pull(self.queue, now_ns, causes, stuck)
+            if stuck:
+                causes |= dict.fromkeys(self.waiting(), now_ns)
             for index in sorted(causes):
                 run = self.runs[index]
                 cause_ns = run.rounds.take_arrivals(now_ns, causes[index])
                 if run.asks(cause_ns, now_ns) and (run.open or run.worker.ended < len(run.arrivals)):
-                    run.decide(now_ns)
+                    closed = run.closed or (run.entered == len(run.arrivals) and self.stuck(now_ns))
+                    self.saw_closed[index] = closed
+                    run.rounds.decide(now_ns, now_ns, closed)
                 run.retime(now_ns)
                 due[index] = run.next_ns()
             self.note_idle(causes, now_ns)
@@ -77,16 +86,15 @@ class FleetClock:
             if self.on_progress is not None and ended >= reported + PROGRESS_EVERY:
                 reported = ended
                 self.on_progress(ended)
-            next_ns = self.next_ns(now_ns)
+            stuck = self.stuck(now_ns) and (bool(self.waiting()) or self.held_back)
+            next_ns = now_ns if stuck else self.next_ns(now_ns)
             if next_ns > now_ns:
                 yield environment.timeout(next_ns - now_ns)
                 now_ns = next_ns
 
     def next_ns(self, now_ns: int) -> int:
         """The earliest instant at which something happens anywhere; a stalled worker is refused."""
-        due_ns = min(self.due_ns)
-        if self.arrived < len(self.requests):
-            due_ns = min(due_ns, self.requests[self.arrived].arrival_ns)
+        due_ns = min(*self.due_ns, self.loop.due_ns)
         if self.queue is not None:
             due_ns = min(due_ns, self.queue.due_ns)
             if self.queue.ready and self.taker(now_ns) is not None:
@@ -95,18 +103,32 @@ class FleetClock:
             next(run for run in self.runs if run.worker.ended < len(run.arrivals)).worker.refuse_stall(now_ns)
         return max(now_ns, due_ns)
 
+    # --- a closed loop --------------------------------------------------------------------------------------------
+
+    def stuck(self, now_ns: int) -> bool:
+        """Whether a closed loop's places are all taken and nothing runs or is due on any worker."""
+        if not self.loop.stuck(now_ns):
+            return False
+        return not any(run.running or (run.arrivals and run.arrivals[-1].entered_ns > now_ns) for run in self.runs)
+
+    def waiting(self) -> list[int]:
+        """Workers that hold samples back for more to come, and do not know that none can."""
+        return [i for i, run in enumerate(self.runs) if run.worker.waiting and not self.saw_closed[i]]
+
+    @property
+    def held_back(self) -> bool:
+        """The shared queue holds a group back for more to come."""
+        return self.queue is not None and not self.queue.empty and not self.queue.ready
+
     # --- a router -------------------------------------------------------------------------------------------------
 
     def push(self, now_ns: int, causes: dict[int, int]) -> None:
         """Give what has arrived to workers, in trace order; ``causes`` gets the workers that this concerns now."""
-        requests = self.requests
-        if self.arrived == len(requests) or requests[self.arrived].arrival_ns > now_ns:
+        if self.loop.due_ns > now_ns:
             return
-        while self.arrived < len(requests) and requests[self.arrived].arrival_ns <= now_ns:
-            request = requests[self.arrived]
-            self.arrived += 1
+        for request, _ in self.loop.send(now_ns):
             self.give(self.routed(request), request, now_ns, causes)
-        if self.arrived == len(requests):
+        if not self.loop.unsent:
             self.end_arrivals(now_ns, causes)
 
     def routed(self, request: Request) -> int:
@@ -146,13 +168,11 @@ class FleetClock:
 
     # --- a shared queue -------------------------------------------------------------------------------------------
 
-    def pull(self, queue: SharedQueue, now_ns: int, causes: dict[int, int]) -> None:
-        """Let what has arrived join the queue, then workers take what is complete."""
-        requests = self.requests
-        while self.arrived < len(requests) and requests[self.arrived].arrival_ns <= now_ns:
-            queue.arrive(requests[self.arrived], now_ns)
-            self.arrived += 1
-        queue.close(now_ns, self.arrived == len(requests))
+    def pull(self, queue: SharedQueue, now_ns: int, causes: dict[int, int], stuck: bool) -> None:
+        """Let what has arrived join the queue, then workers take what is complete; ``stuck``: no more can arrive."""
+        for request, _ in self.loop.send(now_ns):
+            queue.arrive(request, now_ns)
+        queue.close(now_ns, stuck or not self.loop.unsent)
         while queue.ready and (index := self.taker(now_ns)) is not None:
             entered_ns = now_ns + self.runs[index].profile.overhead_ns("text_encode")
             for request in queue.take():
@@ -160,7 +180,7 @@ class FleetClock:
                 for sample in self.samples[self.first_sample[position] : self.first_sample[position + 1]]:
                     sample.entered_ns = entered_ns
                 self.give(index, request, now_ns, causes)
-        if queue.empty and self.arrived == len(requests) and self.runs[0].open:
+        if queue.empty and not self.loop.unsent and self.runs[0].open:
             self.end_arrivals(now_ns, causes)
 
     def taker(self, now_ns: int) -> int | None:

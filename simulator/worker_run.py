@@ -15,6 +15,7 @@ from simulator.pieces import Piece, PlainStepper, Stepper, Times
 from synerdiff.core import PPM, LaneView, Sample, WorkerInfo, WorkRecord
 from synerdiff.engine.policy import PolicyCalls
 from synerdiff.engine.rounds import NEVER, Rounds
+from synerdiff.engine.samples import ClosedLoop
 from synerdiff.engine.worker import Step, Worker
 from synerdiff.profile.tables import Profile
 
@@ -75,9 +76,18 @@ class WorkerRun:
         """The policy is to be asked then."""
 
     def run(
-        self, environment: simpy.Environment, on_progress: Callable[[int], None] | None
+        self,
+        environment: simpy.Environment,
+        on_progress: Callable[[int], None] | None,
+        closed_loop: ClosedLoop | None = None,
     ) -> Generator[simpy.Event, None, None]:
-        """The life of a lone worker: sleep until something happens, take it all, decide, go on."""
+        """The life of a lone worker: sleep until something happens, take it all, decide, go on.
+
+        In a closed loop its arrivals are those that have been sent.
+        """
+        if closed_loop is not None:
+            yield from self._run_closed_loop(environment, on_progress, closed_loop)
+            return
         worker, rounds, retime = self.worker, self.rounds, self.retime
         total = len(self.arrivals)
         now_ns = reported = 0
@@ -95,6 +105,38 @@ class WorkerRun:
             if on_progress is not None and worker.ended >= reported + PROGRESS_EVERY:
                 reported = worker.ended
                 on_progress(reported)
+
+    def _run_closed_loop(
+        self, environment: simpy.Environment, on_progress: Callable[[int], None] | None, closed_loop: ClosedLoop
+    ) -> Generator[simpy.Event, None, None]:
+        worker, rounds, total = self.worker, self.rounds, len(self.worker.samples)
+        worker.on_end = closed_loop.ended
+        now_ns = reported = 0
+        while worker.ended < total:
+            due_ns = self.next_ns()
+            if not worker.denoise_held:
+                due_ns = min(due_ns, closed_loop.due_ns)
+            if due_ns == NEVER:
+                worker.refuse_stall(now_ns)
+            if due_ns > now_ns:
+                yield environment.timeout(due_ns - now_ns)
+                now_ns = due_ns
+            cause_ns = self.take_ends(now_ns)
+            for _, samples in closed_loop.send(now_ns):
+                self.arrivals += samples
+            if self.asks(rounds.take_arrivals(now_ns, cause_ns), now_ns) and worker.ended < total:
+                self.open = closed_loop.unsent and not (closed_loop.stuck(now_ns) and not self.running)
+                rounds.decide(now_ns, now_ns, self.closed)
+            self.retime(now_ns)
+            if on_progress is not None and worker.ended >= reported + PROGRESS_EVERY:
+                reported = worker.ended
+                on_progress(reported)
+
+    @property
+    def running(self) -> bool:
+        """A step or a chunk runs or will by itself, or the policy will be asked when the host frees the lanes."""
+        worker = self.worker
+        return worker.step is not None or self.late_question or any(lane.sample is not None for lane in worker.lanes)
 
     @property
     def closed(self) -> bool:
@@ -120,10 +162,6 @@ class WorkerRun:
             return False
         late, self.late_question = self.late_question, False
         return late or cause_ns >= 0
-
-    def decide(self, now_ns: int) -> None:
-        """Ask the policy once and start what it wants now."""
-        self.rounds.decide(now_ns, now_ns, self.closed)
 
     def next_ns(self) -> int:
         """The earliest instant at which something happens, NEVER when nothing ever will."""

@@ -146,6 +146,8 @@ class Request:
     prompt: str = ""
     """Empty: the model's own for this seed. Only hardware looks at it."""
     negative_prompt: str = ""
+    intended_ns: int | None = None
+    """In a closed loop, once sent: the arrival that the trace has; ``arrival_ns`` is then the sending."""
 
     @property
     def batch_key(self) -> BatchKey:
@@ -243,6 +245,12 @@ class Sample:
         self.denoised_ns = -1
         self.decode_started_ns = -1
         self.finished_ns = -1
+
+    def send(self, request: Request, entered_ns: int) -> None:
+        """Its request is sent, at another instant than the trace says."""
+        self.request = request
+        self.entered_ns = entered_ns
+        self.deadline_ns = None if request.slo_ns is None else request.arrival_ns + request.slo_ns
 
     @property
     def name(self) -> str:

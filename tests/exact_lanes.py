@@ -18,6 +18,7 @@ from real_runner.intake import Entry
 from real_runner.pieces import Picture
 from synerdiff.core import NO_SKIPS, Request, SkipBudget
 from synerdiff.diffusion.decoder import Chunking
+from synerdiff.engine.rounds import NEVER
 from synerdiff.profile.tables import Profile
 
 NO_PICTURE = Picture(cast(Any, None), finite=True)
@@ -57,31 +58,46 @@ class TimedLane:
         idle = self.clock.now_ns >= self.free_at_ns
         start_ns = max(self.clock.now_ns, self.free_at_ns)
         piece = getattr(function, "__self__", None)
-        self.free_at_ns = start_ns + (0 if piece is None else self.duration_of(piece, idle))
+        self.free_at_ns = start_ns + self.duration_of(piece, idle)
         return TimedWork(self.clock, start_ns, self.free_at_ns, NO_PICTURE)
 
 
 class TimedIntake:
-    """Every request enters exactly when it arrives."""
+    """Every request enters exactly when it arrives, in a closed loop when a place is free."""
 
     def __init__(
-        self, lane: TimedLane, model: Any, requests: Sequence[Request], zero_ns: int, stop: Any, controls_of: Any
+        self,
+        lane: TimedLane,
+        model: Any,
+        requests: Sequence[Request],
+        zero_ns: int,
+        stop: Any,
+        controls_of: Any,
+        most: int | None,
     ) -> None:
         self.clock, self.zero_ns, self.left = lane.clock, zero_ns, list(requests)
+        self.places_ns = [0] * (len(requests) if most is None else most)
+        """When each place that is not taken was free."""
+
+    def free(self, at_ns: int) -> None:
+        self.places_ns.append(at_ns)
 
     @property
     def head(self) -> TimedWork | None:
         if not self.left:
             return None
-        due_ns = self.zero_ns + self.left[0].arrival_ns
+        due_ns = NEVER
+        if self.places_ns:
+            due_ns = self.zero_ns + max(self.left[0].arrival_ns, min(self.places_ns))
         return TimedWork(self.clock, due_ns, due_ns)
 
     def ready(self) -> list[Entry]:
         entries = []
         while (head := self.head) is not None and head.done():
             request = self.left.pop(0)
+            self.places_ns.remove(min(self.places_ns))
             states: list[Any] = [SimpleNamespace(latent=0) for _ in range(request.images)]
-            entries.append(Entry(request, 0, 0, self.zero_ns + request.arrival_ns, states, ""))
+            entries.append(Entry(head.start_ns - self.zero_ns, 0, 0, head.start_ns, states, ""))
         return entries
 
 
@@ -92,6 +108,7 @@ def rehearse(
     decode_lanes: int = 1,
     budget: SkipBudget = NO_SKIPS,
     stop: threading.Event | None = None,
+    max_concurrency: int | None = None,
 ) -> RealRun:
     """run_real on timed lanes."""
     clock = Clock()
@@ -113,7 +130,7 @@ def rehearse(
         denoise=TimedLane(clock, step_ns),
         decode=[TimedLane(clock, chunk_ns) for _ in range(decode_lanes)],
         intake=TimedLane(clock),
-        results=TimedLane(clock),
+        results=TimedLane(clock, lambda piece, idle: profile.overhead_ns("result_copy")),
         warm_up=lambda rows, cut: None,
         chunk_functions=lambda lane, cut: [None] * len(cut),
         hung=False,
@@ -124,4 +141,5 @@ def rehearse(
         patched.setattr(engine, "Intake", TimedIntake)
         patched.setattr(engine, "chunking_of", evenly_cut)
         patched.setattr(engine, "require_served", lambda requests, hardware, serving: None)
-        return run_real(requests, policy, profile, cast(Hardware, hardware), stop=stop, budget=budget)
+        machine = cast(Hardware, hardware)
+        return run_real(requests, policy, profile, machine, stop=stop, budget=budget, max_concurrency=max_concurrency)

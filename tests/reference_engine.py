@@ -6,6 +6,7 @@ the profile, nothing else.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,14 +15,53 @@ from synerdiff.profile.tables import Profile
 
 
 def reference_simulate(
-    requests: Any, policy: Any, profile: Profile, decode_gpus: Any = (0,), budget: SkipBudget = NO_SKIPS
+    requests: Any,
+    policy: Any,
+    profile: Profile,
+    decode_gpus: Any = (0,),
+    budget: SkipBudget = NO_SKIPS,
+    most: int | None = None,
 ) -> Any:
-    """(work tuples, {sample name: (admitted, denoised, decode started, finished, modes)}, instants asked)."""
+    """(work tuples, {sample name: (admitted, denoised, decode started, finished, modes)}, instants asked).
+
+    With ``most`` requests at a time (a closed loop) a fourth part: when each request was sent.
+    """
     encode, lead = profile.overhead_ns("text_encode"), profile.overhead_ns("decision_lead")
     images = [(request, image) for request in requests for image in range(request.images)]
     todo = [Sample(n, request, image, request.arrival_ns + encode, budget) for n, (request, image) in enumerate(images)]
     by_id = list(todo)
-    policy.reset(WorkerInfo(profile.max_rows, 0, decode_gpus, max(2 if s.guided else 1 for s in todo)), profile)
+    unsent = [] if most is None else list(requests)
+    todo = todo if most is None else []
+    sent_at: dict[int, int] = {}
+
+    def in_system(at: int) -> int:
+        left = set()
+        for sample in by_id:
+            ended = sample.phase in (Phase.DONE, Phase.REJECTED)
+            if sample.request.request_id in sent_at and not (ended and gone_at[sample.id] <= at):
+                left.add(sample.request.request_id)
+        return len(left)
+
+    def send_until(at: int) -> None:
+        """Send whatever could be sent by then, each at its own instant."""
+        while unsent:
+            instants = sorted({max(unsent[0].arrival_ns, t) for t in (0, *gone_at.values(), *sent_at.values())})
+            last = max(sent_at.values(), default=0)
+            when = [t for t in instants if last <= t <= at and in_system(t) < (most or 0)]
+            if not when:
+                return
+            request = unsent.pop(0)
+            sent_at[request.request_id] = when[0]
+            for sample in by_id:
+                if sample.request is request:
+                    sample.entered_ns = when[0] + encode
+                    sample.request = replace(request, arrival_ns=when[0], intended_ns=request.arrival_ns)
+                    if request.slo_ns is not None:
+                        sample.deadline_ns = when[0] + request.slo_ns
+                    todo.append(sample)
+
+    gone_at: dict[int, int] = {}
+    policy.reset(WorkerInfo(profile.max_rows, 0, decode_gpus, max(2 if s.guided else 1 for s in by_id)), profile)
     chunking, count = policy.chunking, profile.chunk_count(policy.chunking)
     waiting: list[Sample] = []
     active: list[Sample] = []
@@ -113,6 +153,7 @@ def reference_simulate(
             if sample.chunks_done == count:
                 run.hold = max(run.hold, now) + profile.overhead_ns("sample_host")
                 sample.phase, sample.finished_ns = Phase.DONE, run.hold + profile.overhead_ns("result_copy")
+                gone_at[sample.id] = sample.finished_ns
                 decoding.remove(sample)
                 seen["gone"].append((sample, "done"))
                 run.ended += 1
@@ -128,6 +169,7 @@ def reference_simulate(
                 run.step, run.late_step = begin_step(run.late_step[0], run.late_step[1], now, run.late_step[2]), None
             for lane in [late_lanes.pop(0) for _ in range(len(late_lanes))]:
                 begin_chunk(lane, now)
+        send_until(now)
         while todo and todo[0].entered_ns <= now:  # 4. arrivals
             sample = todo.pop(0)
             sample.phase = Phase.WAITING
@@ -148,7 +190,10 @@ def reference_simulate(
         if ask and run.ended < len(by_id):
             asked.append(now)
             view = View()
-            view.now_ns, view.closed, view.max_rows = now, not todo, profile.max_rows
+            idle = run.step is None and all(chunk is None for chunk in chunk_of)
+            for_good = most is not None and in_system(max((now, *gone_at.values()))) == most
+            view.closed = not todo and (not unsent or (idle and for_good))
+            view.now_ns, view.max_rows = now, profile.max_rows
             view.waiting, view.active, view.decoding, view.decode_lanes = waiting, active, decoding, lanes
             coming = run.committed[0] if run.committed else ()
             view.running = tuple(s.id for s, _ in (step.batch if step is not None and not step.shown else coming))
@@ -166,6 +211,7 @@ def reference_simulate(
                 sample = by_id[sample_id]
                 waiting.remove(sample)
                 sample.phase = Phase.REJECTED
+                gone_at[sample.id] = now
                 seen["gone"].append((sample, "rejected"))
                 run.ended += 1
             if decision.step:
@@ -210,10 +256,13 @@ def reference_simulate(
             ends.append(max(run.step.since, run.step.end - lead))
         if todo and run.step is None and holder() is None:
             ends.append(todo[0].entered_ns)
+        if unsent and run.step is None and holder() is None:
+            places = [max(unsent[0].arrival_ns, t) for t in (now, *gone_at.values()) if t >= now]
+            ends += [t for t in places if in_system(t) < (most or 0)]
         if run.ended < len(by_id):
             now = max(now, min(ends))
     work.sort(key=lambda w: (w[3], w[2] != "step", w[1], w[4]))
     stages = {
         s.name: (s.admitted_ns, s.denoised_ns, s.decode_started_ns, s.finished_ns, s.modes, str(s.phase)) for s in by_id
     }
-    return work, stages, asked
+    return (work, stages, asked) if most is None else (work, stages, asked, sent_at)

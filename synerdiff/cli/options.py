@@ -32,6 +32,10 @@ Settings = Annotated[
 LoadOption = Annotated[float | None, typer.Option("--load", help="Stretch the arrivals to this load.")]
 RateOption = Annotated[float | None, typer.Option("--rate", help="Stretch the arrivals to so many requests a second.")]
 TimeScale = Annotated[float | None, typer.Option("--time-scale", help="Multiply every arrival by this.")]
+MaxConcurrency = Annotated[
+    int | None,
+    typer.Option("--max-concurrency", help="Closed loop: at most so many requests in the system, sent as others end."),
+]
 Window = Annotated[str | None, typer.Option("--window", help="A:B, seconds of the trace as written; B excluded.")]
 Map = Annotated[
     str | None, typer.Option("--map", help="Columns of a foreign trace: arrival=timestamp:ms,steps=30,size=dims:WxH.")

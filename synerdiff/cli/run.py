@@ -32,6 +32,7 @@ def run(
     load: options.LoadOption = None,
     rate: options.RateOption = None,
     time_scale: options.TimeScale = None,
+    max_concurrency: options.MaxConcurrency = None,
     window: options.Window = None,
     map: options.Map = None,
     sort: options.Sort = False,
@@ -90,6 +91,7 @@ def run(
         load=load,
         rate_per_s=rate,
         time_scale=time_scale,
+        max_concurrency=max_concurrency,
         slo_seconds=slo,
     )
     claim_folder(out, "run")

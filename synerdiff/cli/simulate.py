@@ -21,6 +21,7 @@ def simulate(
     load: options.LoadOption = None,
     rate: options.RateOption = None,
     time_scale: options.TimeScale = None,
+    max_concurrency: options.MaxConcurrency = None,
     window: options.Window = None,
     map: options.Map = None,
     sort: options.Sort = False,
@@ -70,6 +71,7 @@ def simulate(
         load=load,
         rate_per_s=rate,
         time_scale=time_scale,
+        max_concurrency=max_concurrency,
         slo_seconds=slo,
         dispersion_seed=seed if dispersion else None,
     )

@@ -8,6 +8,7 @@ is the engine's business.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from types import NoneType
 from typing import NoReturn
 
@@ -94,6 +95,8 @@ class Worker:
         self.wake_ns: int | None = None
         self.ended = 0
         """Samples that are done, rejected or failed."""
+        self.on_end: Callable[[Sample], None] | None = None
+        """Told of each of them, as it ends."""
         self.steps_settled = 0
         """Denoising steps that its samples have taken, and those that rejected ones will not take."""
         self._idle_decisions = 0
@@ -216,6 +219,8 @@ class Worker:
         sample.phase = phase
         self.ended += 1
         self._gone.append((sample, str(phase)))
+        if self.on_end is not None:
+            self.on_end(sample)
 
     # --- deciding -----------------------------------------------------------------------------------------------
 

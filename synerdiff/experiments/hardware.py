@@ -98,6 +98,7 @@ class HardwareEngine:
             prepared.profile,
             hardware,
             budget=prepared.budget,
+            max_concurrency=spec.max_concurrency,
             stop=self.stop,
             on_progress=on_progress,
             on_image=on_image,

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 CAPACITY_IMAGES = 200
 """Per worker: how many wait from the start where a policy's capacity is asked for."""
 MOST_CAPACITY_IMAGES = 4000
+MOST_CONCURRENCY = 1_000_000
 OnProgress = Callable[[int], None]
 """Hears how many samples have ended."""
 
@@ -90,6 +91,8 @@ class RunSpec:
     rate_per_s: float | None = None
     time_scale: float | None = None
     """How the arrivals are stretched: at most one of the three."""
+    max_concurrency: int | None = None
+    """A closed loop: a request is sent when fewer than so many are in the system, at its arrival at the earliest."""
     steps_scale: float = 1.0
     """Below 1: requests take that share of their steps; their deadlines stay."""
     slo_seconds: float | None = None
@@ -128,7 +131,7 @@ class Prepared:
     """How a trace of another dialect was understood, for people."""
     time_scale: float = 1.0
     load: float | None = None
-    """None when all requests arrive at once."""
+    """None when all requests arrive at once, and in a closed loop."""
 
     @property
     def workers(self) -> int:
@@ -140,7 +143,7 @@ class Prepared:
 
     @property
     def rate_per_s(self) -> float | None:
-        """Requests a second that are offered; None when all arrive at once."""
+        """Requests a second that are offered; None when all arrive at once, and in a closed loop."""
         if self.load is None:
             return None
         window = self.window
@@ -187,7 +190,12 @@ class Prepared:
             taken.append(replace(request, request_id=len(taken), arrival_ns=0))
             images -= request.images
         return replace(
-            self, requests=taken, served=with_fewer_steps(taken, self.spec.steps_scale), time_scale=0.0, load=None
+            self,
+            spec=replace(self.spec, max_concurrency=None),
+            requests=taken,
+            served=with_fewer_steps(taken, self.spec.steps_scale),
+            time_scale=0.0,
+            load=None,
         )
 
     def described(self) -> dict[str, Any]:
@@ -200,6 +208,7 @@ class Prepared:
             "trace": source.name if source is not None else None,
             "window_s": self.window,
             "time_scale": self.time_scale,
+            "max_concurrency": spec.max_concurrency,
             "load": self.load,
             "load_batch": default_batch(self.profile, mix_of(self.requests).sample_rows),
             "rate_per_s": self.rate_per_s,
@@ -321,6 +330,13 @@ def prepare(spec: RunSpec) -> Prepared:
     build_router(spec.router_entry.kind, **spec.router_entry.parameters)
     profile = _profile_of(spec)
     adapters = spec.adapters
+    if spec.max_concurrency is not None:
+        if spec.load is not None:
+            raise InputError("--max-concurrency and --load exclude each other: in a closed loop, load follows latency.")
+        if not 1 <= spec.max_concurrency <= MOST_CONCURRENCY:
+            raise InputError(
+                f"--max-concurrency is {spec.max_concurrency}; a whole number from 1 to {MOST_CONCURRENCY} is needed."
+            )
     if adapters is None and spec.cluster is not None and isinstance(spec.profile, Path):
         adapters = load_adapters(spec.profile, profile.name)
     arriving = Arrivals(spec.source, None, {}) if isinstance(spec.source, tuple) else arrivals(spec.source)
@@ -341,6 +357,8 @@ def prepare(spec: RunSpec) -> Prepared:
     )
     scale, load = stretch(requests, window, prepared.load_of, spec.load, spec.rate_per_s, spec.time_scale)
     requests = scaled(requests, scale)
+    if spec.max_concurrency is not None:
+        load = None
     return replace(
         prepared, requests=requests, served=with_fewer_steps(requests, spec.steps_scale), time_scale=scale, load=load
     )
@@ -386,6 +404,7 @@ def simulator(prepared: Prepared, on_progress: OnProgress | None = None, /) -> S
                 decode_gpus=spec.decode_gpus,
                 budget=prepared.budget,
                 dispersion_seed=spec.dispersion_seed,
+                max_concurrency=spec.max_concurrency,
                 on_progress=on_progress,
             )
         )
@@ -398,6 +417,7 @@ def simulator(prepared: Prepared, on_progress: OnProgress | None = None, /) -> S
         router=prepared.router(),
         budget=prepared.budget,
         dispersion_seed=spec.dispersion_seed,
+        max_concurrency=spec.max_concurrency,
         on_progress=on_progress,
     )
     facts = {

@@ -86,6 +86,10 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
 def _load_lines(run: dict[str, Any], summary: dict[str, Any]) -> list[str]:
     """The load and what it is a share of, the rate beside it, and how far the trace was stretched."""
     rate, load, scale = run["rate_per_s"], run["load"], run["time_scale"]
+    if run["max_concurrency"] is not None:
+        capacity = run["policy_capacity_per_s"]
+        most = "" if capacity is None else f"; at most {_number(capacity)} requests/s by {run['policy']} at its own batch"
+        return [f"  closed loop {run['max_concurrency']:,} requests in the system at a time{most}"]
     if rate is None:
         return ["  load        -: all requests arrive at once"]
     speed = "as written" if scale == 1 else f"{_number(max(scale, 1 / scale))} times as {'slow' if scale > 1 else 'fast'}"

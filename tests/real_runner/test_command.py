@@ -67,6 +67,15 @@ def test_a_run_writes_what_a_simulated_one_does_and_its_images(world: Any, capsy
     _check_images(world / "made")
 
 
+def test_a_closed_loop_sends_one_when_the_one_before_has_ended(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--max-concurrency", "1", policy="continuous-serial") == 0
+    table = read_requests(world / "out")
+    assert set(table["status"]) == {"done"}
+    assert (table["arrival_s"].to_numpy()[1:] >= table["finished_s"].to_numpy()[:-1]).all()
+    assert table["intended_arrival_s"].tolist() == [0.0, 0.01, 0.02, 0.05]
+    assert "closed loop 1 requests in the system at a time" in capsys.readouterr().out
+
+
 def _check_images(folder: Path) -> None:
     from PIL import Image
 

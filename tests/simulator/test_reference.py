@@ -19,10 +19,15 @@ HOST = (0, 0, 3, 90)
 """sample_host, ns."""
 
 
-def assert_engines_agree(requests: Any, policy: Any, profile: Profile, gpus: Any, budget: SkipBudget) -> None:
-    expected_work, expected_stages, _ = reference_simulate(requests, policy, profile, gpus, budget)
+def assert_engines_agree(
+    requests: Any, policy: Any, profile: Profile, gpus: Any, budget: SkipBudget, most: int | None = None
+) -> None:
+    expected_work, expected_stages, _, *sent = reference_simulate(requests, policy, profile, gpus, budget, most)
     asked = list(getattr(policy, "asked", []))
-    result = simulate(requests, policy, profile, decode_gpus=gpus, budget=budget)
+    result = simulate(requests, policy, profile, decode_gpus=gpus, budget=budget, max_concurrency=most)
+    if most is not None:
+        assert {record.request.request_id: record.request.arrival_ns for record in result.requests} == sent[0]
+        assert [record.request.intended_ns for record in result.requests] == [r.arrival_ns for r in requests]
     assert [tuple(record) for record in result.work] == expected_work
     assert asked == list(getattr(policy, "asked", []))
     for request, record in zip(requests, result.requests, strict=True):
@@ -50,6 +55,23 @@ def test_engines_agree_on_any_legal_policy(
     requests: Any, profile: Profile, chunking: str, seed: int, gpus: Any, budget: SkipBudget
 ) -> None:
     assert_engines_agree(requests, Whim(seed, chunking), profile, gpus, budget)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(traces(), profiles(), st.integers(0, 10**6), st.sampled_from(((0,), (0, 0), (0, 1))), budgets, st.integers(1, 4))
+def test_engines_agree_in_a_closed_loop(
+    requests: Any, profile: Profile, seed: int, gpus: Any, budget: SkipBudget, most: int
+) -> None:
+    assert_engines_agree(requests, Whim(seed, "cut"), profile, gpus, budget, most)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(traces(), profiles(), st.sampled_from(((0,), (0, 0))), st.integers(1, 4))
+def test_engines_agree_on_every_policy_in_a_closed_loop(
+    name: str, requests: Any, profile: Profile, gpus: Any, most: int
+) -> None:
+    assert_engines_agree(requests, build_policy(name), profile, gpus, SkipBudget(), most)
 
 
 @pytest.mark.parametrize("name", POLICIES)
