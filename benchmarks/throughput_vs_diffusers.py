@@ -123,13 +123,13 @@ def main() -> None:
                 )
             for policy in POLICIES:
                 times.setdefault(f"runner, {policy}", []).append(timed(lambda policy=policy: under(policy), 1))  # type: ignore[misc]
-    base = max(options.requests / median(found) for name, found in times.items() if "one at a time" in name)
+    base = max(options.requests / median(times_s) for name, times_s in times.items() if "one at a time" in name)
     print(
         f"{options.model} on {options.device}, {options.requests} requests of {STEPS} steps, {options.repeats} repeats"
     )
-    for name, found in times.items():
-        rate = options.requests / median(found)
-        low, high = options.requests / max(found), options.requests / min(found)
+    for name, times_s in times.items():
+        rate = options.requests / median(times_s)
+        low, high = options.requests / max(times_s), options.requests / min(times_s)
         print(f"  {name:<46} {rate:7.2f} images/s  ({low:.2f} to {high:.2f})  x {rate / base:.2f}")
 
 

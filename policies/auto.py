@@ -8,8 +8,7 @@ from typing import ClassVar
 from policies.base import BATCH, Parameter
 from policies.continuous import ContinuousPolicy
 from policies.decode_costs import DecodeCosts
-from policies.ordered_batch import OrderedBatch
-from policies.step_batch import StepModes
+from policies.step_batch import OrderedBatch, StepModes
 from synerdiff.core import PPM, ChunkLaunch, Decision, Mode, Sample, SampleId, View, WorkerInfo
 from synerdiff.profile.tables import Profile
 
@@ -116,11 +115,11 @@ class Auto(ContinuousPolicy):
         """Whether all samples together wait less when the next decode runs beside steps of these rows."""
         if not rows:
             return True
-        found = self.placing.get(rows)
-        if found is None:
+        costs_ns = self.placing.get(rows)
+        if costs_ns is None:
             beside, alone_ns = self.costs.beside(rows), sum(self.costs.solo)
-            found = self.placing[rows] = (sum(beside.wall) - alone_ns, alone_ns - sum(beside.lost))
-        longer_ns, spared_ns = found
+            costs_ns = self.placing[rows] = (sum(beside.wall) - alone_ns, alone_ns - sum(beside.lost))
+        longer_ns, spared_ns = costs_ns
         others = max(1, len(view.active) + len(view.waiting))
         return longer_ns <= others * spared_ns
 
@@ -174,12 +173,12 @@ class Auto(ContinuousPolicy):
 
     def best_skips(self, rows: int, able: int) -> int:
         """How many of the samples that may skip do: most time saved per skip, ties to more skips; 0 when none saves."""
-        found = self.skips.get((rows, able))
-        if found is None:
+        count = self.skips.get((rows, able))
+        if count is None:
             full_ns = self.costs.step_ns(rows)
             saved = [
                 (Fraction(full_ns - self.costs.step_ns(rows - count), count), count) for count in range(1, able + 1)
             ]
             best = max(saved)
-            found = self.skips[rows, able] = best[1] if best[0] > 0 else 0
-        return found
+            count = self.skips[rows, able] = best[1] if best[0] > 0 else 0
+        return count

@@ -1,4 +1,4 @@
-"""The policy contract, parameters with bounds, and the two moves that most policies share.
+"""The policy contract, parameters with bounds, and the moves that most policies share.
 
 The contract in full: ``docs/contract.md``. A policy imports only ``synerdiff.core`` and ``synerdiff.profile.tables``:
 it has no clock, no random generator and no engine.
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from synerdiff.core import Decision, InputError, Mode, Sample, SampleId, View, WorkerInfo
+from synerdiff.core import ChunkLaunch, Decision, InputError, Mode, Sample, SampleId, View, WorkerInfo
 from synerdiff.profile.capacity import DEFAULT_BATCH, default_batch, most_samples
 from synerdiff.profile.tables import Profile
 
@@ -138,6 +138,11 @@ def fifo_admissions(view: View, active: int, rows: int, batch: int) -> list[Samp
             break
         taken.append(sample)
     return taken
+
+
+def decode_alone(view: View) -> Decision:
+    """The next chunk of the first decode, while the denoise lane is held."""
+    return Decision(chunks=(ChunkLaunch(next(iter(view.decoding)).id, 1, exclusive=True),))
 
 
 def fitting(samples: Iterable[Sample], max_rows: int) -> list[Sample]:

@@ -1,15 +1,16 @@
 """Continuous (step-level) batching: samples join and leave the batch at every step.
 
 ``continuous-serial`` decodes between steps, holding the denoise lane; ``continuous-parallel`` runs each whole decode
-beside the steps, naively; ``chunked`` does the same with decodes cut into chunks.
+beside the steps, naively; ``chunked`` does the same with decodes cut into chunks. ``skip-cfg`` is ``continuous-serial``
+that skips guidance uniformly, whatever the load.
 """
 
 from __future__ import annotations
 
-from policies.base import BATCH, BatchedPolicy
+from policies.base import BATCH, BatchedPolicy, decode_alone
 from policies.decode_costs import CHUNKING, chosen_chunking
-from policies.step_batch import StepBatch
-from synerdiff.core import NOTHING, ChunkLaunch, Decision, View, WorkerInfo
+from policies.step_batch import StepBatch, StepModes
+from synerdiff.core import NOTHING, ChunkLaunch, Decision, Mode, Sample, SampleId, View, WorkerInfo
 from synerdiff.profile.tables import Profile
 
 
@@ -30,11 +31,41 @@ class ContinuousSerial(ContinuousPolicy):
         if not view.denoise_free:
             return NOTHING
         if view.decoding:
-            first = next(iter(view.decoding))
-            return Decision(chunks=(ChunkLaunch(first.id, 1, exclusive=True),))
+            return decode_alone(view)
         members = self.members
         members.refresh(view)
-        return Decision(admit=members.admit, step=members.step)
+        return Decision(admit=members.admit, step=self.step(members))
+
+    def step(self, members: StepBatch) -> StepModes:
+        """The members of the coming step and the mode of each."""
+        return members.step
+
+
+class SkipCfg(ContinuousSerial):
+    """Continuous batching with serial decodes; each sample spends its skip budget evenly over its steps.
+
+    Skips that the budget's run length forbids are made up for later.
+    """
+
+    NAME = "skip-cfg"
+
+    def step(self, members: StepBatch) -> StepModes:
+        modes: list[tuple[SampleId, Mode]] = []
+        for sample in members.members:
+            mode = sample.skip_mode
+            modes.append(sample.full if mode is None or not behind_schedule(sample) else (sample.id, mode))
+        return tuple(modes)
+
+
+def behind_schedule(sample: Sample) -> bool:
+    """Whether fewer skips are spent than an even spread over the steps after the warm-up asks for by now.
+
+    Of S skips over N steps with W of warm-up, floor(S * (t - W + 1) / (N - W)) are due with step t.
+    """
+    warmup = sample.budget.warmup_steps
+    total = sample.skips_spent + sample.skips_left
+    due = total * (sample.step_index - warmup + 1) // max(1, sample.steps - warmup)
+    return sample.skips_spent < due
 
 
 class ContinuousParallel(ContinuousPolicy):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from policies.base import BATCH, Parameter
 from policies.load_skip import WHOLE, CheapestPlacement, Launches
-from policies.ordered_batch import OrderedBatch
-from policies.step_batch import skipping_step
+from policies.step_batch import OrderedBatch, skipping_step
 from synerdiff.core import NOTHING, NS_PER_S, Decision, Sample, View, WorkerInfo
 from synerdiff.profile.tables import Profile
 

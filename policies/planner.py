@@ -58,10 +58,10 @@ class Planner:
         than the penalty: this spares most plans.
         """
         key = (rows, first, images)
-        found = self._at_once.get(key)
-        if found is None:
-            found = self._at_once[key] = self._find_at_once(rows, first, images)
-        return found
+        end_ns = self._at_once.get(key)
+        if end_ns is None:
+            end_ns = self._at_once[key] = self._find_at_once(rows, first, images)
+        return end_ns
 
     def _find_at_once(self, rows: int, first: int, images: int) -> int:
         chunks = self._chunks(first, images)
@@ -118,9 +118,9 @@ class Planner:
                         if then_ns > limit_ns:
                             continue
                         if position == total:
-                            found = (elapsed_ns + end_ns + penalty_ns * after, after, then_ns)
-                            if best is None or found < best:
-                                best, bound_ns = found, found[0]
+                            outcome = (elapsed_ns + end_ns + penalty_ns * after, after, then_ns)
+                            if best is None or outcome < best:
+                                best, bound_ns = outcome, outcome[0]
                                 best_node = (then_ns, after, node, (position - done, skip))
                             continue
                         if then_ns + least_ns[position] + penalty_ns * after >= bound_ns:
@@ -145,10 +145,10 @@ class Planner:
     def _moves_of(self, rows: int, first: int, images: int) -> list[list[_Move]]:
         """For each number of chunks done: what one step of these rows can do, most chunks first."""
         key = (rows, first, images)
-        found = self._moves.get(key)
-        if found is None:
-            found = self._moves[key] = self._find_moves(rows, first, images)
-        return found
+        moves = self._moves.get(key)
+        if moves is None:
+            moves = self._moves[key] = self._find_moves(rows, first, images)
+        return moves
 
     def _find_moves(self, rows: int, first: int, images: int) -> list[list[_Move]]:
         costs = self._costs
@@ -185,7 +185,7 @@ class Planner:
 
 def _undominated(reached: dict[tuple[int, int], _Node]) -> list[tuple[int, _Node]]:
     """States that no other one beats or equals in chunks done, time and skips; most chunks first, then fewest skips."""
-    kept: list[tuple[int, _Node]] = []
+    layer: list[tuple[int, _Node]] = []
     least: list[tuple[int, int]] = []
     for done, skips in sorted(reached, key=lambda key: (-key[0], key[1])):
         node = reached[done, skips]
@@ -194,9 +194,9 @@ def _undominated(reached: dict[tuple[int, int], _Node]) -> list[tuple[int, _Node
             if other_ns <= elapsed_ns and other_skips <= skips:
                 break
         else:
-            kept.append((done, node))
+            layer.append((done, node))
             least.append((elapsed_ns, skips))
-    return kept
+    return layer
 
 
 def _actions(node: _Node) -> tuple[Action, ...]:

@@ -10,12 +10,10 @@ from typing import Any
 
 from policies.auto import Auto
 from policies.base import Parameter, Policy, checked_parameters
-from policies.continuous import Chunked, ContinuousParallel, ContinuousSerial
-from policies.dynamic import Dynamic
+from policies.batches import Dynamic, Static
+from policies.continuous import Chunked, ContinuousParallel, ContinuousSerial, SkipCfg
 from policies.edf import Edf
 from policies.load_skip import LoadSkip
-from policies.skip_cfg import SkipCfg
-from policies.static import Static
 from policies.synerdiff import SynerDiff, SynerDiffFeedback
 from synerdiff.core import InputError
 

@@ -197,16 +197,16 @@ class SynerDiff(ContinuousPolicy):
             return self.costs.count * images - first, False
         packed, skips = self.eligibility()
         key = (rows, packed, first, images, theta_ppm, credit_ns, skips)
-        found = self.actions.get(key)
-        if found is None:
+        action = self.actions.get(key)
+        if action is None:
             if len(self.actions) >= MEMO_SIZE:
                 self.actions.clear()
             eligible = [packed >> _FIELD_BITS * j & _FIELD for j in range(self.horizon)] if packed else []
             plan = self.planner.plan(rows, eligible, first, images, theta_ppm, credit_ns, skips)
             if plan is None and images > 1:
                 plan = self.planner.plan(rows, eligible, first, 1, theta_ppm, credit_ns, skips)
-            found = self.actions[key] = (-1, False) if plan is None else plan.actions[0]
-        return found
+            action = self.actions[key] = (-1, False) if plan is None else plan.actions[0]
+        return action
 
     def eligibility(self) -> tuple[int, int]:
         """How many members may skip at each step of the horizon (16 bits each), and the least budget left of those."""

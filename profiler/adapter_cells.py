@@ -125,12 +125,12 @@ class Session:
                     self.samples.setdefault(point, []).append(max(1, value))
 
     def tables(self) -> dict[str, dict[int, Spread]]:
-        found: dict[str, dict[int, Spread]] = {}
+        tables: dict[str, dict[int, Spread]] = {}
         for (name, at), samples in self.samples.items():
-            found.setdefault(name, {})[at] = spread_of(samples)
+            tables.setdefault(name, {})[at] = spread_of(samples)
         for (name, at), value in self._constants.items():
-            found.setdefault(name, {})[at] = Spread(value, value, value, 1)
-        return found
+            tables.setdefault(name, {})[at] = Spread(value, value, value, 1)
+        return tables
 
     # --- LoRAs --------------------------------------------------------------------------------------------------
 
@@ -308,8 +308,8 @@ def _now_ns(bench: Bench) -> int:
 def _timed(lane: Lane, function: Callable[[], T]) -> tuple[T, int]:
     """What it returns, and how long it took on the lane."""
     work = lane.submit(function)
-    found = work.result()
-    return found, work.end_ns - work.start_ns
+    result = work.result()
+    return result, work.end_ns - work.start_ns
 
 
 def rows_line(adapters: Adapters, names: Sequence[str]) -> list[str]:

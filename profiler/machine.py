@@ -37,10 +37,14 @@ def cpu_name() -> str:
 def software() -> dict[str, str]:
     import diffusers
 
-    found = {"python": platform.python_version(), "torch": str(torch.__version__), "diffusers": diffusers.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "diffusers": diffusers.__version__,
+    }
     if torch.version.cuda is not None:
-        found["cuda"] = str(torch.version.cuda)
-    return found
+        versions["cuda"] = str(torch.version.cuda)
+    return versions
 
 
 def kernels(denoiser: torch.nn.Module) -> dict[str, Any]:
@@ -89,7 +93,7 @@ class GpuWatch:
     """Clocks, power, temperature and throttle reasons of one GPU through NVML, read whenever ``look`` is called."""
 
     def __init__(self, device: torch.device) -> None:
-        self._seen: list[dict[str, int]] = []
+        self._readings: list[dict[str, int]] = []
         try:
             import pynvml
 
@@ -119,24 +123,24 @@ class GpuWatch:
             "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
             "throttle_reasons": lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
         }
-        seen = {}
+        reading = {}
         for name, read in readings.items():
             try:
-                seen[name] = int(read())
+                reading[name] = int(read())
             except nvml.NVMLError:
                 continue
-        self._seen.append(seen)
+        self._readings.append(reading)
 
     def summary(self) -> dict[str, Any]:
-        """Least, median and largest of each reading, and every throttle reason with how often it was seen."""
-        found: dict[str, Any] = {"looks": len(self._seen)}
+        """Least, median and largest of each reading, and every throttle reason with how often it was read."""
+        summary: dict[str, Any] = {"looks": len(self._readings)}
         for name in ("sm_mhz", "memory_mhz", "power_mw", "temperature_c"):
-            values = sorted(seen[name] for seen in self._seen if name in seen)
+            values = sorted(reading[name] for reading in self._readings if name in reading)
             if values:
-                found[name] = {"least": values[0], "median": values[len(values) // 2], "largest": values[-1]}
+                summary[name] = {"least": values[0], "median": values[len(values) // 2], "largest": values[-1]}
         if self._nvml is not None:
-            found["throttled"] = throttle_counts([seen.get("throttle_reasons", 0) for seen in self._seen])
-        return found
+            summary["throttled"] = throttle_counts([reading.get("throttle_reasons", 0) for reading in self._readings])
+        return summary
 
 
 THROTTLE_REASONS = {

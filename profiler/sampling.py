@@ -43,8 +43,8 @@ QUICK = Rule(least=5, most=10, width=0.1, cap_s=0.5)
 
 def median_width(samples: Sequence[int]) -> float:
     """Width of the 95% interval of the median (order statistics), as a share of the median."""
-    found = percentile_interval(samples, 0.5)
-    return (found.high - found.low) / found.value
+    interval = percentile_interval(samples, 0.5)
+    return (interval.high - interval.low) / interval.value
 
 
 def spread_of(samples: Sequence[int]) -> Spread:

@@ -70,10 +70,10 @@ def _rows(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= MOST_ROWS for part in parts):
         raise InputError(f"--rows {text}: whole numbers from 1 to {MOST_ROWS} are needed, for example 1,2,4,8.")
-    found = [int(part) for part in parts]
-    if sorted(set(found)) != found:
+    buckets = [int(part) for part in parts]
+    if sorted(set(buckets)) != buckets:
         raise InputError(f"--rows {text}: the numbers must rise without repeats.")
-    return tuple(found)
+    return tuple(buckets)
 
 
 def _sides(text: str) -> tuple[int, int]:

@@ -102,10 +102,10 @@ def _inside(pieces: Sequence[tuple[int, int]], partner: Sequence[tuple[int, int]
     return [end - start for start, end in pieces if any(low <= start and end <= high for low, high in active)]
 
 
-def active_times(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def active_times(pieces: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Pieces of one lane, in order, joined where the gap between them is at most LARGEST_GAP_NS."""
-    joined = [spans[0]]
-    for start, end in spans[1:]:
+    joined = [pieces[0]]
+    for start, end in pieces[1:]:
         if start - joined[-1][1] <= LARGEST_GAP_NS:
             joined[-1] = (joined[-1][0], end)
         else:

@@ -69,17 +69,17 @@ def fetch(
     """
     published = published_trace(name)
     require_writable_folder(folder)
-    found = []
+    files = []
     for file in published.files:
         path = folder / file.name
         if path.exists():
             _check_present(path, file)
-            found.append((path, False))
+            files.append((path, False))
             continue
         url = (base_url or published.base_url).rstrip("/") + "/" + file.name
         _fetch_file(url, path, file, progress)
-        found.append((path, True))
-    return found
+        files.append((path, True))
+    return files
 
 
 def _check_present(path: Path, file: PublishedFile) -> None:

@@ -159,10 +159,10 @@ def cut(times_s: Times, spec: TraceSpec) -> Times:
     """The first ``requests`` of sorted times, or those before ``duration_s``."""
     if spec.requests is not None:
         return times_s[: spec.requests]
-    kept = times_s[times_s < (spec.duration_s or 0.0)]
-    if not len(kept):
+    inside = times_s[times_s < (spec.duration_s or 0.0)]
+    if not len(inside):
         raise InputError(f"No request arrives within {spec.duration_s:g} s at this rate and seed.")
-    return kept
+    return inside
 
 
 Integers = NDArray[np.int64]
@@ -257,40 +257,40 @@ def session_arrivals(
     size_shares /= size_shares.sum()
     levels = np.array(fitted.day_levels)
     order = levels
-    found: list[Times] = []
+    sessions_s: list[Times] = []
     owners: list[NDArray[np.int64]] = []
     sessions = arrived = 0
     day = -1
     # What arrives before the end of a generated day is complete: later sessions cannot reach back.
-    while day < 0 or not _complete(spec, found, arrived, day):
+    while day < 0 or not _complete(spec, sessions_s, arrived, day):
         if (day + 1) % len(levels) == 0:
             order = rng.permutation(levels)
         noise = rng.gamma(1 / fitted.hour_noise_cv2, fitted.hour_noise_cv2, 24)
         starting = rng.poisson(per_hour * order[(day + 1) % len(levels)] * noise)
         starts_s = day * DAY_S + (np.repeat(np.arange(24), starting) + rng.random(starting.sum())) * HOUR_S
         times, owner = _requests_of(rng, starts_s, rng.choice(sizes, len(starts_s), p=size_shares), fitted)
-        found.append(times)
+        sessions_s.append(times)
         owners.append(owner + sessions)
         sessions += len(starts_s)
         arrived += len(times)
         day += 1
         if arrived > 2 * MAX_REQUESTS:
             raise InputError(f"The trace would have over {MAX_REQUESTS} requests; give a lower rate or less time.")
-    times, owner = np.concatenate(found), np.concatenate(owners)
+    times, owner = np.concatenate(sessions_s), np.concatenate(owners)
     in_order = np.argsort(times, kind="stable")
     in_order = in_order[times[in_order] >= 0]
-    kept = in_order[: len(cut(times[in_order], spec))]
-    return times[kept], owner[kept]
+    chosen = in_order[: len(cut(times[in_order], spec))]
+    return times[chosen], owner[chosen]
 
 
-def _complete(spec: TraceSpec, found: list[Times], arrived: int, days: int) -> bool:
+def _complete(spec: TraceSpec, sessions_s: list[Times], arrived: int, days: int) -> bool:
     if spec.duration_s is not None:
         return days * DAY_S >= spec.duration_s
     assert spec.requests is not None
     if arrived < spec.requests:
         return False
     end_s = days * DAY_S
-    return sum(int(((times >= 0) & (times < end_s)).sum()) for times in found) >= spec.requests
+    return sum(int(((times >= 0) & (times < end_s)).sum()) for times in sessions_s) >= spec.requests
 
 
 def _requests_of(

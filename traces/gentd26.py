@@ -275,13 +275,13 @@ def _joined_loras(path: Path, wanted: list[tuple[int, dict[str, str]]]) -> list[
     if len(tail) < len(wanted):
         raise InputError(f"{wide}: it has {len(tail)} rows, fewer than the {len(wanted)} of {path}.")
     names = {key: f"L{rank:04d}" for rank, (key, _) in enumerate(uses.most_common())}
-    found = []
+    per_request = []
     for (line, row), (wide_line, wide_row, loras) in zip(wanted, tail, strict=True):
         same = all(row[column] == wide_row[column] for column in _SHARED)
         if not same or _integer(f"{path}, line {line}", row, "num_lora", _MOST_LORAS) != len(loras):
             raise InputError(f"{wide}, line {wide_line}: this is not the request of {path}, line {line}.")
-        found.append(_each_once((names[key], scale) for key, scale in loras))
-    return found
+        per_request.append(_each_once((names[key], scale) for key, scale in loras))
+    return per_request
 
 
 @contextmanager

@@ -212,11 +212,11 @@ def _identifiers(where: str, field: str, value: Any, noted: Counter[str]) -> tup
         return ()
     if not isinstance(value, list):
         raise InputError(f"{where}: {field} is a {type(value).__name__}; a list or null is needed.")
-    found = [_identifier(where, field, element) for element in value]
-    nulls = found.count(None)
+    identifiers = [_identifier(where, field, element) for element in value]
+    nulls = identifiers.count(None)
     if nulls:
         noted[f"nulls among {field} left out"] += nulls
-    names = dict.fromkeys(name for name in found if name is not None)
-    if len(names) + nulls < len(found):
-        noted[f"{field} named again left out"] += len(found) - nulls - len(names)
+    names = dict.fromkeys(name for name in identifiers if name is not None)
+    if len(names) + nulls < len(identifiers):
+        noted[f"{field} named again left out"] += len(identifiers) - nulls - len(names)
     return tuple(names)

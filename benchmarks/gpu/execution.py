@@ -5,16 +5,14 @@ python -m benchmarks.gpu.execution --model sd15 --device cuda --rows 2,16 --out 
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.floors import beside_floor, gpu_key, work_of
+from benchmarks.gpu.lanes import command
 from profiler.datasheets import MODELS
 from profiler.machine import device_name
 from profiler.sampling import QUICK, spread_of, warm_up
@@ -24,7 +22,6 @@ from synerdiff.device.lanes import find_device
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.denoisers.unet import EagerDenoiser
 from synerdiff.diffusion.stages import prepare_steps
-from synerdiff.files import atomic
 
 SAMPLES = 20
 KINDS = ("eager", "graphs", "compiled")
@@ -52,16 +49,16 @@ def measure(model_name: str, device_text: str, rows: tuple[int, ...], quick: boo
         torch.set_num_threads(1)
     model = load_model(model_name, device, torch.bfloat16 if on_gpu else None)
     condition = model.encode_prompt(model.prompts.default_prompt(0))
-    found: dict[str, Any] = {"model": model_name, "device": device_name(device), "times": [], "skipped": {}}
+    results: dict[str, Any] = {"model": model_name, "device": device_name(device), "times": [], "skipped": {}}
     floors = model_name in MODELS
     with open_device(device) as lanes:
         lane = lanes.lane("denoise")
         for kind in KINDS:
             if kind == "graphs" and not on_gpu:
-                found["skipped"][kind] = "CUDA graphs need a GPU"
+                results["skipped"][kind] = "CUDA graphs need a GPU"
                 continue
             if kind == "compiled" and not on_gpu:
-                found["skipped"][kind] = "compiling for a CPU says nothing about a GPU and takes minutes"
+                results["skipped"][kind] = "compiling for a CPU says nothing about a GPU and takes minutes"
                 continue
             for count in rows[:1] if kind == "compiled" else rows:
                 began_s = time.monotonic()
@@ -80,28 +77,11 @@ def measure(model_name: str, device_text: str, rows: tuple[int, ...], quick: boo
                 row: dict[str, Any] = {"kind": kind, "rows": count, "ms": spread.median / 1e6, "n": spread.n}
                 row |= {"p10_ms": spread.p10 / 1e6, "p90_ms": spread.p90 / 1e6, "it_per_s": 1e9 / spread.median}
                 if floors:
-                    row |= beside_floor(spread.median, *work_of(model_name, count), gpu_key(found["device"]))
-                found["times"].append(row | {"prepared_s": prepared_s})
-                keep(found)
-    keep(found)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rows", default="2,16")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-
-    def keep(found: Any) -> None:
-        with atomic(arguments.out) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-    rows = tuple(int(part) for part in arguments.rows.split(","))
-    measure(arguments.model, arguments.device, rows, arguments.quick, keep)
+                    row |= beside_floor(spread.median, *work_of(model_name, count), gpu_key(results["device"]))
+                results["times"].append(row | {"prepared_s": prepared_s})
+                keep(results)
+    keep(results)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__.splitlines()[0], "2,16", measure)

@@ -43,7 +43,7 @@ def beside_floor(ns: float, flops: float, moved: float, least_bytes: float, gpu:
     """The time in ms, what it achieves, and its floor: the products at the device's best rate, or the bytes that any
     execution must read (weights), whichever takes longer. ``of_floor`` is floor / time."""
     seconds = ns / NS_PER_S
-    found: dict[str, Any] = {
+    comparison: dict[str, Any] = {
         "ms": ns / 1e6,
         "tflop_per_s": flops / seconds / 1e12,
         "unfused_gb_per_s": moved / seconds / 1e9,
@@ -51,8 +51,8 @@ def beside_floor(ns: float, flops: float, moved: float, least_bytes: float, gpu:
     if gpu is not None:
         rate = REACHED_FLOPS.get(gpu, GPUS[gpu].peak_flops)
         floor_s = max(flops / rate, least_bytes / GPUS[gpu].bandwidth)
-        found |= {"floor_ms": floor_s * 1e3, "of_floor": floor_s / seconds}
-    return found
+        comparison |= {"floor_ms": floor_s * 1e3, "of_floor": floor_s / seconds}
+    return comparison
 
 
 def profile_table(profile: Profile) -> dict[str, Any]:

@@ -99,11 +99,11 @@ def measure(arguments: argparse.Namespace) -> None:
                 run = run_real(prepared.served, prepared.policy(), profile, hardware, budget=prepared.budget)
                 if run.error is not None:
                     raise run.error
-                found = head | outcome(run, prepared)
+                record = head | outcome(run, prepared)
                 with atomic(path) as temporary:
-                    temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
-                rate = found["images_per_s"]
-                print(f"{path.name}: {found['images_per_s_note'] or f'{rate:.3g} images/s'}", flush=True)
+                    temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+                rate = record["images_per_s"]
+                print(f"{path.name}: {record['images_per_s_note'] or f'{rate:.3g} images/s'}", flush=True)
 
 
 def outcome(run: Any, prepared: Prepared) -> dict[str, Any]:
@@ -115,8 +115,8 @@ def outcome(run: Any, prepared: Prepared) -> dict[str, Any]:
         note = ""
     except InputError as error:
         rate, note = None, str(error)
-    kept = measured(frame)
-    done = kept[kept["status"] == "done"]
+    window = measured(frame)
+    done = window[window["status"] == "done"]
     finished = frame.loc[frame["status"] == "done", "finished_s"]
     steps = work[work["kind"] == "step"]
     return {
@@ -124,7 +124,7 @@ def outcome(run: Any, prepared: Prepared) -> dict[str, Any]:
         "images_per_s_note": note,
         "whole_run_images_per_s": int(frame["images"].sum()) / float(finished.max()) if len(finished) else None,
         "latencies_s": [float(value) for value in done["request_latency_s"]],
-        "measured_requests": len(kept),
+        "measured_requests": len(window),
         "step_median_s": float((steps["end_ns"] - steps["start_ns"]).median()) / NS_PER_S if len(steps) else None,
         "dispatch": run.dispatch.summary(),
         "faults": len(run.faults),
@@ -181,22 +181,22 @@ def conclude(cases: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"policies": policies, "paired_ratios": ratios}
 
 
-def _interval(found: Any) -> dict[str, float | None]:
-    values = {"value": found.value, "low": found.low, "high": found.high}
-    return {name: value if abs(value) != float("inf") else None for name, value in values.items()} | {"n": found.n}
+def _interval(interval: Any) -> dict[str, float | None]:
+    values = {"value": interval.value, "low": interval.low, "high": interval.high}
+    return {name: value if abs(value) != float("inf") else None for name, value in values.items()} | {"n": interval.n}
 
 
 def _ratio(ours: dict[int, float], other: dict[int, float]) -> dict[str, float | None] | None:
     both = sorted(set(ours) & set(other))
     if not both:
         return None
-    found = paired_log_ratio({n: ours[n] for n in both}, {n: other[n] for n in both})
-    bounded = found.seeds > 1
+    paired = paired_log_ratio({n: ours[n] for n in both}, {n: other[n] for n in both})
+    bounded = paired.seeds > 1
     return {
-        "ratio": found.ratio,
-        "low": found.low if bounded else None,
-        "high": found.high if bounded else None,
-        "traces": found.seeds,
+        "ratio": paired.ratio,
+        "low": paired.low if bounded else None,
+        "high": paired.high if bounded else None,
+        "traces": paired.seeds,
     }
 
 

@@ -104,7 +104,7 @@ def measure_kind(bench: Bench, cuts: list[Chunking], rows: tuple[int, ...], solo
             if first:
                 solo_ns |= own_ns
             for count, step in steps.items():
-                step_ppm, chunk_ppm = (median(found) for found in measure_corun(bench, step, piece, ([], [])))
+                step_ppm, chunk_ppm = (median(samples) for samples in measure_corun(bench, step, piece, ([], [])))
                 s_u = step_ppm / PPM * own_ns[f"step {count}"] / solo_ns[f"step {count}"]
                 s_v = chunk_ppm / PPM * own_ns[name] / solo_ns[name]
                 cell = {"chunking": cut.name, "chunk": chunk, "rows": count, "s_u": s_u, "s_v": s_v}
@@ -123,14 +123,14 @@ def measure(model_name: str, device_text: str, rows: tuple[int, ...], quick: boo
         torch.set_num_threads(1)
     model = load_model(model_name, device, None if device.type == "cpu" else torch.bfloat16)
     rule = QUICK if quick else RULE
-    found: dict[str, Any] = {"model": model_name, "device": device_name(device), "kinds": {}, "skipped": {}}
+    results: dict[str, Any] = {"model": model_name, "device": device_name(device), "kinds": {}, "skipped": {}}
     solo_ns: dict[str, float] = {}
     cuts: list[Chunking] = []
     for kind in KINDS:
         reason = why_not(kind, device)
         if reason:
-            found["skipped"][kind] = reason
-            keep(found)
+            results["skipped"][kind] = reason
+            keep(results)
             continue
         try:
             with bench_with(kind, model, device, rows, rule) as bench, torch.inference_mode():
@@ -139,31 +139,34 @@ def measure(model_name: str, device_text: str, rows: tuple[int, ...], quick: boo
 
                     atoms = measure_atoms(bench)
                     cuts = [WHOLE, choose_cuts([spread.median for spread in atoms.values()], CHUNKS)]
-                found["kinds"][kind] = measure_kind(bench, cuts, rows, solo_ns)
+                results["kinds"][kind] = measure_kind(bench, cuts, rows, solo_ns)
         except (RuntimeError, AttributeError, TypeError) as error:
             # Green contexts are a beta feature: drivers and containers may refuse, its interface may change.
             if kind != GREEN:
                 raise
-            found["skipped"][kind] = f"refused: {str(error).splitlines()[0]}"
-        keep(found)
+            results["skipped"][kind] = f"refused: {str(error).splitlines()[0]}"
+        keep(results)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def command(
+    title: str, rows: str, measured: Callable[[str, str, tuple[int, ...], bool, Callable[[Any], None]], None]
+) -> None:
+    """The command line of a benchmark that writes its results, whole at any time, into one JSON file."""
+    parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rows", default="2,8,16")
+    parser.add_argument("--rows", default=rows)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
 
-    def keep(found: Any) -> None:
+    def keep(results: Any) -> None:
         with atomic(arguments.out) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
-    rows = tuple(int(part) for part in arguments.rows.split(","))
-    measure(arguments.model, arguments.device, rows, arguments.quick, keep)
+    counts = tuple(int(part) for part in arguments.rows.split(","))
+    measured(arguments.model, arguments.device, counts, arguments.quick, keep)
 
 
 if __name__ == "__main__":
-    main()
+    command(__doc__.splitlines()[0], "2,8,16", measure)

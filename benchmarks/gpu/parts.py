@@ -107,8 +107,8 @@ def capacity_per_s(profile: Profile, steps: float) -> float:
 
 def requests_within(seconds: float, rate_per_s: float, loads: Sequence[float], runs: int, most: int) -> int:
     """Requests a run so that ``runs`` runs at each of these loads, relative to ``rate_per_s``, last ``seconds``."""
-    found = int(seconds * rate_per_s / (runs * sum(1 / one for one in loads)))
-    return max(12, min(most, found))
+    requests = int(seconds * rate_per_s / (runs * sum(1 / one for one in loads)))
+    return max(12, min(most, requests))
 
 
 def trace_step(out: Path, requests: int, seed: int, mix: Sequence[str]) -> Step:
@@ -251,8 +251,8 @@ PARTS = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -322,9 +322,9 @@ def provenance(options: Options) -> dict[str, Any]:
     from profiler.machine import code_version, device_name, host, software
     from synerdiff.device.lanes import find_device
 
-    found = {"device": device_name(find_device(options.device)), "commit": code_version(), **host(), **software()}
+    machine = {"device": device_name(find_device(options.device)), "commit": code_version(), **host(), **software()}
     return {
-        **found,
+        **machine,
         "date": now(),
         "quick": options.quick,
         "model_instead": options.model,

@@ -29,10 +29,10 @@ Parts = Mapping[int, Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """``found`` is None where nothing was measured. ``at_most``: the limit is the largest allowed value."""
+    """``value`` is None where nothing was measured. ``at_most``: the limit is the largest allowed value."""
 
     name: str
-    found: float | None
+    value: float | None
     limit: float
     unit: str
     at_most: bool = True
@@ -40,15 +40,15 @@ class Gate:
 
     @property
     def verdict(self) -> str:
-        if self.found is None:
+        if self.value is None:
             return "not measured"
-        met = self.found <= self.limit if self.at_most else self.found >= self.limit
+        met = self.value <= self.limit if self.at_most else self.value >= self.limit
         return "met" if met else "MISSED"
 
     def line(self) -> str:
-        found = "-" if self.found is None else f"{self.found:.3g}"
+        value = "-" if self.value is None else f"{self.value:.3g}"
         sign = "<=" if self.at_most else ">="
-        cells = (self.name, f"{found} {self.unit}", f"{sign} {self.limit:g} {self.unit}", self.verdict, self.detail)
+        cells = (self.name, f"{value} {self.unit}", f"{sign} {self.limit:g} {self.unit}", self.verdict, self.detail)
         return f"| {' | '.join(cells)} |"
 
 
@@ -94,7 +94,7 @@ def _gaps(parts: Parts, sdxl: Mapping[str, Any], steps: Mapping[int, Mapping[str
     """Idle time of the denoise lane between steps, in percent of a step: as profiled, and in the runs (medians)."""
     gap = sdxl.get("overheads_ms", {}).get("step_dispatch")
     profiled = 100 * gap / steps[2]["ms"] if gap is not None and 2 in steps else None
-    found = [Gate("lane gap, profiled, of a step of 2 rows", profiled, 2, "%")]
+    gates = [Gate("lane gap, profiled, of a step of 2 rows", profiled, 2, "%")]
     for number, title in ((3, "SDXL runs"), (4, "SD1.5 runs")):
         shares = {
             f"{run['policy']}, {run['kind']}": 100 * run["dispatch"]["step_dispatch"]["p50_s"] / run["step_median_s"]
@@ -103,8 +103,8 @@ def _gaps(parts: Parts, sdxl: Mapping[str, Any], steps: Mapping[int, Mapping[str
         }
         worst = max(shares, key=lambda name: shares[name]) if shares else None
         value = shares[worst] if worst is not None else None
-        found.append(Gate(f"lane gap, {title}, the worst", value, 2, "%", detail=worst or ""))
-    return found
+        gates.append(Gate(f"lane gap, {title}, the worst", value, 2, "%", detail=worst or ""))
+    return gates
 
 
 def _dry(origin: Mapping[str, Any]) -> bool:
@@ -117,8 +117,8 @@ def _full_guidance(part: Mapping[str, Any], policy: str) -> bool:
 
 
 def _results(parts: Parts, number: int) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = parts.get(number, {}).get("results", {})
-    return found
+    results: Mapping[str, Any] = parts.get(number, {}).get("results", {})
+    return results
 
 
 def report_text(parts: Parts) -> str:
@@ -146,8 +146,8 @@ def report_text(parts: Parts) -> str:
         if _results(parts, number).get("policies"):
             lines += ["", *_policy_lines(parts[number])]
     for number, lines_of in ((5, _lane_lines), (6, _execution_lines)):
-        for model, found in _results(parts, number).items():
-            lines += ["", *lines_of(model, found)]
+        for model, results in _results(parts, number).items():
+            lines += ["", *lines_of(model, results)]
     return "\n".join(lines) + "\n"
 
 
@@ -167,11 +167,11 @@ def _profile_lines(model: str, table: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _bounds(found: Mapping[str, Any] | None, scale: float = 1.0) -> str:
-    if found is None:
+def _bounds(interval: Mapping[str, Any] | None, scale: float = 1.0) -> str:
+    if interval is None:
         return "-"
-    low, high = (format(found[key] * scale, ".3g") if found[key] is not None else "?" for key in ("low", "high"))
-    return f"{found['value'] * scale:.3g} ({low} to {high})"
+    low, high = (format(interval[key] * scale, ".3g") if interval[key] is not None else "?" for key in ("low", "high"))
+    return f"{interval['value'] * scale:.3g} ({low} to {high})"
 
 
 def _policy_lines(part: Mapping[str, Any]) -> list[str]:
@@ -192,52 +192,52 @@ def _policy_lines(part: Mapping[str, Any]) -> list[str]:
             f"{sum(skipped) / len(skipped):.0%}" if skipped else "-",
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for pair, found in part["results"]["paired_ratios"].items():
+    for pair, ratios in part["results"]["paired_ratios"].items():
         texts = [
-            f"{name.replace('_', ' ')} {_bounds({**one, 'value': one['ratio']})}" for name, one in found.items() if one
+            f"{name.replace('_', ' ')} {_bounds({**one, 'value': one['ratio']})}" for name, one in ratios.items() if one
         ]
         lines.append(f"\n{pair}: {', '.join(texts) or '-'}")
     return lines
 
 
-def _lane_lines(model: str, found: Mapping[str, Any]) -> list[str]:
+def _lane_lines(model: str, results: Mapping[str, Any]) -> list[str]:
     lines = [
         f"## Overlap by lanes, {model}",
         "",
         "| lanes | cells | above 1 | least | largest |",
         "|---|---|---|---|---|",
     ]
-    for kind, cells in found["kinds"].items():
+    for kind, cells in results["kinds"].items():
         values = [cell["overlap"] for cell in cells]
         won = sum(value > 1 for value in values)
         lines.append(f"| {kind} | {len(values)} | {won} | {min(values):.2f} | {max(values):.2f} |")
-    return [*lines, *(f"\nNot measured: {kind}: {reason}." for kind, reason in found["skipped"].items())]
+    return [*lines, *(f"\nNot measured: {kind}: {reason}." for kind, reason in results["skipped"].items())]
 
 
-def _execution_lines(model: str, found: Mapping[str, Any]) -> list[str]:
+def _execution_lines(model: str, results: Mapping[str, Any]) -> list[str]:
     lines = [
         f"## Forward of {model}",
         "",
         "| | rows | ms | it/s | floor, ms | prepared in, s |",
         "|---|---|---|---|---|---|",
     ]
-    for row in found["times"]:
+    for row in results["times"]:
         cells = [_number(row, key) for key in ("ms", "it_per_s", "floor_ms", "prepared_s")]
         lines.append(f"| {row['kind']} | {row['rows']} | " + " | ".join(cells) + " |")
     published = H100_IT_PER_S.get(model)
     if published:
         listed = ", ".join(f"{name} {value}" for name, value in published.items())
         lines.append(f"\nPublished for an H100 at 2 rows, it/s: {listed}.")
-    return [*lines, *(f"\nNot measured: {kind}: {reason}." for kind, reason in found["skipped"].items())]
+    return [*lines, *(f"\nNot measured: {kind}: {reason}." for kind, reason in results["skipped"].items())]
 
 
 def read_parts(folder: Path) -> dict[int, dict[str, Any]]:
-    found = {}
+    parts = {}
     for number in range(1, 7):
         path = folder / f"part{number}.json"
         if path.exists():
-            found[number] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+            parts[number] = json.loads(path.read_text(encoding="utf-8"))
+    return parts
 
 
 def main() -> None:

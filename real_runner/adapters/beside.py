@@ -236,7 +236,7 @@ def _answer_all(link: Link, answers: Answers) -> None:
             try:
                 fields, tensors = answers.answer(message, memory)
             except Exception as error:  # it concerns what was asked, and this process lives on
-                reason = {"reason": one_line(error.with_traceback(None)), "spans": [], "faults": []}
+                reason = {"reason": one_line(error.with_traceback(None)), "entries": [], "faults": []}
                 link.send(Op.FAILED, reason | number)
             else:
                 link.send(Op.DONE, dict(fields) | number, tensors)

@@ -1,4 +1,4 @@
-"""What adapters did and when: spans on lanes, and faults, on the monotonic clock until a run's end turns them into
+"""What adapters did and when: entries on lanes, and faults, on the monotonic clock until a run's end turns them into
 records."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Instant = Callable[[], int]
 """Nanoseconds on `time.monotonic_ns`; on a GPU known only once the stream has come there."""
 
 
-class Span(NamedTuple):
+class LedgerEntry(NamedTuple):
     """One piece of work beside the steps."""
 
     gpu: int
@@ -55,15 +55,15 @@ def at(instant_ns: int) -> Instant:
 
 
 class Ledger:
-    """Spans and faults of one run; several threads add to it."""
+    """Entries and faults of one run; several threads add to it."""
 
     def __init__(self) -> None:
-        self.spans: list[Span] = []
+        self.entries: list[LedgerEntry] = []
         self.faults: list[Fault] = []
         """With times on the monotonic clock."""
 
     def clear(self) -> None:
-        self.spans.clear()
+        self.entries.clear()
         self.faults.clear()
 
     def add(
@@ -76,32 +76,34 @@ class Ledger:
         rows: int = 0,
         samples: tuple[SampleId, ...] = (),
     ) -> None:
-        self.spans.append(Span(gpu, lane, kind, start, end, rows, samples))
+        self.entries.append(LedgerEntry(gpu, lane, kind, start, end, rows, samples))
 
     def fault(self, kind: str, samples: tuple[str, ...], detail: str) -> None:
         self.faults.append(Fault(time.monotonic_ns(), kind, samples, detail))
 
     def sent(self) -> dict[str, Any]:
         """All of it as fields of a message, for the ledger of another process; this one is then empty."""
-        spans = [[*span[:3], span.start(), span.end(), *span[5:]] for span in self.spans]
-        fields = {"spans": spans, "faults": [fault[1:] for fault in self.faults]}
+        entries = [[*entry[:3], entry.start(), entry.end(), *entry[5:]] for entry in self.entries]
+        fields = {"entries": entries, "faults": [fault[1:] for fault in self.faults]}
         self.clear()
         return fields
 
     def take_in(self, fields: Mapping[str, Any]) -> None:
         """What another process has `sent`."""
-        for gpu, lane, kind, start_ns, end_ns, rows, samples in fields["spans"]:
+        for gpu, lane, kind, start_ns, end_ns, rows, samples in fields["entries"]:
             self.add(int(gpu), str(lane), str(kind), at(start_ns), at(end_ns), int(rows), tuple(samples))
         for kind, samples, detail in fields["faults"]:
             self.fault(str(kind), tuple(samples), str(detail))
 
     def records(self, zero_ns: int) -> list[WorkRecord]:
-        """All spans as records, counted from ``zero_ns``."""
+        """All entries as records, counted from ``zero_ns``."""
         records = []
-        for span in list(self.spans):
-            start_ns = max(0, span.start() - zero_ns)
-            end_ns = max(start_ns, span.end() - zero_ns)
-            records.append(WorkRecord.other(span.gpu, span.lane, span.kind, start_ns, end_ns, span.samples, span.rows))
+        for entry in list(self.entries):
+            start_ns = max(0, entry.start() - zero_ns)
+            end_ns = max(start_ns, entry.end() - zero_ns)
+            records.append(
+                WorkRecord.other(entry.gpu, entry.lane, entry.kind, start_ns, end_ns, entry.samples, entry.rows)
+            )
         return records
 
     def faults_since(self, zero_ns: int) -> list[Fault]:

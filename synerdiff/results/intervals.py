@@ -129,8 +129,8 @@ def paired_log_ratio(a: Mapping[int, float], b: Mapping[int, float], confidence:
         for seed, value in values.items():
             if not 0 < value < inf:
                 raise InputError(f"a ratio needs positive values; seed {seed} has {value}.")
-    found = t_interval([log(a[seed] / b[seed]) for seed in sorted(a)], confidence)
-    return PairedRatio(exp(found.value), exp(found.low), exp(found.high) if found.high < inf else inf, found.n)
+    interval = t_interval([log(a[seed] / b[seed]) for seed in sorted(a)], confidence)
+    return PairedRatio(exp(interval.value), exp(interval.low), exp(interval.high) if interval.high < inf else inf, interval.n)
 
 
 def binomial_at_most(k: int, n: int, p: float) -> float:

@@ -99,26 +99,26 @@ def summarize(
     if requests.empty:
         raise InputError("the run has no requests, so it has no metrics.")
     table = requests.assign(limit_s=slo_s(requests, solo_latency_s))
-    kept = measured(table)
-    done = kept[kept["status"] == "done"]
-    summary: dict[str, Any] = _counts(requests, kept, done)
+    window = measured(table)
+    done = window[window["status"] == "done"]
+    summary: dict[str, Any] = _counts(requests, window, done)
     latency = done["request_latency_s"].astype(float)
-    summary |= _latency(latency.tolist(), len(kept), load)
+    summary |= _latency(latency.tolist(), len(window), load)
     good = int((latency <= done["limit_s"]).sum())
     summary["good_request_count"] = good
-    summary["good_fraction"] = good / len(kept)
-    summary["slo_p99_claimable"] = requests_for_p99_claim(len(kept) - good) <= len(kept)
-    start_s = float(kept["arrival_s"].min())
-    end_s = float(done["finished_s"].max() if len(done) else kept["arrival_s"].max())
-    summary |= _rates(table, kept, start_s, end_s)
+    summary["good_fraction"] = good / len(window)
+    summary["slo_p99_claimable"] = requests_for_p99_claim(len(window) - good) <= len(window)
+    start_s = float(window["arrival_s"].min())
+    end_s = float(done["finished_s"].max() if len(done) else window["arrival_s"].max())
+    summary |= _rates(table, window, start_s, end_s)
     summary["skip_fraction"] = skip_fraction(done)
-    for stage, values in stages(kept).items():
+    for stage, values in stages(window).items():
         summary[f"{stage}_mean_s"] = float(values.mean()) if len(values) else None
         summary[f"{stage}_p99_s"] = float(values.quantile(0.99)) if len(values) else None
     return summary | {f"lane_utilisation_{k}": v for k, v in lane_utilisation(work, start_s, end_s).items()}
 
 
-def _counts(requests: pd.DataFrame, kept: pd.DataFrame, done: pd.DataFrame) -> dict[str, int]:
+def _counts(requests: pd.DataFrame, window: pd.DataFrame, done: pd.DataFrame) -> dict[str, int]:
     count = len(requests)
     statuses = requests["status"].value_counts()
     errors = {f"{name}_count": int(statuses.get(name, 0)) for name in ("unfinished", "rejected", "failed")}
@@ -126,7 +126,7 @@ def _counts(requests: pd.DataFrame, kept: pd.DataFrame, done: pd.DataFrame) -> d
         "trace_request_count": count,
         "warmup_request_count": count * WARMUP_PERCENT // 100,
         "tail_request_count": count * TAIL_PERCENT // 100,
-        "measured_request_count": len(kept),
+        "measured_request_count": len(window),
         "request_count": len(done),
         "error_request_count": sum(errors.values()),
         **errors,
@@ -134,34 +134,34 @@ def _counts(requests: pd.DataFrame, kept: pd.DataFrame, done: pd.DataFrame) -> d
 
 
 def _latency(values: list[float], measured_count: int, load: float | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"request_latency_mean_s": float(np.mean(values)) if values else None}
-    found |= dict.fromkeys(("request_latency_mean_ci_low_s", "request_latency_mean_ci_high_s"))
+    summary: dict[str, Any] = {"request_latency_mean_s": float(np.mean(values)) if values else None}
+    summary |= dict.fromkeys(("request_latency_mean_ci_low_s", "request_latency_mean_ci_high_s"))
     block = None if load is None else requests_per_block(load)
     if block is not None and len(values) >= BLOCKS * block:
         interval = batch_means_interval(values, min(MOST_BLOCKS, len(values) // block))
-        found["request_latency_mean_ci_low_s"], found["request_latency_mean_ci_high_s"] = interval.low, interval.high
+        summary["request_latency_mean_ci_low_s"], summary["request_latency_mean_ci_high_s"] = interval.low, interval.high
     for name, quantile in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
-        found[f"request_latency_{name}_s"] = float(np.quantile(values, quantile)) if values else None
+        summary[f"request_latency_{name}_s"] = float(np.quantile(values, quantile)) if values else None
     complete = len(values) == measured_count
-    found["latency_rises"] = rises(values)
-    found["p99_claimable"] = complete and measured_count >= requests_for_p99_claim()
-    found["request_latency_p99_upper_s"] = _finite(p99_upper_bound(values)) if values and complete else None
-    return found
+    summary["latency_rises"] = rises(values)
+    summary["p99_claimable"] = complete and measured_count >= requests_for_p99_claim()
+    summary["request_latency_p99_upper_s"] = _finite(p99_upper_bound(values)) if values and complete else None
+    return summary
 
 
-def _rates(requests: pd.DataFrame, kept: pd.DataFrame, start_s: float, end_s: float) -> dict[str, Any]:
+def _rates(requests: pd.DataFrame, window: pd.DataFrame, start_s: float, end_s: float) -> dict[str, Any]:
     duration_s = end_s - start_s
     finished = requests[
         (requests["status"] == "done") & (requests["finished_s"] > start_s) & (requests["finished_s"] <= end_s)
     ]
-    span_s = float(kept["arrival_s"].max()) - start_s
+    span_s = float(window["arrival_s"].max()) - start_s
     return {
         "benchmark_duration_s": duration_s,
         "request_throughput": _ratio(len(finished), duration_s),
         "image_throughput": _ratio(finished["images"].sum(), duration_s),
         "goodput": _ratio((finished["request_latency_s"] <= finished["limit_s"]).sum(), duration_s),
-        "offered_request_rate": _ratio(len(kept) - 1, span_s),
-        "offered_image_rate": _ratio(kept["images"].sum() * (len(kept) - 1) / len(kept), span_s),
+        "offered_request_rate": _ratio(len(window) - 1, span_s),
+        "offered_image_rate": _ratio(window["images"].sum() * (len(window) - 1) / len(window), span_s),
     }
 
 
@@ -189,10 +189,10 @@ def saturation_throughput(work: pd.DataFrame) -> float:
     ends = np.sort(chunks.loc[chunks["chunk"] == chunks["chunk"].max(), "end_ns"].to_numpy())
     ends = ends[ends <= last_full_ns]
     ends = ends[len(ends) // 5 :]
-    spans = (len(ends) - 1) // batch * batch
-    if spans < batch:
+    decodes = (len(ends) - 1) // batch * batch
+    if decodes < batch:
         raise InputError("the run is too short for a saturation throughput: fewer than two full batches were decoded.")
-    return spans * NS_PER_S / float(ends[-1] - ends[-1 - spans])
+    return decodes * NS_PER_S / float(ends[-1] - ends[-1 - decodes])
 
 
 def backlog(requests: pd.DataFrame) -> pd.DataFrame:
@@ -200,9 +200,9 @@ def backlog(requests: pd.DataFrame) -> pd.DataFrame:
 
     Requests that were rejected are left out; unfinished and failed ones stay in the system.
     """
-    kept = requests[requests["status"] != "rejected"]
-    finished = kept["finished_s"].astype(float)[kept["status"] == "done"]
-    changes = pd.concat([pd.Series(1, index=kept["arrival_s"].astype(float)), pd.Series(-1, index=finished)])
+    accepted = requests[requests["status"] != "rejected"]
+    finished = accepted["finished_s"].astype(float)[accepted["status"] == "done"]
+    changes = pd.concat([pd.Series(1, index=accepted["arrival_s"].astype(float)), pd.Series(-1, index=finished)])
     at_once = changes.groupby(level=0).sum().sort_index()
     return pd.DataFrame({"time_s": at_once.index.to_numpy(float), "in_system": at_once.cumsum().to_numpy(int)})
 

@@ -1,11 +1,11 @@
-"""Static batching: a batch is filled, denoised to its end with padding, decoded, and only then followed by the next."""
+"""Batches that nobody joins while they run: ``static`` fills and pads one, ``dynamic`` starts with what waits."""
 
 from __future__ import annotations
 
 from itertools import islice
 
-from policies.base import BATCH, BatchedPolicy, Parameter, fitting, full_step
-from synerdiff.core import NS_PER_S, ChunkLaunch, Decision, Sample, View
+from policies.base import BATCH, BatchedPolicy, Parameter, decode_alone, fifo_admissions, fitting, full_step
+from synerdiff.core import NS_PER_S, Decision, Sample, View
 
 
 class Static(BatchedPolicy):
@@ -30,8 +30,7 @@ class Static(BatchedPolicy):
             padding = sum(sample.full_rows for sample in view.decoding)
             return Decision(step=full_step(members), pad_rows=min(padding, room))
         if view.decoding:
-            first = next(iter(view.decoding))
-            return Decision(chunks=(ChunkLaunch(first.id, 1, exclusive=True),))
+            return decode_alone(view)
         if not view.waiting:
             return Decision()
         batch, full = self._next_batch(view)
@@ -52,3 +51,22 @@ class Static(BatchedPolicy):
             rows += sample.full_rows
             batch.append(sample)
         return batch, len(batch) == self.batch
+
+
+class Dynamic(BatchedPolicy):
+    """Starts at once with what waits; nobody joins until the batch is empty.
+
+    Finished samples leave without padding and are decoded, holding the denoise lane, before the next step.
+    """
+
+    NAME = "dynamic"
+
+    def decide(self, view: View) -> Decision:
+        if not view.denoise_free:
+            return Decision()
+        if view.decoding:
+            return decode_alone(view)
+        if view.active:
+            return Decision(step=full_step(fitting(view.active, view.max_rows)))
+        batch = fifo_admissions(view, 0, 0, self.batch)
+        return Decision(admit=tuple([sample.id for sample in batch]), step=full_step(batch))
