@@ -50,14 +50,19 @@ class Parameter:
             str: isinstance(value, str),
         }[self.kind]
         if not fits:
-            raise InputError(f"policy '{owner}': {self.name} is {value!r}; allowed is {self.allowed}.")
+            raise self._refusal(owner, value)
         if number and not (
             value == value and (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
         ):
-            raise InputError(f"policy '{owner}': {self.name} is {value!r}; allowed is {self.allowed}.")
+            raise self._refusal(owner, value)
         if self.choices and value not in self.choices:
-            raise InputError(f"policy '{owner}': {self.name} is {value!r}; allowed is {self.allowed}.")
+            raise self._refusal(owner, value)
         return self.kind(value)
+
+    def _refusal(self, owner: str, value: Any) -> InputError:
+        text = repr(value)
+        text = text if len(text) <= 60 else f"{text[:57]}..."
+        return InputError(f"policy '{owner}': {self.name} is {text}; allowed is {self.allowed}.")
 
     @property
     def allowed(self) -> str:

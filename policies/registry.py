@@ -69,6 +69,8 @@ def policy_parameters(name: str, base_folder: Path | None = None) -> tuple[Param
     found = policy_class(name, base_folder)
     declared = getattr(found, "PARAMETERS", None)
     if declared is not None:
+        if not (isinstance(declared, tuple | list) and all(isinstance(entry, Parameter) for entry in declared)):
+            raise InputError(f"policy '{name}': its PARAMETERS are {declared!r}; a tuple of Parameter is needed.")
         return tuple(declared)
     kinds = (bool, int, float, str)
     arguments = inspect.signature(found).parameters.values()
@@ -82,11 +84,11 @@ def build_policy(name: str, parameters: dict[str, Any] | None = None, base_folde
     checked_parameters(name, policy_parameters(name, base_folder), given)
     try:
         policy: Policy = found(**given)
+        if not isinstance(getattr(policy, "chunking", None), str):
+            policy.chunking = "whole"
     except InputError:
         raise
     except (Exception, SystemExit) as error:
         what = f"it exits with {error}" if isinstance(error, SystemExit) else error
         raise InputError(f"policy '{name}' cannot be built with {given or 'no parameters'} ({what}).") from None
-    if not isinstance(getattr(policy, "chunking", None), str):
-        policy.chunking = "whole"
     return policy

@@ -17,13 +17,14 @@ than taking turns (caches thrash). Low, mid (0.5, the default) and high should a
 from __future__ import annotations
 
 from itertools import combinations, pairwise
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any
 
 from profiler.datasheets import FLOPS_PER_JOULE, GPUS, MODELS, Model, gpu_key, known
 from profiler.durations import FITTED, ForwardMode, Occupancy, forward, joined
 from profiler.operations import decoder, text_encoders, total, unet
 from synerdiff.core import NS_PER_S, PPM, InputError
+from synerdiff.files import number, shown
 from synerdiff.profile.tables import Corun, Head, Profile, Spread
 
 ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -47,13 +48,12 @@ def contention_value(text: str) -> float:
     if text in CONTENTION_LEVELS:
         return CONTENTION_LEVELS[text]
     try:
-        value = float(text)
+        return number(text, 0, MOST_CONTENTION)
     except ValueError:
-        value = float("nan")
-    if not (isfinite(value) and 0 <= value <= MOST_CONTENTION):
         names = ", ".join(CONTENTION_LEVELS)
-        raise InputError(f"contention is '{text}'; allowed are {names} or a number from 0 to {MOST_CONTENTION:g}.")
-    return value
+        raise InputError(
+            f"contention is '{shown(text)}'; allowed are {names} or a number from 0 to {MOST_CONTENTION:g}."
+        ) from None
 
 
 def resolution_value(text: str, model: Model) -> tuple[int, int]:
@@ -91,8 +91,8 @@ def estimate_profile(
     device = known(GPUS, gpu, "GPU")
     network = known(MODELS, model, "model")
     severity = contention_value(str(contention))
-    if not (isfinite(decode_scale) and 0 < decode_scale <= 100):
-        raise InputError(f"decode-scale is {decode_scale:g}; allowed is a number above 0 and up to 100.")
+    if not 0.001 <= decode_scale <= 100:
+        raise InputError(f"decode-scale is {decode_scale:g}; allowed is a number from 0.001 to 100.")
     if vae_bits not in (16, 32):
         raise InputError(f"vae-precision is {vae_bits}; allowed are 16 and 32.")
     height, width = resolution_value(resolution, network)

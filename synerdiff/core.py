@@ -102,7 +102,7 @@ def _name_and_scale(named: str, text: str, what: str) -> tuple[str, float]:
     if not separator:
         return name, 1.0
     try:
-        scale = float(number)
+        scale = float(number) if number.isascii() and "_" not in number else math.nan
     except ValueError:
         scale = math.nan
     if not math.isfinite(scale):

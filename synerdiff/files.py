@@ -35,15 +35,16 @@ MOST = 10**18
 
 _LONGEST_SHOWN = 60
 _LONGEST_NUMBER = 60
+_LONGEST_NAME = 300
 _LINES_PER_REPORT = 4096
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?")
 
 
-def shown(value: object) -> str:
+def shown(value: object, longest: int = _LONGEST_SHOWN) -> str:
     """A value as text that fits into a sentence."""
     text = str(value)
-    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def install_hint(extra: str = "") -> str:
@@ -110,7 +111,7 @@ def number(text: str, low: float = -math.inf, high: float = math.inf) -> float:
 
 def _bounds(low: float, high: float) -> str:
     if high in (MOST, math.inf):
-        return "" if low == -math.inf else f" of at least {low}"
+        return "" if low in (-MOST, -math.inf) else f" of at least {low}"
     return f" of at most {high}" if low == -math.inf else f" from {low} to {high}"
 
 
@@ -145,6 +146,8 @@ class Row:
         text = self.text(column)
         if not text.strip() or not text.isprintable():
             raise self.error(column, f"is {shown(repr(text))}; a name is needed")
+        if len(text) > _LONGEST_NAME:
+            raise self.error(column, f"has {len(text)} characters; a name has at most {_LONGEST_NAME}")
         return text
 
     def integer(self, column: str, low: int = 0, high: int = MOST) -> int:
@@ -454,7 +457,9 @@ def claim_folder(path: Path, mark: str) -> None:
     owner = path / MARK
     try:
         names = sorted(part.name for part in path.iterdir()) if path.is_dir() else []
-        written_by = owner.read_text(encoding="utf-8", errors="replace").strip() if MARK in names else ""
+        written_by = ""
+        if MARK in names:
+            written_by = _first_line(owner) or "an unknown command"
     except OSError as error:
         raise InputError(f"{path}: the output folder cannot be read ({error.strerror}).") from None
     if written_by and written_by != mark:
@@ -468,6 +473,14 @@ def claim_folder(path: Path, mark: str) -> None:
     if not written_by:
         with atomic(owner) as temporary:
             temporary.write_text(f"{mark}\n", encoding="utf-8")
+
+
+def _first_line(path: Path) -> str:
+    """What a mark says; empty for what is no file."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        return file.read(1000).decode("utf-8", errors="replace").strip()
 
 
 def require_writable_folder(path: Path) -> None:
@@ -486,7 +499,8 @@ def sha256_of_files(paths: list[Path]) -> str:
     """One hash over names and contents, in the order given."""
     digest = hashlib.sha256()
     for path in paths:
-        content = path.read_bytes()
-        digest.update(f"{path.name}:{len(content)}:".encode())
-        digest.update(content)
+        with reading(path, "file"), path.open("rb") as file:
+            digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

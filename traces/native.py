@@ -125,7 +125,7 @@ def parquet_rows(path: Path, what: str, strict: bool = True) -> Iterator[tuple[i
                 for values in zip(*columns, strict=True):
                     row += 1
                     yield row, [_text(path, row, *pair, strict) for pair in zip(names, values, strict=True)]
-    except (pyarrow.ArrowException, OSError):
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
         raise InputError(f"{path}: this is not a complete parquet file, so it cannot be a {what}.") from None
 
 

@@ -54,9 +54,9 @@ class TraceSpec(Section):
     """gamma: standard deviation / mean of the gaps (default 2; 1 is Poisson)."""
     burst_ratio: float | None = Field(default=None, gt=1, le=10_000)
     """mmpp: rate in a burst / rate outside (default 5)."""
-    burst_share: float | None = Field(default=None, gt=0, lt=1)
+    burst_share: float | None = Field(default=None, ge=0.001, le=0.999)
     """mmpp: share of the time that bursts take (default 0.2)."""
-    burst_s: float | None = Field(default=None, gt=0, le=1e9)
+    burst_s: float | None = Field(default=None, ge=0.001, le=1e9)
     """mmpp: mean length of a burst in seconds (default 60)."""
     mix: Mix | None = None
     """gentd26: its joint frequencies of steps and images, guidance 7.5; fixed: the next three fields;
@@ -83,6 +83,9 @@ class TraceSpec(Section):
             raise ValueError("kind 'mlperf' needs duration_s and rate_per_s")
         if self.duration_s is not None and self.mean_rate_per_s * self.duration_s > MAX_REQUESTS:
             raise ValueError(f"rate_per_s * duration_s exceeds {MAX_REQUESTS} requests, the most that is generated")
+        length_s = self.duration_s or (self.requests or 0) / self.mean_rate_per_s
+        if self.burst_s is not None and length_s / self.burst_s > MAX_REQUESTS:
+            raise ValueError(f"burst_s is {self.burst_s:g}, so a trace of {length_s:g} s has too many bursts")
         return self
 
     @property

@@ -11,9 +11,9 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 import typer.core
@@ -21,7 +21,7 @@ import typer.main
 
 from synerdiff import __version__
 from synerdiff.core import ContractError, InputError
-from synerdiff.files import install_hint, shown
+from synerdiff.files import MOST, install_hint, number, shown, whole_number
 
 GROUPS = {
     "Simulate": {
@@ -96,6 +96,7 @@ class _Commands(typer.core.TyperGroup):
         found.rich_markup_mode = None
         command = typer.main.get_command(found)
         command.name = cmd_name
+        _read_numbers_plainly(command)
         return command
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -104,6 +105,34 @@ class _Commands(typer.core.TyperGroup):
             with formatter.section(group):
                 formatter.write_dl([(name, _first_sentence(self.get_command(ctx, name).help)) for name in commands])
                 formatter.write(f"  $ {EXAMPLES[group]}\n")
+
+
+def _read_numbers_plainly(command: Any) -> None:
+    """Numbers of every option are read as those of files are: no 1_0, no other digits, always one kind of sentence."""
+    for below in getattr(command, "commands", {}).values():
+        _read_numbers_plainly(below)
+    for parameter in command.params:
+        kinds = {parameter.type_descriptor.annotation, *get_args(parameter.type_descriptor.annotation)}
+        read: Any = _whole_number if int in kinds else number if float in kinds else None
+        if read is not None:
+            parameter.process_value = _checked(parameter.opts[0], read, parameter.process_value)
+
+
+def _whole_number(text: str) -> int:
+    return whole_number(text, -MOST)
+
+
+def _checked(option: str, read: Callable[[str], object], then: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def process(context: Any, value: Any) -> Any:
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(text, str) and text.lstrip("+-") not in ("nan", "inf"):  # whose bounds refuse these
+                try:
+                    read(text)
+                except ValueError as error:
+                    raise InputError(f"{option} {error}.") from None
+        return then(context, value)
+
+    return process
 
 
 def _first_sentence(text: str | None) -> str:
@@ -162,7 +191,7 @@ def _told(error: BaseException) -> tuple[str, int]:
         case ContractError():
             return str(error), 1
         case _ if isinstance(error, _USAGE_ERROR):
-            return error.format_message(), 2
+            return f"{error.format_message().rstrip('.')}.", 2
         case ModuleNotFoundError() if (library := (error.name or "").partition(".")[0]) in EXTRAS:
             return f"this needs the library {library}; install it with: {install_hint(EXTRAS[library])}", 2
         case OSError() if error.filename is None and error.errno in (errno.ENOSPC, errno.EIO, errno.EBADF):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,9 @@ from policies.base import Parameter
 from policies.registry import policy_parameters
 from synerdiff.config.cluster import load_cluster
 from synerdiff.core import PPM, InputError, Mode, SkipBudget
+from synerdiff.files import MOST, number, shown, whole_number
 from synerdiff.profile.folder import find_profile
+from traces.columns import MAX_ARRIVAL_S
 
 if TYPE_CHECKING:
     from synerdiff.experiments.run import Outcome, RunSpec
@@ -68,6 +69,7 @@ FidelityFolder = Annotated[
 ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="Cluster file (YAML): workers, adapters, links.")]
 Timeline = Annotated[bool, typer.Option("--timeline", help="Also write timeline.json for Perfetto.")]
 
+MOST_SKIPS = 10_000
 SKIP_MODES = (Mode.REUSE, Mode.CONDITIONAL)
 
 
@@ -92,8 +94,10 @@ def _typed(kind: type, text: str) -> Any:
     """The text in that type where it can be; else the text itself, for the parameter to refuse."""
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
+    if text != text.strip():
+        return text
     try:
-        return kind(text)
+        return whole_number(text, -MOST) if kind is int else number(text) if kind is float else kind(text)
     except ValueError:
         return text
 
@@ -103,10 +107,10 @@ def window_of(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None
     try:
-        start_s, end_s = (float(part) for part in text.split(":"))
+        start_s, end_s = (number(part, 0, MAX_ARRIVAL_S) for part in text.split(":"))
     except ValueError:
-        raise InputError(f"--window {text}: two numbers of seconds are needed, for example 600:4200.") from None
-    if not (0 <= start_s < end_s and math.isfinite(end_s)):
+        raise InputError(f"--window {shown(text)}: two numbers of seconds are needed, for example 600:4200.") from None
+    if not start_s < end_s:
         raise InputError(f"--window {text}: the start must be at least 0 and the end after it.")
     return start_s, end_s
 
@@ -124,8 +128,8 @@ def skip_budget(fraction: float, warmup_steps: int, longest_run: int, mode: str)
     if not 0 <= fraction <= 1:
         raise InputError(f"--skip-fraction is {fraction:g}; a number from 0 to 1 is needed.")
     for name, value, least in (("warmup", warmup_steps, 0), ("longest-run", longest_run, 1)):
-        if value < least:
-            raise InputError(f"--skip-{name} is {value}; a whole number of at least {least} is needed.")
+        if not least <= value <= MOST_SKIPS:
+            raise InputError(f"--skip-{name} is {value}; a whole number from {least} to {MOST_SKIPS} is needed.")
     if mode not in SKIP_MODES:
         raise InputError(f"--skip-mode is '{mode}'; allowed are {' and '.join(SKIP_MODES)}.")
     return SkipBudget(round(fraction * PPM), warmup_steps, longest_run, Mode(mode))

@@ -68,12 +68,15 @@ def run(
 
     Ctrl-C ends the run early: what is on a lane is finished, all is written, the rest is unfinished. Twice aborts.
     """
+    if not 0 < watchdog < 1e6:
+        raise InputError(f"--watchdog is {watchdog:g}; a number of seconds above 0 and below a million is needed.")
+    for option, folder in (("loras", loras), ("controlnets", controlnets), ("controlnet-images", controlnet_images)):
+        if folder is not None and not folder.is_dir():
+            raise InputError(f"--{option} {folder}: there is no such folder.")
     from synerdiff.experiments import hardware, run
 
     if hardware.served_another_rank():
         return
-    if not 0 < watchdog < 1e6:
-        raise InputError(f"--watchdog is {watchdog:g}; a number of seconds above 0 and below a million is needed.")
     spec = options.run_spec(
         profile,
         trace,

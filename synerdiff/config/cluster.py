@@ -77,7 +77,7 @@ class Service(Section):
     """One GPU that runs ControlNets for all workers, one call at a time."""
 
     gpu: Gpu
-    controlnets: Listed[str] = ()
+    controlnets: Listed[Annotated[str, Field(min_length=1, max_length=300)]] = ()
     """Those that it holds at the start; without ``slots`` these and no others."""
     slots: int | None = Field(default=None, ge=1, le=10_000)
     """How many it holds at once: it then loads any other that is asked of it, in place of the least recently used."""
@@ -86,6 +86,9 @@ class Service(Section):
     def _fits(self) -> Service:
         if self.slots is None and not self.controlnets:
             raise ValueError("name the controlnets that it holds, or give slots")
+        for name in self.controlnets:
+            if self.controlnets.count(name) > 1:
+                raise ValueError(f"the ControlNet '{name}' is named twice")
         if self.slots is not None and len(self.controlnets) > self.slots:
             raise ValueError(f"{len(self.controlnets)} controlnets do not fit {self.slots} slots")
         return self
@@ -94,19 +97,19 @@ class Service(Section):
 class LinkSpeed(Section):
     """Between GPUs; what is left out is taken from the profile's adapters.csv."""
 
-    gb_per_s: float | None = Field(default=None, gt=0, le=1e6)
+    gb_per_s: float | None = Field(default=None, ge=1e-6, le=1e6)
     latency_us: float | None = Field(default=None, ge=0, le=1e6)
 
 
 class LoraStorage(Section):
     """LoRA files, their way to a worker, and what each worker keeps of them."""
 
-    mib: float = Field(default=400, gt=0, le=1e6)
+    mib: float = Field(default=400, ge=1e-6, le=1e6)
     """Size of a LoRA that sizes_mib does not name."""
-    sizes_mib: dict[str, Annotated[float, Field(gt=0, le=1e6)]] = {}
+    sizes_mib: dict[str, Annotated[float, Field(ge=1e-6, le=1e6)]] = {}
     loaders: int = Field(default=1, ge=1, le=64)
     """Files that one worker reads at a time."""
-    storage_gb_per_s: float | None = Field(default=None, gt=0, le=1e6)
+    storage_gb_per_s: float | None = Field(default=None, ge=1e-6, le=1e6)
     """Of each loader; without it, lora_read of the profile."""
     host_cache_mib: float = Field(default=0, ge=0, le=1e9)
     device_cache_mib: float = Field(default=0, ge=0, le=1e9)

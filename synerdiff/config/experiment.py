@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 Axis = Annotated[Listed[_T], BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))]
 """One value or a list of them: every one is a cell of the grid."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
-Load = Annotated[float, Field(gt=0, le=10)]
+Load = Annotated[float, Field(ge=1e-6, le=10)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Batch = Annotated[int, Field(ge=1, le=4096)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -133,7 +133,7 @@ class PolicyEntry(Section):
     label: str | None = Field(default=None, min_length=1, max_length=80)
     parameters: dict[str, Any] = {}
     batch: Sizes = None
-    steps_scale: float = Field(default=1.0, gt=0, le=1)
+    steps_scale: float = Field(default=1.0, ge=0.001, le=1)
     skip: bool = True
 
     _a_batch = field_validator("batch", mode="wrap")(_a_batch)
@@ -170,8 +170,8 @@ class BatchSearch(Section):
 class Slo(Section):
     """A request is good when it ends within ``solo_multiple`` times its latency alone, or within ``seconds``."""
 
-    solo_multiple: float | None = Field(default=None, gt=0, le=1e6)
-    seconds: float | None = Field(default=None, gt=0, le=1e9)
+    solo_multiple: float | None = Field(default=None, ge=1e-6, le=1e6)
+    seconds: float | None = Field(default=None, ge=1e-6, le=1e9)
 
     @model_validator(mode="after")
     def _one_limit(self) -> Slo:
@@ -216,7 +216,7 @@ class Fleet(Section):
     cluster: str | dict[str, Any] | None = None
     strategies: Listed[Literal["service", "asynchronous", "two-gpus"]] | None = None
     gpus: Axis[Annotated[int, Field(ge=4, le=1024)]] = ()
-    lora_mib: float = Field(default=380, gt=0, le=1e6)
+    lora_mib: float = Field(default=380, ge=1e-6, le=1e6)
     host_cache_mib: float = Field(default=0, ge=0, le=1e9)
     router: str | None = None
     """Instead of the cluster's own."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from policies.base import Policy
 from synerdiff.core import NS_PER_S, ContractError, Decision, InputError, View, WorkerInfo
 from synerdiff.engine.worker import short
+from synerdiff.files import shown
 from synerdiff.profile.tables import Profile
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
@@ -24,6 +25,7 @@ _FOREIGN = tuple(
     )
 )
 """Folders whose frames are not the user's."""
+_MOST_FRAMES = 6
 
 
 class PolicyCalls:
@@ -43,17 +45,24 @@ class PolicyCalls:
             chunking = getattr(self._policy, "chunking", "whole")
         except InputError:
             raise
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise ContractError(f"policy '{self.name}': {_failure('reset', error)}.") from None
-        if not isinstance(chunking, str):
-            raise ContractError(f"policy '{self.name}': after reset its chunking is {chunking!r}; a name is needed.")
+        if type(chunking) is not str or chunking not in profile.chunks:
+            raise ContractError(
+                f"policy '{self.name}': after reset its chunking is {short(chunking)}; profile '{profile.name}' has "
+                f"{', '.join(profile.chunks)}."
+            )
         self.chunking = chunking
 
     def decide(self, view: View) -> Decision:
         """Raises ContractError; what the fields hold is checked when the decision is applied."""
         try:
             decision = self._policy.decide(view)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise self.error(view.now_ns, _failure("decide", error)) from None
         if type(decision) is not Decision:
             raise self.error(view.now_ns, f"decide returned {short(decision)}; a Decision is needed")
@@ -73,7 +82,11 @@ def _failure(hook: str, error: BaseException) -> str:
     # The first frame is the wrapper's own.
     frames = traceback.extract_tb(error.__traceback__)[1:]
     own = [frame for frame in frames if not frame.filename.startswith(_FOREIGN)] or frames
-    places = ", ".join(f"{frame.name} in {Path(frame.filename).name}, line {frame.lineno}" for frame in own)
-    text = str(error).strip().splitlines()
-    said = f"{type(error).__name__}{f' ({text[0]})' if text else ''}"
+    named = [f"{frame.name} in {Path(frame.filename).name}, line {frame.lineno}" for frame in own]
+    places = ", ".join(named if len(named) <= _MOST_FRAMES else [*named[: _MOST_FRAMES - 1], "...", named[-1]])
+    try:
+        text = str(error).strip().splitlines()
+    except Exception:  # the user's own class may raise here too
+        text = []
+    said = f"{type(error).__name__}{f' ({shown(text[0], 200)})' if text else ''}"
     return f"{hook} raised {said}{f' [{places}]' if places else ''}"

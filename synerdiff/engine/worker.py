@@ -36,8 +36,9 @@ ACTIVE, DECODING, WAITING = Phase.ACTIVE, Phase.DECODING, Phase.WAITING
 
 def short(value: object) -> str:
     """A value as a message shows it; only its type where that would be long."""
-    text = repr(value)
-    return text if len(text) <= 40 and isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
+    plain = value is None or type(value) in (int, float, bool, str)
+    text = repr(value) if plain else ""
+    return text if plain and len(text) <= 40 else f"a {type(value).__name__}"
 
 
 class Step:
@@ -369,7 +370,7 @@ class Worker:
         if not sample.guided:
             if mode != CONDITIONAL:
                 self._refuse(now_ns, f"sample {sample.name} is unguided and takes only conditional steps, not {mode}")
-        elif mode != sample.skip_mode:
+        elif mode is None or mode != sample.skip_mode:
             allowed = ", ".join(sample.allowed_modes)
             self._refuse(now_ns, f"mode {mode} is not allowed for sample {sample.name} now; allowed: {allowed}")
         return 1

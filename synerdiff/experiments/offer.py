@@ -9,6 +9,7 @@ from synerdiff.core import NS_PER_S, InputError, Request
 from synerdiff.profile.capacity import solo_latencies_ns
 from synerdiff.profile.tables import Profile
 from synerdiff.results.metrics import SLO_FACTOR
+from traces.columns import MAX_SLO_S
 from traces.scaling import check_time_scale, rate_per_s, time_scale_for_rate
 
 
@@ -29,6 +30,8 @@ def fitted(
             )
     limits_ns: list[int | None] = [None] * len(requests)
     if slo_seconds is not None:
+        if not 1e-6 <= slo_seconds <= MAX_SLO_S:
+            raise InputError(f"The SLO is {slo_seconds:g} s; a number from 0.000001 to {MAX_SLO_S} is needed.")
         limits_ns = [round(slo_seconds * NS_PER_S)] * len(requests)
     elif slo_multiple is not None:
         limits_ns = [round(slo_multiple * solo_ns) for solo_ns in solo_latencies_ns(requests, profile)]

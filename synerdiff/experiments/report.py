@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from synerdiff.config.experiment import Experiment, Workload, load_experiment
+from synerdiff.core import InputError
 from synerdiff.experiments.adapter_mix import CURVES_FILE, cache_curves
 from synerdiff.experiments.backends import make_backend
 from synerdiff.experiments.compare import (
@@ -98,7 +99,10 @@ def open_sweep(
     runner = make_backend(backend, experiment.jobs if jobs is None else jobs)
     folder = Path("results") / experiment.name if out is None else out
     claim(folder, experiment.name)
-    grid = Grid(experiment, file.parent, folder)
+    try:
+        grid = Grid(experiment, file.parent, folder)
+    except InputError as error:
+        raise error if str(file) in str(error) else InputError(f"{file}: {error}") from None
     return lambda on_progress: publish(experiment, run_sweep(grid, runner, on_progress))
 
 

@@ -126,10 +126,7 @@ def _trace_path(workload: Workload, base: Path) -> Path:
 def _file_hash(path: Path) -> str:
     """Tells a changed trace (a file, or a folder of files) from what this process has read before."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    try:
-        return sha256_of_files([file for file in files if file.is_file() or file == path])
-    except OSError as error:
-        raise InputError(f"{path}: the trace cannot be read ({error.strerror}).") from None
+    return sha256_of_files([file for file in files if file.is_file() or file == path])
 
 
 @lru_cache(maxsize=64)

@@ -137,7 +137,7 @@ def read_fidelity(folder: Path) -> FidelityTable:
     head_path, rows_path = folder / HEAD, folder / ROWS
     head = read_yaml(head_path, "fidelity table")
     version = head.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise InputError(
             f"{head_path}: schema_version is {version!r}; this version of synerdiff reads {SCHEMA_VERSION}."
         )

@@ -107,7 +107,7 @@ class Adapters:
 def load_adapters(folder: Path, owner: str | None = None) -> Adapters | None:
     """The table of a profile's folder, None when it has none; InputError names file, line and column."""
     path = folder / FILE
-    if not path.is_file():
+    if not path.exists():
         return None
     tables: dict[str, dict[int, Spread]] = {}
     for row in read_rows(path, COLUMNS, "profile table"):

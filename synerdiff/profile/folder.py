@@ -56,7 +56,7 @@ def load_profile(folder: Path) -> Profile:
     head_path = folder / "profile.yaml"
     head = read_yaml(head_path, "profile")
     version = head.get("schema_version")
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
         raise InputError(
             f"{head_path}: schema_version is {version!r}; this version of synerdiff reads {SCHEMA_VERSION}."
         )
@@ -114,7 +114,12 @@ def fields_of(head: Head) -> dict[str, Any]:
 
 def _name(path: Path, name: Any) -> str:
     """A profile's name stands in tables, figures and file names."""
-    if isinstance(name, str) and 1 <= len(name.strip()) <= 200 and name.isprintable() and not set(name) & set("/\\"):
+    if (
+        isinstance(name, str)
+        and 1 <= len(name.strip(" .")) <= 200
+        and name.isprintable()
+        and not set(name) & set("/\\")
+    ):
         return name
     raise InputError(f"{path}: name is {shown(repr(name))}; a text of 1 to 200 characters without slashes is needed.")
 

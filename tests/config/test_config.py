@@ -79,8 +79,8 @@ KNOWN = ", ".join(Experiment.model_fields)
     ("fields", "sentence"),
     [
         ({"sedes": "[1]"}, f"there is no field 'sedes'; known are {KNOWN}."),
-        ({"loads": "[0]"}, "loads[0] is 0; it must be greater than 0."),
-        ({"loads": "[-0.5]"}, "loads[0] is -0.5; it must be greater than 0."),
+        ({"loads": "[0]"}, "loads[0] is 0; it must be greater than or equal to 0.000001."),
+        ({"loads": "[-0.5]"}, "loads[0] is -0.5; it must be greater than or equal to 0.000001."),
         ({"loads": "[.nan]"}, "loads[0] is nan; it must be a finite number."),
         ({"loads": "[.inf]"}, "loads[0] is inf; it must be a finite number."),
         ({"loads": "[]"}, "loads is empty; at least one entry is needed."),

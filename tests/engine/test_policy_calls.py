@@ -59,12 +59,39 @@ def test_frames_are_those_of_the_user_s_files(play: Play) -> None:
     assert re.search(r"\(.*lost.*\) \[decide in test_policy_calls\.py, line \d+, helper in test_policy_calls\.py", text)
 
 
+class Unsayable(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+class Beyond(BaseException):
+    pass
+
+
+def again(depth: int = 0) -> None:
+    again(depth + 1)
+
+
+@pytest.mark.parametrize("error", [Unsayable, Beyond, GeneratorExit, MemoryError])
+def test_whatever_is_raised_is_one_sentence(play: Play, error: type[BaseException]) -> None:
+    def leave() -> None:
+        raise error
+
+    assert f"decide raised {error.__name__} [" in refused(play, Mine(decide=leave))
+
+
+def test_many_frames_are_cut(play: Play) -> None:
+    text = refused(play, Mine(decide=again))
+    assert "decide raised RecursionError" in text
+    assert len(text) < 600
+
+
 def test_what_reset_raises_names_the_hook(play: Play) -> None:
     text = refused(play, Mine(reset=lambda: sys.exit("enough")))
     assert text.startswith("policy 'Mine': reset raised SystemExit (enough) [reset in test_policy_calls.py")
     broken = Mine()
     broken.chunking = 7  # type: ignore[assignment]
-    assert refused(play, broken) == "policy 'Mine': after reset its chunking is 7; a name is needed."
+    assert refused(play, broken) == ("policy 'Mine': after reset its chunking is 7; profile 'test' has whole, c2.")
 
 
 def test_an_input_error_of_reset_stays_one(play: Play) -> None:
@@ -91,6 +118,7 @@ def test_an_input_error_of_reset_stays_one(play: Play) -> None:
         (Decision(admit=(0,), step=(0,)), "its decision cannot be read ("),  # type: ignore[arg-type]
         (Decision(admit=(0,), step=((0.0, G),)), "sample id 0.0 is unknown"),  # type: ignore[arg-type]
         (Decision(admit=(False,)), "sample id False is unknown"),
+        (Decision(admit=(0,), step=((0, None),)), "mode None is not allowed for sample 0.0 now"),  # type: ignore[arg-type]
         (Decision(admit=(0,), step=((0, 5),)), "mode 5 is not allowed for sample 0.0 now"),  # type: ignore[arg-type]
     ],
 )

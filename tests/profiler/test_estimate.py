@@ -240,7 +240,7 @@ def test_decode_scale_multiplies_the_decode_only() -> None:
         (("h200", "sdxl", "awful"), {}, "allowed are low, mid, high or a number from 0 to 3"),
         (("h200", "sdxl", "nan"), {}, "allowed are low"),
         (("h200", "sdxl", "-1"), {}, "allowed are low"),
-        (("h200", "sdxl", "mid", 0.0), {}, "above 0 and up to 100"),
+        (("h200", "sdxl", "mid", 0.0), {}, "from 0.001 to 100"),
         (("h200", "sdxl"), {"execution": "graphs"}, "execution is 'graphs'; allowed are eager, compiled, engine"),
         (
             ("h200", "sdxl"),
