@@ -34,7 +34,9 @@ Lanes = Listed[Annotated[int, Field(ge=0, le=63)]]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sizes = Batch | Literal["best"] | Listed[Batch] | None
 Report = Literal["curves", "comparison", "map", "ablation", "adapters"]
-Figure = Literal["latency-load", "comparison", "throughput-load", "tradeoff", "stages", "lanes", "backlog"]
+Figure = Literal[
+    "latency-load", "comparison", "throughput-load", "tradeoff", "stages", "lanes", "backlog", "concurrency"
+]
 SATURATION_IMAGES = 400
 DEFAULT_BASELINE = "continuous-serial"
 FIGURES: tuple[Figure, ...] = get_args(Figure)
@@ -243,6 +245,8 @@ class Experiment(Machines):
     batch: Sizes = None
     """Of every policy that has one and states none."""
     loads: Axis[Load] = Field(default=(0.5, 0.6, 0.7, 0.8, 0.9, 1.0), min_length=1)
+    max_concurrency: Axis[Annotated[int, Field(ge=1, le=1_000_000)]] = ()
+    """Closed loops instead of loads: so many requests in the system, the next sent when one has ended."""
     saturation: Annotated[Count | None, BeforeValidator(_images)] = None
     """Also runs in which so many images (true: ``SATURATION_IMAGES``) wait from the start."""
     seeds: Axis[Seed] = Field(default=(1, 2, 3), min_length=1)
@@ -303,6 +307,20 @@ class Experiment(Machines):
     @property
     def policy_names(self) -> list[str]:
         return [entry.name for entry in self.policies]
+
+    @model_validator(mode="after")
+    def _open_or_closed(self) -> Experiment:
+        if not self.max_concurrency:
+            return self
+        if "loads" in self.model_fields_set or any(workload.loads for workload in self.workloads):
+            raise ValueError("max_concurrency and loads exclude each other: in a closed loop, load follows latency")
+        if self.report != "curves":
+            raise ValueError(f"report is {self.report}; max_concurrency is reported by curves only")
+        if self.batch == "best" or any(entry.searched for entry in self.policies):
+            raise ValueError("max_concurrency needs batch sizes that are stated: they are searched at loads")
+        if any(fleet.strategies is not None for fleet in self.fleets) or any(work.backlog for work in self.workloads):
+            raise ValueError("max_concurrency excludes strategies and backlog, which need loads")
+        return self
 
     @model_validator(mode="after")
     def _can_be_reported(self) -> Experiment:

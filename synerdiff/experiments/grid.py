@@ -193,8 +193,7 @@ class Grid:
     def size(self) -> int:
         """How many runs the grid has, those of the search not counted."""
         return len(self.policies) * sum(
-            (len(self.experiment.loads_of(workload)) + (self.experiment.saturation is not None))
-            * len(self.sources[cell.workload, cell.lora_share])
+            len(self._offers(workload)) * len(self.sources[cell.workload, cell.lora_share])
             for _, cell, workload in self.cells
         )
 
@@ -228,19 +227,25 @@ class Grid:
         loads = {nearest(x, self.experiment.batch_search.loads) for u in users for x in self.experiment.loads_of(u)}
         return [*sorted(loads), *([] if self.experiment.saturation is None else [None])]
 
+    def _offers(self, workload: Workload) -> list[tuple[float | None, int | None]]:
+        """(load, requests at a time) of the workload's runs; neither at saturation."""
+        experiment = self.experiment
+        offers: list[tuple[float | None, int | None]] = [(None, most) for most in experiment.max_concurrency]
+        offers = offers or [(load, None) for load in experiment.loads_of(workload)]
+        return offers if experiment.saturation is None else [*offers, (None, None)]
+
     def runs(self, best: Mapping[Place, int]) -> list[Run]:
         """Every run of the grid; ``best`` holds the batch sizes that the search chose."""
         runs = []
         for name, cell, workload in self.cells:
-            saturated = [] if self.experiment.saturation is None else [None]
-            for entry, load in product(self.policies, [*self.experiment.loads_of(workload), *saturated]):
+            for entry, (load, most) in product(self.policies, self._offers(workload)):
                 batch = entry.batch if isinstance(entry.batch, int) else None
                 if entry.searched:
                     at = None if load is None else nearest(load, self.experiment.batch_search.loads)
                     where = cell._replace(workload=workload.batch_from or workload.name)
                     batch = best[Place(where, entry.name, at)]
                 for source in self.sources[cell.workload, cell.lora_share]:
-                    runs.append(self._run(name, cell, source, load, entry, batch))
+                    runs.append(self._run(name, cell, source, load, entry, batch, most))
         return runs
 
     def _budget(self, device: Measured, source: Source, entry: PolicyEntry) -> SkipBudget:
@@ -259,7 +264,14 @@ class Grid:
         return self._floors[key]
 
     def _run(
-        self, name: str, cell: GridCell, source: Source, load: float | None, entry: PolicyEntry, batch: int | None
+        self,
+        name: str,
+        cell: GridCell,
+        source: Source,
+        load: float | None,
+        entry: PolicyEntry,
+        batch: int | None,
+        most: int | None = None,
     ) -> Run:
         experiment, device = self.experiment, self.devices[name]
         slo = experiment.slo
@@ -276,6 +288,8 @@ class Grid:
             decode_gpus=tuple(map(int, cell.decode_gpus.split(","))) if cell.decode_gpus else (0,),
             budget=self._budget(device, source, entry),
             load=load,
+            time_scale=None if most is None else 0.0,
+            max_concurrency=most,
             steps_scale=entry.steps_scale,
             slo_seconds=slo.seconds if slo else None,
             slo_multiple=slo.solo_multiple if slo else None,
@@ -283,8 +297,9 @@ class Grid:
         )
         if cell.fleet:
             spec = self._on_fleet(spec, cell, device)
-        keep = load is not None and experiment.report != "map"
-        images = experiment.saturation if load is None else None
+        saturated = load is None and most is None
+        keep = not saturated and experiment.report != "map"
+        images = experiment.saturation if saturated else None
         return _with_key(
             Run(self.folder, cell, entry.name, spec, load, images, keep), device, self.policy_hashes[entry.policy]
         )
@@ -359,6 +374,8 @@ def _with_key(run: Run, device: Measured, policy_source: str) -> Run:
         "load": run.load,
         "seed": source.number,
     }
+    if spec.max_concurrency is not None:
+        head["max_concurrency"] = spec.max_concurrency
     known = {part.name: getattr(spec, part.name) for part in fields(spec)}
     for name in ("profile", "base_folder"):  # where things lie changes nothing
         del known[name]

@@ -38,6 +38,7 @@ from synerdiff.figures.adapters import cache_figure, strategy_map, strategy_step
 from synerdiff.figures.comparison import best_policy_map, compare_at, gain_map, paired_comparison
 from synerdiff.figures.lanes import lane_chart, where_the_time_goes
 from synerdiff.figures.load import (
+    against_concurrency,
     backlog_over_time,
     latency_against_load,
     throughput_against_load,
@@ -147,6 +148,11 @@ def _curves(experiment: Experiment, results: Results) -> Report:
     """Load curves show the workloads that are not replayed as backlog; every replayed one has a picture a profile."""
     parts = _result_parts(results.rows, experiment.policy_names, experiment.reference)
     report = Report([*_batch_parts(results.batches), *parts])
+    if experiment.max_concurrency:
+        if "concurrency" in experiment.figures:
+            caption = _caption(experiment, experiment.workloads, results.dropped)
+            report.figures["concurrency"] = partial(against_concurrency, _frame(results.rows), caption=caption)
+        return report
     runs = _frame(row for row in results.rows if row["load"] is not None)
     order = {name: place for place, name in enumerate(experiment.policy_names)}
     runs = runs.assign(place=runs["policy"].map(order))
@@ -254,15 +260,15 @@ def _result_parts(rows: Sequence[Row], policies: Sequence[str], reference: str) 
     headers = ("policy", "load", "batch", f"mean / that of {reference}", *(title for title, _ in _COLUMNS))
     for cell, members in groups.items():
         table = []
-        loads = sorted({row["load"] for row in members}, key=lambda load: inf if load is None else load)
+        offers = sorted({_offer(row) for row in members})
         for policy in policies:
-            for load in loads:
-                own = [row for row in members if row["policy"] == policy and row["load"] == load]
-                base = [row for row in members if row["policy"] == reference and row["load"] == load]
+            for offer in offers:
+                own = [row for row in members if row["policy"] == policy and _offer(row) == offer]
+                base = [row for row in members if row["policy"] == reference and _offer(row) == offer]
                 values = [_number(_mean([_value(row, name) for row in own])) for _, name in _COLUMNS]
                 batch = own[0]["batch"]
                 ratio = "-" if policy == reference else _ratio(own, base)
-                table.append([policy, _load(load), "-" if batch is None else str(batch), ratio, *values])
+                table.append([policy, _offer_text(own[0]), "-" if batch is None else str(batch), ratio, *values])
         replicates = len({row["seed"] for row in members})
         estimated = " (estimated)" * bool(members[0]["estimated"])
         parts += [
@@ -272,13 +278,24 @@ def _result_parts(rows: Sequence[Row], policies: Sequence[str], reference: str) 
     return parts
 
 
+def _offer(row: Row) -> tuple[float, float]:
+    """Load and requests at a time, infinite where there is none: rows with equal ones are compared."""
+    load, most = row["load"], row.get("max_concurrency")
+    return inf if load is None else load, inf if most is None else most
+
+
+def _offer_text(row: Row) -> str:
+    most = row.get("max_concurrency")
+    return _load(row["load"]) if most is None else f"{most} at once"
+
+
 def _load(load: float | None) -> str:
     return "all wait" if load is None else f"{load:g}"
 
 
 def _value(row: Row, column: str) -> float | None:
     """A metric of a row; at saturation images a second are those of the saturated time."""
-    saturated = row["load"] is None and column == "image_throughput"
+    saturated = _offer(row) == (inf, inf) and column == "image_throughput"
     return row.get("saturation_throughput") if saturated else row.get(column)
 
 

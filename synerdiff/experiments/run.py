@@ -90,7 +90,7 @@ class RunSpec:
     load: float | None = None
     rate_per_s: float | None = None
     time_scale: float | None = None
-    """How the arrivals are stretched: at most one of the three."""
+    """How the arrivals are stretched: at most one of the three. In a closed loop ``time_scale`` may be 0: all wait."""
     max_concurrency: int | None = None
     """A closed loop: a request is sent when fewer than so many are in the system, at its arrival at the earliest."""
     steps_scale: float = 1.0
@@ -355,8 +355,11 @@ def prepare(spec: RunSpec) -> Prepared:
         slo_from=limits_from(asked, spec.slo_seconds, spec.slo_multiple),
         read_as=arriving.read_as,
     )
-    scale, load = stretch(requests, window, prepared.load_of, spec.load, spec.rate_per_s, spec.time_scale)
-    requests = scaled(requests, scale)
+    if spec.max_concurrency is not None and spec.time_scale == 0 and spec.rate_per_s is None:
+        scale, requests = 0.0, [replace(request, arrival_ns=0) for request in requests]
+    else:
+        scale, load = stretch(requests, window, prepared.load_of, spec.load, spec.rate_per_s, spec.time_scale)
+        requests = scaled(requests, scale)
     if spec.max_concurrency is not None:
         load = None
     return replace(

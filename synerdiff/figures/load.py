@@ -131,6 +131,48 @@ def throughput_against_load(
 
 
 @styled
+def against_concurrency(
+    runs: pd.DataFrame, *, title: str = "A closed loop: what more requests at a time bring", caption: str = ""
+) -> Figure:
+    """Images per second and mean latency over the requests in the system (column ``max_concurrency``).
+
+    Rows without one are runs at saturation: their ``saturation_throughput`` is drawn as each policy's limit.
+    """
+    rows = list(panel_rows(runs))
+    styles = policy_styles(runs["policy"])
+    figure = new_figure(2.3 * len(rows) + 1.0)
+    panels = (("image_throughput", "images/s"), ("request_latency_mean_s", "mean latency (s)"))
+    grid = figure.subplots(len(rows), len(panels), squeeze=False)
+    for axes, (label, group) in zip(grid, rows, strict=True):
+        closed = group[group["max_concurrency"].notna()]
+        limits = group[group["max_concurrency"].isna()]
+        for axis, (column, name) in zip(axes, panels, strict=True):
+            for policy, style in styles.items():
+                own = closed[closed["policy"] == policy]
+                points = own.assign(x=own["max_concurrency"])
+                _curve(axis, points, column, style, by="max_concurrency")
+                most = limits[limits["policy"] == policy]
+                if axis is axes[0] and len(most):
+                    limit = float(most["saturation_throughput"].mean())
+                    axis.axhline(limit, color=style.color, linewidth=0.7, linestyle=":", zorder=1)
+            axis.set_xscale("log", base=2)
+            sizes = sorted(closed["max_concurrency"].unique())
+            axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+            axis.minorticks_off()
+            axis.set_ylabel(name)
+            panel_title(axis, label if axis is axes[0] else "", bool(group["estimated"].any()))
+        axes[0].set_ylim(bottom=0)
+        plain_log_ticks(axes[1])
+    for axis in grid[-1]:
+        axis.set_xlabel("requests in the system")
+    policy_legend(figure, styles)
+    meaning = "Means over runs. The next request is sent when one has ended; latency counts from the sending."
+    if runs["max_concurrency"].isna().any():
+        meaning += " Dotted: the policy's limit, all requests waiting from the start."
+    return finish(figure, title, f"{meaning}{_skips(runs)} {caption}")
+
+
+@styled
 def throughput_against_p99(
     runs: pd.DataFrame, *, title: str = "Throughput against P99 latency", caption: str = ""
 ) -> Figure:
@@ -216,14 +258,17 @@ def backlog_over_time(
     return finish(figure, title, f"Linear up to {_LINEAR_TO}, logarithmic above.{speed} Peaks: {peaks}. {caption}")
 
 
-def _curve(axis: Axes, runs: pd.DataFrame, column: str, style: PolicyStyle) -> list[tuple[float, float, float]]:
-    """One policy's points in load order, joined; x: means of column ``x``, y: geometric means of latencies, means of
-    others; hollow where a run is saturated. Returns (load, x, y)."""
+def _curve(
+    axis: Axes, runs: pd.DataFrame, column: str, style: PolicyStyle, by: str = "load"
+) -> list[tuple[float, float, float]]:
+    """One policy's points in the order of ``by``, joined; x: means of column ``x``, y: geometric means of latencies,
+    means of others; hollow where a run is saturated. Returns (load, x, y)."""
     points = []
-    for load, group in runs[runs[column].notna()].groupby("load"):
+    for load, group in runs[runs[column].notna()].groupby(by):
         values = group[column].to_numpy(float)
         y = float(np.exp(np.log(values).mean()) if column.endswith("_s") else values.mean())
-        points.append((float(str(load)), float(group["x"].mean()), y, bool(saturated(group).any())))
+        full = by == "load" and bool(saturated(group).any())
+        points.append((float(str(load)), float(group["x"].mean()), y, full))
     axis.plot(
         [p[1] for p in points], [p[2] for p in points], color=style.color, linestyle=style.linestyle, linewidth=0.8
     )

@@ -21,6 +21,7 @@ from synerdiff.experiments import store
 from synerdiff.experiments.backends import LokyBackend, make_backend
 from synerdiff.experiments.compare import GridCell
 from synerdiff.experiments.grid import Grid, Place, best_batch, nearest
+from synerdiff.experiments.report import publish
 from synerdiff.experiments.sources import arrivals
 from synerdiff.experiments.sweep import Results, run_sweep
 from synerdiff.files import install_hint
@@ -93,6 +94,46 @@ def test_every_run_of_the_grid_is_a_row(world: Path) -> None:
     assert manifest["runs"] == [row["key"] for row in rows]
     assert manifest["config"]["seeds"] == [1, 2]
     assert set(manifest["versions"]) >= {"synerdiff", "python", "numpy"}
+
+
+def test_a_closed_loop_ends_at_the_policys_limit(world: Path) -> None:
+    changes = (
+        ("loads: [0.5, 0.9]", "max_concurrency: [1, 16]\nsaturation: 200"),
+        ("requests: 30", "requests: 400"),
+        ("images: 2", "images: 1"),
+        ("figures: []", "figures: [concurrency]"),
+    )
+    grid = small(world, *changes)
+    assert grid.size == 2 * 3 * 2
+    printed = publish(grid.experiment, swept(grid))
+    rows = [row for row in table(world / "out" / "runs.parquet") if row["policy"] == "continuous-serial"]
+    assert all(row["load"] is None for row in rows)
+    # 4 steps at 8 rows (26 ms) for 4 samples, and a decode of 30 ms each.
+    capacity = 1 / (4 * 0.026 / 4 + 0.030)
+    full = [row["image_throughput"] for row in rows if row["max_concurrency"] == 16]
+    assert full == pytest.approx([capacity] * 2, rel=0.01)
+    assert [row["saturation_throughput"] for row in rows if row["max_concurrency"] is None] == pytest.approx(
+        [capacity] * 2, rel=0.01
+    )
+    alone = [row for row in rows if row["max_concurrency"] == 1]
+    # One at a time: 4 steps at 2 rows (14 ms), then the decode.
+    assert [row["request_latency_mean_s"] for row in alone] == pytest.approx([0.086] * 2)
+    (shown,) = [part for part in printed if not isinstance(part, str)]
+    assert [line[1] for line in shown[1]] == ["1 at once", "16 at once", "all wait"] * 2
+    assert (world / "out" / "figures" / "concurrency.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ([], "max_concurrency and loads exclude each other"),
+        ([("loads: [0.5, 0.9]", "batch: best"), ("4}", "best}")], "needs batch sizes that are stated"),
+        ([("loads: [0.5, 0.9]", "report: map\nbaselines: hurried")], "reported by curves only"),
+    ],
+)
+def test_what_a_closed_loop_excludes_is_said(world: Path, changes: list[tuple[str, str]], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        small(world, ("name: small", "name: small\nmax_concurrency: 4"), *changes)
 
 
 def test_policies_see_the_same_arrivals_and_loads_only_stretch_them(world: Path) -> None:

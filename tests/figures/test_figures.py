@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
@@ -21,6 +22,7 @@ from synerdiff.figures.adapters import strategy_map, strategy_steps
 from synerdiff.figures.comparison import best_policy_map, compare_at, gain_map, paired_ratios, verdict
 from synerdiff.figures.lanes import lane_chart, step_label, where_the_time_goes
 from synerdiff.figures.load import (
+    against_concurrency,
     backlog_over_time,
     latency_against_load,
     panel_rows,
@@ -185,6 +187,17 @@ def test_latency_curves_are_geometric_means_with_hollow_saturated_points(runs: p
 def test_saturation_is_load_one_or_a_shortfall(runs: pd.DataFrame) -> None:
     runs = pd.DataFrame([run("auto", 0.5, 1), run("auto", 0.9, 1, request_throughput=0.8), run("auto", 1.0, 1)])
     assert saturated(runs).tolist() == [False, True, True]
+
+
+def test_a_closed_loop_is_drawn_up_to_each_policys_limit(runs: pd.DataFrame) -> None:
+    closed = pd.concat([runs.assign(max_concurrency=most, image_throughput=most / 8) for most in (1.0, 8.0)])
+    limit = runs.assign(max_concurrency=float("nan"), saturation_throughput=1.5)
+    figure = against_concurrency(pd.concat([closed, limit]).assign(workload="w"))
+    first = figure.axes[0]
+    assert [tick.get_text() for tick in first.get_xticklabels()] == ["1", "8"]
+    lines = [np.asarray(line.get_ydata(), float).tolist() for line in first.get_lines()]
+    assert [0.125, 1.0] in lines
+    assert [1.5, 1.5] in lines
 
 
 def test_workloads_have_panels_of_their_own(runs: pd.DataFrame) -> None:
