@@ -16,6 +16,7 @@ from typing import NamedTuple
 from real_runner.account import one_line
 from synerdiff.core import NS_PER_S, Request
 from synerdiff.device.lanes import Lane, Work
+from synerdiff.diffusion.conditioning import PromptEncoder
 from synerdiff.diffusion.denoisers.controlnet import ControlUse
 from synerdiff.diffusion.model import DiffusionModel, SampleState
 
@@ -129,8 +130,8 @@ class Intake:
 
     def _prepare(self, request: Request) -> list[SampleState]:
         seed = seed_of(request)
-        prompt = self._model.prompts.default_prompt(seed)
-        condition = self._model.encode_prompt(prompt)
+        prompt, negative = prompts_of(request, self._model.prompts)
+        condition = self._model.encode_prompt(prompt, negative)
         controls = self._controls_of(request)
         states = [
             self._model.start(seed, request.steps, request.guidance_scale, prompt, image=image, condition=condition)
@@ -144,6 +145,16 @@ class Intake:
         sent = work.result()
         entered_ns = max(work.end_ns, self._zero_ns + sent.sent_ns)
         return Entry(sent.sent_ns, sent.lag_ns, work.end_ns - sent.began_ns, entered_ns, sent.states, sent.failure)
+
+
+def prompts_of(request: Request, encoder: PromptEncoder) -> tuple[str, str]:
+    """(prompt, negative prompt) that the request is drawn with.
+
+    A model of classes (digits) knows no texts: then the seed's own prompt is taken, and no negative one.
+    """
+    prompt = request.prompt if request.prompt and encoder.knows(request.prompt) else ""
+    negative = request.negative_prompt if request.negative_prompt and encoder.knows(request.negative_prompt) else ""
+    return prompt or encoder.default_prompt(seed_of(request)), negative
 
 
 def seed_of(request: Request) -> int:

@@ -46,6 +46,8 @@ class PictureFolder:
         for name, entries in (("loras", sample.request.loras), ("controlnets", sample.request.controlnets)):
             if entries:
                 parameters[name] = ";".join(map(str, entries))
+        if sample.request.negative_prompt:
+            parameters["negative_prompt"] = sample.request.negative_prompt
         self._queue.put((self._folder / f"{sample.name}.png", image, parameters))
 
     def _write_all(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -16,8 +16,11 @@ from traces.scaling import rate_per_s
 WINDOWS_S = (1, 10, 60, 300, 600, 3600, 10_800, 86_400)
 FEWEST_WINDOWS = 5
 TOP_RANKS = (1, 5, 10, 50, 100)
+LONGEST_GAPS = 3
+REPLAYED = (459, 20)
+"""Requests that a window worth replaying holds: enough to claim a P99 (``requests_for_p99_claim``), or a few."""
 
-Key = TypeVar("Key", int, float)
+Key = TypeVar("Key", int, float, str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,16 @@ class WindowCounts:
     @property
     def peak_to_mean(self) -> float:
         return self.largest / self.mean
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayWindow:
+    """A part of the trace worth replaying: seconds of the trace as written, the end excluded."""
+
+    why: str
+    start_s: int
+    end_s: int
+    requests: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +83,15 @@ class TraceSummary:
     controlnets: Popularity
     base_models: Popularity
     windows: tuple[WindowCounts, ...]
+    resolutions: dict[str, float]
+    """By ``HxW``; "the profile's" where a request names none."""
+    prompts: int
+    """Requests that bring one."""
+    duplicates: int
+    """Requests that equal an earlier one of their instant in everything but their number."""
+    gaps_s: tuple[tuple[float, float], ...]
+    """(length, start) of the longest times without an arrival, longest first."""
+    replay: tuple[ReplayWindow, ...]
 
     @property
     def lora_share(self) -> float:
@@ -107,7 +129,44 @@ def describe(requests: Sequence[Request]) -> TraceSummary:
             for window_s in WINDOWS_S
             if span_ns >= FEWEST_WINDOWS * window_s * NS_PER_S
         ),
+        resolutions=shares("the profile's" if r.height is None else f"{r.height}x{r.width}" for r in requests),
+        prompts=sum(bool(request.prompt) for request in requests),
+        duplicates=len(requests) - len({replace(request, request_id=0) for request in requests}),
+        gaps_s=longest_gaps_s(times_ns),
+        replay=replay_windows(times_ns),
     )
+
+
+def longest_gaps_s(times_ns: NDArray[np.int64]) -> tuple[tuple[float, float], ...]:
+    """(length, start) of the longest gaps between sorted arrivals, at most three, longest first."""
+    gaps = np.diff(times_ns)
+    longest = np.argsort(-gaps, kind="stable")[:LONGEST_GAPS]
+    return tuple((float(gaps[i]) / NS_PER_S, float(times_ns[i]) / NS_PER_S) for i in longest if gaps[i] > 0)
+
+
+def replay_windows(times_ns: NDArray[np.int64]) -> tuple[ReplayWindow, ...]:
+    """The busiest, the median and the calmest of the shortest windows that hold `REPLAYED` requests on average.
+
+    Windows are whole, start at multiples of their length from the first arrival's second, and hold a request. None
+    where the trace has fewer than three windows of which each would hold enough.
+    """
+    start_s = int(times_ns[0] // NS_PER_S)
+    span_s = int(times_ns[-1] // NS_PER_S) - start_s
+    for enough in REPLAYED:
+        for length_s in WINDOWS_S:
+            whole = span_s // length_s
+            if whole < 3 or len(times_ns) < enough * whole:
+                continue
+            index, counts = np.unique((times_ns // NS_PER_S - start_s) // length_s, return_counts=True)
+            index, counts = index[index < whole], counts[index < whole]
+            order = np.argsort(-counts, kind="stable")
+            picks = {"busiest": order[0], "median": order[len(order) // 2], "calmest": order[-1]}
+            return tuple(
+                ReplayWindow(why, start, start + length_s, int(counts[pick]))
+                for why, pick in picks.items()
+                for start in [start_s + int(index[pick]) * length_s]
+            )
+    return ()
 
 
 def gap_cv(times_ns: NDArray[np.int64]) -> float | None:

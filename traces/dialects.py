@@ -114,6 +114,40 @@ def load_trace(path: Path, reading: Reading = Reading(), progress: Progress | No
     return _converted(path, table, reading)
 
 
+WEIGHTS = ("weight", "probability", "share", "ratio")
+
+
+def read_shapes(path: Path, steps: int | None = None) -> list[dict[str, object]]:
+    """Shapes of requests with weights (vllm-omni's random requests) as the fields of ``spec.Shape``.
+
+    A list of JSON objects, or a table, with the names of any dialect; ``steps`` where none are named. InputError names
+    the entry that does not fit.
+    """
+    table = open_table(path)
+    where = f"{path} ({table.kind})"
+    plain = [_plain(name) for name in table.names]
+    has_steps = any(name in NAMES["steps"] for name in plain)
+    if not has_steps and steps is None:
+        raise InputError(f"{where}: no entry says how many steps; give them with --steps.")
+    uses = _uses(where, table.names, "arrival=0" if has_steps else f"arrival=0,steps={steps}")
+    weight = next((plain.index(name) for name in WEIGHTS if name in plain), None)
+    shapes = []
+    for place, cells in table.rows:
+        try:
+            fields = request_of(0, 0, _fields(where, uses, cells))
+        except FieldError as error:
+            raise InputError(f"{where}, {table.place} {place}: {error}.") from None
+        share = Decimal(1) if weight is None else _decimal(cells[weight])
+        if share is None:
+            raise InputError(f"{where}, {table.place} {place}: {table.names[weight or 0]} is not a number.")
+        shape = {name: getattr(fields, name) for name in _SHAPE_FIELDS}
+        shapes.append(shape | {"weight": float(share), "slo_s": fields.slo_ns and fields.slo_ns / NS_PER_S})
+    return shapes
+
+
+_SHAPE_FIELDS = ("steps", "images", "guidance_scale", "height", "width", "prompt", "negative_prompt")
+
+
 def convert_trace(path: Path, reading: Reading = Reading(), progress: Progress | None = None) -> Conversion:
     """The requests of any dialect: rows that do not fit are dropped and counted, columns that none asks for are named.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from synerdiff.core import NS_PER_S, InputError, LoraUse, Request
 from traces.columns import MAX_ARRIVAL_S
 from traces.gentd26_parameters import Gentd26Parameters, gentd26_parameters
-from traces.spec import MAX_REQUESTS, TraceSpec, trace_spec
+from traces.spec import MAX_REQUESTS, Shape, TraceSpec, trace_spec
 
 
 def generate(kind: str, **fields: Any) -> list[Request]:
@@ -52,15 +53,38 @@ def generate_trace(spec: TraceSpec) -> list[Request]:
         raise InputError(
             f"The last request would arrive after {MAX_ARRIVAL_S} s; give fewer requests or a higher rate."
         )
-    steps, images, guidance_scale = draw_steps_images(mix_rng, spec, fitted, sessions)
     loras = draw_loras(loras_rng, fitted, sessions) if spec.with_loras else [()] * len(times_s)
     if arrivals_ns is None:
         arrivals_ns = np.rint(times_s * NS_PER_S).astype(np.int64).tolist()
+    if spec.shapes:
+        drawn = _draw(mix_rng, dict(enumerate(shape.weight for shape in spec.shapes)), len(arrivals_ns)).tolist()
+        asked = [_shaped(shape) for shape in spec.shapes]
+        return [
+            replace(asked[shape], request_id=index, arrival_ns=arrival_ns, loras=names)
+            for index, (arrival_ns, shape, names) in enumerate(zip(arrivals_ns, drawn, loras, strict=True))
+        ]
+    steps, images, guidance_scale = draw_steps_images(mix_rng, spec, fitted, sessions)
     columns = zip(arrivals_ns, steps.tolist(), images.tolist(), loras, strict=True)
     return [
         Request(index, arrival_ns, step_count, image_count, guidance_scale, loras=names)
         for index, (arrival_ns, step_count, image_count, names) in enumerate(columns)
     ]
+
+
+def _shaped(shape: Shape) -> Request:
+    """A request that asks for this."""
+    return Request(
+        request_id=0,
+        arrival_ns=0,
+        steps=shape.steps,
+        images=shape.images,
+        guidance_scale=shape.guidance_scale,
+        height=shape.height,
+        width=shape.width,
+        slo_ns=None if shape.slo_s is None else round(shape.slo_s * NS_PER_S),
+        prompt=shape.prompt,
+        negative_prompt=shape.negative_prompt,
+    )
 
 
 Times = NDArray[np.float64]

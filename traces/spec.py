@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from synerdiff.schema import Section, validated
-from traces.columns import GUIDANCE_SCALE, IMAGES, STEPS
+from synerdiff.schema import Listed, Section, validated
+from traces.columns import GUIDANCE_SCALE, IMAGES, SIDE_PIXELS, STEPS
 from traces.gentd26_parameters import gentd26_parameters
 
 MAX_REQUESTS = 2_000_000
 Kind = Literal["poisson", "gamma", "mmpp", "gentd26-like", "mlperf"]
-Mix = Literal["gentd26", "fixed", "guided-20-50", "unguided-4", "unguided-8"]
+Mix = Literal["gentd26", "fixed", "guided-20-50", "unguided-4", "unguided-8", "shapes"]
 Loras = Literal["none", "gentd26"]
 
 Steps = Annotated[int, Field(ge=STEPS[0], le=STEPS[1])]
@@ -30,6 +30,27 @@ _ONLY_FOR: dict[str, tuple[str, str]] = {
     "images": ("mix", "fixed"),
     "guidance_scale": ("mix", "fixed"),
 }
+
+
+class Shape(Section):
+    """What a share of the requests asks for: one entry of vllm-omni's random requests."""
+
+    weight: float = Field(default=1.0, gt=0, le=1e9)
+    """How often it is drawn, relative to the others."""
+    steps: Steps
+    images: Images = 1
+    guidance_scale: GuidanceScale = 7.5
+    height: int | None = Field(default=None, ge=SIDE_PIXELS[0], le=SIDE_PIXELS[1])
+    width: int | None = Field(default=None, ge=SIDE_PIXELS[0], le=SIDE_PIXELS[1])
+    slo_s: float | None = Field(default=None, gt=0, le=1e9)
+    prompt: str = ""
+    negative_prompt: str = ""
+
+    @model_validator(mode="after")
+    def _both_sides(self) -> Self:
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width go together")
+        return self
 
 
 class TraceSpec(Section):
@@ -62,6 +83,8 @@ class TraceSpec(Section):
     """gentd26: its joint frequencies of steps and images, guidance 7.5; fixed: the next three fields;
     guided-20-50: 20 to 50 steps, evenly, guidance 7.5; unguided-4, unguided-8: 4 or 8 steps, guidance 1; all three
     with the numbers of images of GenTD26. Default: fixed for mlperf, else gentd26."""
+    shapes: Listed[Shape] = Field(default=(), max_length=10_000)
+    """shapes: what requests ask for, drawn by weight; given, they are the mix."""
     steps: Steps | None = None
     """fixed: default 30."""
     images: Images | None = None
@@ -79,6 +102,8 @@ class TraceSpec(Section):
             chosen = self.asked if field == "mix" else self.kind
             if getattr(self, name) is not None and chosen != value:
                 raise ValueError(f"{name} belongs to {field} '{value}', and {field} is '{chosen}'")
+        if (self.asked == "shapes") != bool(self.shapes):
+            raise ValueError("mix 'shapes' and the list shapes belong together")
         if self.kind == "mlperf" and (self.duration_s is None or self.rate_per_s is None):
             raise ValueError("kind 'mlperf' needs duration_s and rate_per_s")
         if self.duration_s is not None and self.mean_rate_per_s * self.duration_s > MAX_REQUESTS:
@@ -91,7 +116,7 @@ class TraceSpec(Section):
     @property
     def asked(self) -> Mix:
         """The mix, its default filled in."""
-        return self.mix or ("fixed" if self.kind == "mlperf" else "gentd26")
+        return self.mix or ("shapes" if self.shapes else "fixed" if self.kind == "mlperf" else "gentd26")
 
     @property
     def mean_rate_per_s(self) -> float:

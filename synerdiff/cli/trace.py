@@ -12,7 +12,7 @@ from synerdiff.cli import options
 from synerdiff.cli.progress import print_table, progress
 from synerdiff.core import InputError, Request
 from synerdiff.files import claim_folder
-from traces.dialects import Reading, convert_trace, load_trace
+from traces.dialects import Reading, convert_trace, load_trace, read_shapes
 from traces.fetch import fetch as fetch_files
 from traces.fetch import published_trace
 from traces.gentd26 import read_gentd26
@@ -70,6 +70,10 @@ def describe(
     if summary.windows:
         typer.echo("\narrivals counted in windows")
         print_table(("window", "windows", "mean", "largest", "peak/mean", "index of dispersion"), _windows(summary))
+    if summary.replay:
+        typer.echo("\nworth replaying")
+        for window in summary.replay:
+            typer.echo(f"  --window {window.start_s}:{window.end_s}  {window.why}, {window.requests:,} requests")
     if out is not None:
         for path in _drawn(requests, summary, file.name, out):
             typer.echo(f"{path}: written")
@@ -95,6 +99,9 @@ def generate(
             "default gentd26, for mlperf fixed."
         ),
     ] = None,
+    mix_file: Annotated[
+        Path | None, typer.Option(help="Shapes of requests with weights, as vllm-omni's random requests (JSON).")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps per image; with --mix fixed (default 30).")] = None,
     images: Annotated[int | None, typer.Option(help="Images per request; with --mix fixed (default 1).")] = None,
     guidance_scale: Annotated[
@@ -111,6 +118,7 @@ def generate(
     """Generate a trace with a seed."""
     from traces.generate import generate_trace
 
+    shapes = None if mix_file is None else read_shapes(mix_file, steps)
     fields = {
         "kind": kind,
         "requests": requests,
@@ -119,7 +127,8 @@ def generate(
         "rate_per_s": rate,
         "seed": seed,
         "mix": mix,
-        "steps": steps,
+        "shapes": shapes,
+        "steps": steps if mix_file is None else None,
         "images": images,
         "guidance_scale": guidance_scale,
         "cv": cv,
@@ -223,6 +232,10 @@ def _overview(summary: TraceSummary) -> list[tuple[str, str]]:
         ("steps", _listed(summary.steps)),
         ("images", _listed(summary.images)),
         ("guidance scale", f"{_listed(summary.guidance_scale)} (guided {summary.guided_share:.1%})"),
+        ("resolutions", _listed(summary.resolutions)),
+        ("prompts", f"{summary.prompts:,}" if summary.prompts else "none"),
+        ("duplicates", f"{summary.duplicates:,} equal another request of their instant"),
+        ("longest gaps", ", ".join(f"{_duration(gap)} from {at:.6g} s" for gap, at in summary.gaps_s) or "none"),
     ]
     for what, counts, used in (
         ("LoRAs", summary.loras_per_request, summary.loras),
@@ -250,8 +263,11 @@ def _windows(summary: TraceSummary) -> list[tuple[str, ...]]:
     ]
 
 
-def _listed(shares: dict[int, float] | dict[float, float]) -> str:
-    entries = [f"{value:g}: {share:.1%}" for value, share in list(shares.items())[:_MOST_LISTED]]
+def _listed(shares: dict[int, float] | dict[float, float] | dict[str, float]) -> str:
+    entries = [
+        f"{value if isinstance(value, str) else f'{value:g}'}: {share:.1%}"
+        for value, share in list(shares.items())[:_MOST_LISTED]
+    ]
     more = len(shares) - len(entries)
     return ", ".join(entries) + (f" and {more} more" if more > 0 else "")
 

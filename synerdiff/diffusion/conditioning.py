@@ -24,11 +24,17 @@ class Condition:
 class PromptEncoder(Protocol):
     """Encodes one prompt; the only stage that occupies no lane."""
 
-    def encode(self, prompt: str) -> Condition:
-        """What both rows of a sample look at. Raises InputError for a prompt that the model does not have."""
+    def encode(self, prompt: str, negative_prompt: str = "") -> Condition:
+        """What both rows of a sample look at; the unconditional one at the negative prompt, if there is one.
+
+        Raises InputError for a prompt that the model does not have.
+        """
 
     def default_prompt(self, seed: int) -> str:
         """The prompt of a request that brings only a seed."""
+
+    def knows(self, prompt: str) -> bool:
+        """Whether `encode` takes it."""
 
 
 class ClassTokens:
@@ -37,13 +43,18 @@ class ClassTokens:
     def __init__(self, table: torch.Tensor) -> None:
         self._table = table
 
-    def encode(self, prompt: str) -> Condition:
-        """`prompt` names the class: "0" to "9". Raises InputError otherwise."""
-        classes = len(self._table) - 1
-        if not prompt.isdecimal() or int(prompt) >= classes:
-            raise InputError(f"A prompt of this model is a class from 0 to {classes - 1}, not {prompt!r}.")
-        chosen = int(prompt)
-        return Condition(self._table[chosen : chosen + 1], self._table[classes:])
+    def encode(self, prompt: str, negative_prompt: str = "") -> Condition:
+        """`prompt` names the class: "0" to "9", and so may `negative_prompt`. Raises InputError otherwise."""
+        unconditional = self._row(negative_prompt) if negative_prompt else self._table[-1:]
+        return Condition(self._row(prompt), unconditional)
+
+    def knows(self, prompt: str) -> bool:
+        return prompt.isascii() and prompt.isdecimal() and len(prompt) < 20 and int(prompt) < len(self._table) - 1
+
+    def _row(self, prompt: str) -> torch.Tensor:
+        if not self.knows(prompt):
+            raise InputError(f"A prompt of this model is a class from 0 to {len(self._table) - 2}, not {prompt!r}.")
+        return self._table[int(prompt) : int(prompt) + 1]
 
     def default_prompt(self, seed: int) -> str:
         return str(seed % (len(self._table) - 1))
@@ -56,10 +67,13 @@ class RandomText:
         self._shape, self._pooled_width = (1, tokens, width), pooled_width
         self._device, self._dtype = device, dtype
 
-    def encode(self, prompt: str) -> Condition:
+    def encode(self, prompt: str, negative_prompt: str = "") -> Condition:
         tokens, pooled = self._encode_one(prompt)
-        unconditional_tokens, unconditional_pooled = self._encode_one("")
+        unconditional_tokens, unconditional_pooled = self._encode_one(negative_prompt)
         return Condition(tokens, unconditional_tokens, pooled, unconditional_pooled)
+
+    def knows(self, prompt: str) -> bool:
+        return True
 
     def default_prompt(self, seed: int) -> str:
         return f"photograph number {seed}"
@@ -84,13 +98,16 @@ class ClipText:
     def __init__(self, encoders: list[Any], tokenizers: list[Any], zeros_for_empty: bool) -> None:
         self._encoders, self._tokenizers, self._zeros_for_empty = encoders, tokenizers, zeros_for_empty
 
-    def encode(self, prompt: str) -> Condition:
+    def encode(self, prompt: str, negative_prompt: str = "") -> Condition:
         tokens, pooled = self._encode_one(prompt)
-        empty_tokens, empty_pooled = self._encode_one("")
-        if self._zeros_for_empty and len(self._encoders) > 1:
+        empty_tokens, empty_pooled = self._encode_one(negative_prompt)
+        if self._zeros_for_empty and not negative_prompt and len(self._encoders) > 1:
             empty_tokens = torch.zeros_like(empty_tokens)
             empty_pooled = None if empty_pooled is None else torch.zeros_like(empty_pooled)
         return Condition(tokens, empty_tokens, pooled, empty_pooled)
+
+    def knows(self, prompt: str) -> bool:
+        return True
 
     def default_prompt(self, seed: int) -> str:
         return f"photograph number {seed}"

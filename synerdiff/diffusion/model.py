@@ -136,9 +136,9 @@ class DiffusionModel:
         """Denoiser calls that a sample of `steps` scheduler steps makes (Heun at 20 makes 39)."""
         return len(self.solver.start(steps, torch.Generator()).timesteps)
 
-    def encode_prompt(self, prompt: str) -> Condition:
+    def encode_prompt(self, prompt: str, negative_prompt: str = "") -> Condition:
         """Encode once per request; its images share the result. Raises InputError for a prompt that cannot be."""
-        return self.prompts.encode(prompt)
+        return self.prompts.encode(prompt, negative_prompt)
 
     def start(
         self,

@@ -547,7 +547,7 @@ def test_results_go_to_a_folder_of_the_experiments_name(world: Path) -> None:
         ),
         (
             ("generator: poisson, parameters: {mix: fixed, steps: 4, images: 2}", "trace: e.yaml"),
-            "{world}/e.yaml, line 1: the column",
+            "{world}/e.yaml (CSV): none of its columns says when requests arrive",
         ),
         (("requests: 30", "requests: 1"), ""),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,10 +39,13 @@ def mixed_requests() -> list[Any]:
     kinds = [(5, 4.0, 1, 11), (7, 2.0, 2, 12), (4, 1.0, 1, None), (6, 7.5, 1, 14), (8, 4.0, 3, 15), (5, 1.0, 1, 16)]
     kinds += [(6, 3.0, 1, None), (9, 4.0, 1, 18), (6, 5.0, 1, 19), (7, 1.0, 2, 20)]
     arrivals = [0, 0, 5, 5, 10, 20, 20, 40, 90, 120]
-    return [
+    requests = [
         requests_at(*[0] * i, ms, steps=steps, guidance_scale=guidance, images=images, seed=seed)[-1]
         for i, (ms, (steps, guidance, images, seed)) in enumerate(zip(arrivals, kinds, strict=True))
     ]
+    requests[1] = replace(requests[1], prompt="9", negative_prompt="4")
+    requests[2] = replace(requests[2], prompt="a class that digits lacks")
+    return requests
 
 
 @torch.inference_mode()
@@ -53,7 +57,7 @@ def by_diffusers(model: Any, request: Any, image: Any, letters: Any) -> Any:
     scheduler = DDIMScheduler.from_config(model.solver._scheduler.config)  # type: ignore[no-untyped-call]
     scheduler.set_timesteps(request.steps)
     seed = seed_of(request)
-    condition = model.encode_prompt(str(seed % 10))
+    condition = model.encode_prompt("9", "4") if request.negative_prompt else model.encode_prompt(str(seed % 10))
     both = torch.cat([condition.unconditional_tokens, condition.tokens])
     generator = torch.Generator().manual_seed(image_seed(seed, image))
     latent = torch.randn(1, 4, 8, 8, generator=generator) * scheduler.init_noise_sigma

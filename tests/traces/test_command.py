@@ -63,6 +63,36 @@ def test_convert_katz(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "2 nulls among loras left out" in capsys.readouterr().out
 
 
+def test_a_mix_of_shapes_is_drawn_by_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mix, path = tmp_path / "mix.json", tmp_path / "t.csv"
+    shapes = [
+        {"width": 512, "height": 768, "num_inference_steps": 20, "weight": 0.15},
+        {"width": 1536, "height": 1536, "num_inference_steps": 35, "weight": 0.85, "slo_ms": 2000},
+    ]
+    mix.write_text(json.dumps(shapes))
+    trace("generate", "poisson", "--requests", "2000", "--rate", "2", "--mix-file", mix, "--seed", "3", "--out", path)
+    requests = read_trace(path)
+    small = [request for request in requests if request.width == 512]
+    assert {(r.height, r.width, r.steps, r.slo_ns) for r in requests} == {
+        (768, 512, 20, None),
+        (1536, 1536, 35, 2 * 10**9),
+    }
+    assert len(small) / 2000 == pytest.approx(0.15, abs=0.03)
+    trace("generate", "poisson", "--requests", "2000", "--rate", "2", "--seed", "3", "--out", path)
+    assert [request.arrival_ns for request in read_trace(path)] == [request.arrival_ns for request in requests]
+    mix.write_text('[{"width": 512, "height": 512, "weight": 1}]')
+    with pytest.raises(InputError, match="no entry says how many steps; give them with --steps"):
+        trace("generate", "poisson", "--requests", "2", "--mix-file", mix, "--out", path)
+    trace("generate", "poisson", "--requests", "2", "--mix-file", mix, "--steps", "9", "--out", path)
+    assert {request.steps for request in read_trace(path)} == {9}
+    mix.write_text('[{"steps": 5, "weight": "much"}]')
+    with pytest.raises(InputError, match="entry 1: weight is not a number"):
+        trace("generate", "poisson", "--requests", "2", "--mix-file", mix, "--out", path)
+    mix.write_text('[{"steps": 5, "weight": 0}]')
+    with pytest.raises(InputError, match=r"shapes\[0\].weight is 0.0; "):
+        trace("generate", "poisson", "--requests", "2", "--mix-file", mix, "--out", path)
+
+
 def test_convert_and_describe_a_foreign_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = tmp_path / "log.csv", tmp_path / "trace.csv"
     source.write_text("t,prompt\n5000,a\n4000,b\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from synerdiff.figures.style import save
 from synerdiff.figures.workload import trace_picture
 from traces.describe import describe, window_counts
 from traces.gentd26 import read_gentd26
+from traces.scaling import cut_window
 
 S = 10**9
 
@@ -26,6 +28,9 @@ def test_a_small_trace_by_hand() -> None:
     ]
     summary = describe(requests)
     assert summary.requests == 4
+    assert summary.resolutions == {"the profile's": 1.0}
+    assert (summary.duplicates, summary.prompts, summary.replay) == (0, 0, ())
+    assert summary.gaps_s == ((9, 1), (1, 0))
     assert summary.span_s == 10
     assert summary.rate_per_s == pytest.approx(0.3)
     assert (summary.samples, summary.sample_steps) == (5, 60 + 30 + 10 + 30)
@@ -42,6 +47,24 @@ def test_a_small_trace_by_hand() -> None:
     assert (second.window_s, second.windows, second.mean, second.largest) == (1, 10, pytest.approx(0.3), 2)  # type: ignore[comparison-overlap]
     assert second.index_of_dispersion == pytest.approx(np.var([1, 2] + [0] * 8) / 0.3)
     assert second.peak_to_mean == pytest.approx(2 / 0.3)
+
+
+def test_windows_worth_replaying_are_whole_and_can_be_pasted() -> None:
+    counts = [40, 20, 90, 0, 30]  # requests in windows of 10 s from second 5 on
+    times = [5 + 10 * i + 10 * j / n for i, n in enumerate(counts) for j in range(n)] + [55]
+    requests = [Request(i, round(at * S), 30, height=64, width=32, prompt="a") for i, at in enumerate(times)]
+    summary = describe([*requests, replace(requests[-1], request_id=len(times))])
+    assert [(window.why, window.start_s, window.end_s, window.requests) for window in summary.replay] == [
+        ("busiest", 25, 35, 90),
+        ("median", 45, 55, 30),
+        ("calmest", 15, 25, 20),
+    ]
+    assert all(
+        len(cut_window(tuple(requests), (window.start_s, window.end_s), "t")) == window.requests
+        for window in summary.replay
+    )
+    assert (summary.resolutions, summary.duplicates, summary.prompts) == ({"64x32": 1.0}, 1, 182)
+    assert list(summary.gaps_s[0]) == pytest.approx([10 + 1 / 9, 34 + 8 / 9])
 
 
 def test_what_is_undefined_is_none() -> None:
