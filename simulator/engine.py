@@ -125,6 +125,7 @@ def simulate_cluster(
     cluster: Cluster,
     *,
     adapters: Adapters | None = None,
+    free_adapters: bool = False,
     router: Router | SharedQueue | None = None,
     budget: SkipBudget = NO_SKIPS,
     dispersion_seed: int | None = None,
@@ -133,13 +134,14 @@ def simulate_cluster(
 ) -> ClusterResult:
     """Replay requests (by arrival) on a cluster; ``policy`` makes a fresh policy for each worker.
 
-    ``adapters`` is needed when requests ask for LoRAs or ControlNets, or guidance runs on two GPUs. Without such
-    needs one worker gives what ``simulate`` gives, to the nanosecond. Raises InputError and ContractError as that does.
+    ``adapters`` is needed when guidance runs on two GPUs, and when requests ask for LoRAs or ControlNets unless these
+    are free. Without such needs one worker gives what ``simulate`` gives, to the nanosecond. Raises InputError and
+    ContractError as that does.
     """
     services = ControlNetServices(
         cluster.controlnet_services, adapters, Draws(None if dispersion_seed is None else dispersion_seed + 2)
     )
-    planned = _require(requests, profile, cluster, adapters, services)
+    planned = _require(requests, profile, cluster, adapters, services, free_adapters)
     samples = make_samples(requests, profile, budget)
     runs: list[WorkerRun] = []
     planners: dict[int, StepPlanner] = {}
@@ -194,15 +196,15 @@ def _require(
     cluster: Cluster,
     adapters: Adapters | None,
     services: ControlNetServices,
+    free: bool,
 ) -> bool:
     """Whether steps must be planned; InputError when what the requests ask for cannot be served."""
     loras = next((request for request in requests if request.loras), None)
     controlnets = next((request for request in requests if request.controlnets), None)
     two_gpus = cluster.strategies.guidance == "two-gpus"
     if adapters is None:
-        needs = [
-            f"request {r.request_id} asks for {w}" for r, w in ((loras, "LoRAs"), (controlnets, "ControlNets")) if r
-        ]
+        asked = () if free else ((loras, "LoRAs"), (controlnets, "ControlNets"))
+        needs = [f"request {request.request_id} asks for {what}" for request, what in asked if request]
         needs += ["guidance runs on two GPUs"] if two_gpus else []
         if needs:
             raise InputError(

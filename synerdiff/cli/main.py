@@ -27,6 +27,7 @@ GROUPS = {
     "Simulate": {
         "simulate": "synerdiff.cli.simulate:simulate",
         "sweep": "synerdiff.cli.sweep:sweep",
+        "capacity": "synerdiff.cli.capacity:capacity",
     },
     "Inputs": {
         "profile": "synerdiff.cli.profile:profile",

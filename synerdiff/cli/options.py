@@ -102,6 +102,22 @@ def _typed(kind: type, text: str) -> Any:
         return text
 
 
+def priced(text: str) -> dict[str, float]:
+    """``h100=2.5,l40s=0.8``: name -> price."""
+    prices: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, value = (side.strip() for side in part.partition("="))
+        try:
+            prices[name] = number(value, 0, 1e6)
+        except ValueError:
+            name = ""
+        if not name or not prices[name]:
+            raise InputError(
+                f"--price {shown(text)}: a name and a price above 0 are needed, for example h100=2.5,l40s=0.8."
+            )
+    return prices
+
+
 def window_of(text: str | None) -> tuple[float, float] | None:
     """``A:B`` in seconds."""
     if text is None:

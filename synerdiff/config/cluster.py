@@ -138,7 +138,7 @@ class RouterEntry(Section):
         return self.model_dump(exclude={"kind"}, exclude_none=True)
 
 
-def _named_router(given: Any) -> Any:
+def named_router(given: Any) -> Any:
     """A router's name alone stands for it."""
     return {"kind": given} if isinstance(given, str) else given
 
@@ -146,7 +146,7 @@ def _named_router(given: Any) -> Any:
 class Cluster(Section):
     """Workers, services and how they work together."""
 
-    router: Annotated[RouterEntry, BeforeValidator(_named_router)] = RouterEntry(kind="shortest-queue")
+    router: Annotated[RouterEntry, BeforeValidator(named_router)] = RouterEntry(kind="shortest-queue")
 
     workers: Listed[WorkerEntry] = Field(min_length=1, max_length=4096)
     strategies: Strategies = Strategies()

@@ -217,7 +217,7 @@ class Grid:
                     )
                 for load in self._searched_loads(workload):
                     searches[Place(cell, entry.name, load)] = {
-                        batch: self._run(name, cell, source, load, entry, batch) for batch in fitting
+                        batch: self.run_of(name, cell, source, load, entry, batch) for batch in fitting
                     }
         return searches
 
@@ -245,11 +245,12 @@ class Grid:
                     where = cell._replace(workload=workload.batch_from or workload.name)
                     batch = best[Place(where, entry.name, at)]
                 for source in self.sources[cell.workload, cell.lora_share]:
-                    runs.append(self._run(name, cell, source, load, entry, batch, most))
+                    runs.append(self.run_of(name, cell, source, load, entry, batch, most))
         return runs
 
-    def _budget(self, device: Measured, source: Source, entry: PolicyEntry) -> SkipBudget:
-        section = self.experiment.skip_budget
+    def budget_of(self, name: str, source: Source, entry: PolicyEntry) -> SkipBudget:
+        """How many steps a policy may run without guidance on that profile; a floor on fidelity is looked up once."""
+        device, section = self.devices[name], self.experiment.skip_budget
         if not entry.may_skip:
             return NO_SKIPS
         if section.min_ssim is None:
@@ -263,7 +264,7 @@ class Grid:
             self._floors[key] = choice.budget
         return self._floors[key]
 
-    def _run(
+    def run_of(
         self,
         name: str,
         cell: GridCell,
@@ -273,6 +274,7 @@ class Grid:
         batch: int | None,
         most: int | None = None,
     ) -> Run:
+        """One run of a policy on a cell, complete with its key."""
         experiment, device = self.experiment, self.devices[name]
         slo = experiment.slo
         spec = RunSpec(
@@ -286,7 +288,7 @@ class Grid:
             parameters=dict(entry.parameters) if batch is None else {**entry.parameters, "batch": batch},
             base_folder=self.base,
             decode_gpus=tuple(map(int, cell.decode_gpus.split(","))) if cell.decode_gpus else (0,),
-            budget=self._budget(device, source, entry),
+            budget=self.budget_of(name, source, entry),
             load=load,
             time_scale=None if most is None else 0.0,
             max_concurrency=most,
@@ -300,7 +302,7 @@ class Grid:
         saturated = load is None and most is None
         keep = not saturated and experiment.report != "map"
         images = experiment.saturation if saturated else None
-        return _with_key(
+        return with_key(
             Run(self.folder, cell, entry.name, spec, load, images, keep), device, self.policy_hashes[entry.policy]
         )
 
@@ -360,7 +362,7 @@ def _by_lora_share(workload: Workload) -> list[tuple[Workload, float | None]]:
     ]
 
 
-def _with_key(run: Run, device: Measured, policy_source: str) -> Run:
+def with_key(run: Run, device: Measured, policy_source: str) -> Run:
     """The run with its columns, and with the hash over everything that its records depend on."""
     spec, source = run.spec, run.source
     head = {

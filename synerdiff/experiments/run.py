@@ -66,6 +66,8 @@ class RunSpec:
     """The content that the folder must still hold; None: whatever it holds."""
     adapters: Adapters | None = None
     """What adapters cost, where the profile has no folder to say it."""
+    free_adapters: bool = False
+    """Where nothing says what they cost, a cluster serves LoRAs and ControlNets at no cost, as one worker does."""
     contention: float = 1.0
     decode_share: float = 1.0
     """What the profile is scaled by (``scaling.scaled_profile``)."""
@@ -417,6 +419,7 @@ def simulator(prepared: Prepared, on_progress: OnProgress | None = None, /) -> S
         prepared.profile,
         cluster,
         adapters=prepared.adapters,
+        free_adapters=spec.free_adapters,
         router=prepared.router(),
         budget=prepared.budget,
         dispersion_seed=spec.dispersion_seed,

@@ -43,7 +43,9 @@ CODE = (
     "synerdiff/diffusion/schedulers.py",
 )
 """Besides ``synerdiff/*.py``: folders and files with every module of ours that a run loads."""
-NOT_CODE = tuple(f"synerdiff/experiments/{name}.py" for name in ("backends", "compare", "report"))
+NOT_CODE = tuple(
+    f"synerdiff/experiments/{name}.py" for name in ("backends", "capacity", "capacity_report", "compare", "report")
+)
 """What only works on rows that are there."""
 LIBRARIES = ("numpy", "pandas", "pyarrow", "simpy")
 _UNSTABLE = ("/proc/", "/dev/", "/sys/")

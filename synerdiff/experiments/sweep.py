@@ -68,7 +68,7 @@ def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], No
         if on_progress is not None:
             on_progress(results.reused + results.computed, total)
 
-    searched = _rows(search, backend, results, tell)
+    searched = rows_of(search, backend, results, tell)
     best = {}
     for place, tried in grid.searches.items():
         column = "saturation_throughput" if place.load is None else "request_latency_mean_s"
@@ -77,16 +77,16 @@ def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], No
         where = {**place.cell._asdict(), "policy": place.policy, "load": place.load}
         results.batches.append({**where, "best_batch": best[place], column: values})
     results.grid_runs = {run.key: run for run in grid.runs(best)}
-    rows = _rows(results.grid_runs, backend, results, tell)
+    rows = rows_of(results.grid_runs, backend, results, tell)
     results.rows = [_with_ssim(rows[key], results.grid_runs[key], grid.tables) for key in sorted(rows)]
     _write(grid, results, [searched[key] for key in sorted(searched) if key not in rows])
     return results
 
 
-def _rows(
+def rows_of(
     runs: Mapping[str, Run], backend: Backend, results: Results, tell: Callable[[], None]
 ) -> dict[str, dict[str, Any]]:
-    """Key -> row, from the files of finished runs where there are any."""
+    """Key -> row, from the files of finished runs where there are any; what is missing is computed."""
     rows = {}
     for key, run in runs.items():
         row = finished_row(run.folder, key, run.keep_requests)

@@ -152,6 +152,25 @@ def offered_load(
     return mix.sample_steps / window_s / (sustained * workers)
 
 
+def least_lane_s(
+    requests: Iterable[Request], profile: Profile, skip_fraction: float = 0.0, steps_scale: float = 1.0
+) -> float:
+    """Seconds that the busier of the two lanes of one worker works on the requests at the least, whatever the policy.
+
+    Every step at the rows that cost least per row, every decode alone; that share of the guided steps takes one row.
+    """
+    mix = mix_of(requests)
+    dispatch_ns = profile.overhead_ns("step_dispatch")
+    sizes = profile.steps if profile.row_buckets is None else profile.row_buckets
+    row_ns = min((profile.step_ns(rows) + dispatch_ns) / rows for rows in sizes)
+    rows = mix.sample_steps + mix.two_row_steps * (1 - skip_fraction)
+    decode_ns = mix.images * min(
+        sum(_chunk_ns(profile, chunking, chunk) for chunk in range(profile.chunk_count(chunking)))
+        for chunking in profile.chunkings
+    )
+    return max(rows * steps_scale * row_ns, decode_ns) / NS_PER_S
+
+
 def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None) -> int:
     """Latency of the request alone on an idle worker under ``continuous-serial``, full guidance, to the nanosecond.
 

@@ -1,0 +1,82 @@
+"""``synerdiff capacity``: the fewest and the cheapest GPUs that keep an SLO, or the highest rate of a fleet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from synerdiff.cli.options import priced
+from synerdiff.cli.progress import print_table, progress
+from synerdiff.core import InputError
+
+
+def capacity(
+    file: Annotated[Path | None, typer.Argument(help="A capacity file (YAML), instead of the options.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Trace file (CSV or parquet), replayed as it is.")] = None,
+    profile: Annotated[list[str] | None, typer.Option(help="Profile of a GPU; may be repeated.")] = None,
+    slo: Annotated[str | None, typer.Option(help="What is to be kept: p99=10s, or goodput=0.99.")] = None,
+    slo_seconds: Annotated[
+        float | None, typer.Option(help="goodput: the latency limit (default: 3 times the latency alone).")
+    ] = None,
+    policy: Annotated[str | None, typer.Option(help="Policies, separated by commas (default: auto).")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch of the policies: a size, sizes to try, or best.")] = None,
+    gpus: Annotated[str | None, typer.Option(help="How many GPUs to look at: 1..32, or one number.")] = None,
+    find: Annotated[str | None, typer.Option(help="gpus: the fewest; rate: the highest rate of so many.")] = None,
+    price: Annotated[str | None, typer.Option(help="Per GPU-hour: h100=2.5,l40s=0.8.")] = None,
+    router: Annotated[str | None, typer.Option(help="Which worker serves a request (default: shortest-queue).")] = None,
+    skip_fraction: Annotated[
+        float | None, typer.Option(help="Share of a sample's steps that may skip guidance.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results (default: results/NAME).")] = None,
+    jobs: Annotated[int | None, typer.Option(help="Processes (default: one per core).")] = None,
+    backend: Annotated[str, typer.Option(help="loky: this machine; ray: a Ray cluster.")] = "loky",
+) -> None:
+    """Find the fewest and the cheapest GPUs that keep an SLO on a trace, or the highest rate that a fleet keeps it at.
+
+    Exit code 1 when nothing within --gpus does.
+    """
+    from synerdiff.experiments.capacity_report import open_capacity
+
+    given: dict[str, Any] = {
+        "profiles": profile,
+        "slo": slo,
+        "slo_seconds": slo_seconds,
+        "policies": None if policy is None else [_policy(name, batch) for name in policy.split(",")],
+        "gpus": gpus,
+        "find": find,
+        "prices": None if price is None else priced(price),
+        "router": router,
+        "skip_budget": None if skip_fraction is None else {"fraction": skip_fraction},
+        "workload": None if trace is None else {"name": "trace", "trace": str(trace)},
+    }
+    fields = {name: value for name, value in given.items() if value is not None}
+    if file is not None and fields:
+        raise InputError(
+            f"{file}: a capacity file holds the whole question, so no option may give {next(iter(fields))}."
+        )
+    if file is None:
+        for name, option in (("workload", "--trace"), ("profiles", "--profile"), ("slo", "--slo")):
+            if name not in fields:
+                raise InputError(f"{option} is missing; give it, or a capacity file.")
+    if batch is not None and policy is None:
+        raise InputError("--batch is the batch of the policies that --policy names; give both.")
+    run = open_capacity(file, fields, out, jobs, backend)
+    with progress("capacity") as update:
+        parts, kept = run(lambda done: update(done, None, f"{done} runs"))
+    for part in parts:
+        if isinstance(part, str):
+            typer.echo(part)
+        else:
+            print_table(*part)
+    if not kept:
+        raise typer.Exit(1)
+
+
+def _policy(name: str, batch: str | None) -> dict[str, Any]:
+    """``4``, ``4,8`` or ``best``; what it is not stays a text, for the section to refuse."""
+    if batch is None:
+        return {"policy": name.strip()}
+    sizes = [int(part) if part.strip().isdigit() else part for part in batch.split(",")]
+    return {"policy": name.strip(), "batch": sizes[0] if len(sizes) == 1 else sizes}

@@ -1,0 +1,281 @@
+"""What a capacity question's answers look like: the sentence first, then tables, the figure, and what all rests on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from math import ceil, inf
+from pathlib import Path
+from typing import Any
+
+from synerdiff.config.capacity import Question, load_question
+from synerdiff.experiments.backends import make_backend
+from synerdiff.experiments.capacity import Answer, Ask, Inquiry, Verdict, best_of, by_size, limits_s, request_table
+from synerdiff.experiments.report import Printed
+from synerdiff.experiments.sweep import MANIFEST, write_manifest
+from synerdiff.figures.capacity import capacity_figure
+from synerdiff.figures.style import save
+from synerdiff.files import atomic, claim_folder
+from synerdiff.schema import validated
+
+ANSWERS = "capacity.json"
+FIGURE = "capacity"
+
+
+def open_capacity(
+    file: Path | None, fields: dict[str, Any], out: Path | None, jobs: int | None, backend: str
+) -> Callable[[Callable[[int], None]], tuple[list[Printed], bool]]:
+    """What answers a question (a file, or the fields of one), telling how many runs are done: what is to be printed,
+    and whether anything keeps the SLO. InputError before any work for what does not fit."""
+    question = validated(Question, fields, "capacity") if file is None else load_question(file)
+    runner = make_backend(backend, question.jobs if jobs is None else jobs)
+    folder = Path("results") / question.name if out is None else out
+    study = Inquiry(question, Path() if file is None else file.parent, folder)
+    claim_folder(folder, f"capacity {question.name}")
+
+    def run(on_progress: Callable[[int], None]) -> tuple[list[Printed], bool]:
+        answers = study.solve(runner, on_progress)
+        return publish(study, answers), any(answer.best is not None for answer in answers)
+
+    return run
+
+
+def publish(study: Inquiry, answers: Sequence[Answer]) -> list[Printed]:
+    """Write the answers and the figure; what is to be printed, the answer first."""
+    question, folder = study.question, study.folder
+    parts: list[Printed] = [*sentences(question, answers), "", _table(question, answers)]
+    chosen = winner(question, answers)
+    if chosen is not None and chosen.best is not None:
+        ask = Ask(chosen.best.level, chosen.best.judging, few=False)
+        sizes = by_size([request_table(run) for run in study.runs(chosen.name, chosen.entry, ask)])
+        parts += ["", f"By size of request, {_who(question, chosen)}:", _size_table(sizes)]
+    parts += ["", *_rests_on(study, answers)]
+    title = sentences(question, answers)[0]
+    figure = capacity_figure(_points(question, answers), question.target, question.find, title, _setting(study))
+    save(figure, folder / "figures", FIGURE)
+    document = {
+        "question": question.model_dump(mode="json"),
+        "answer": sentences(question, answers),
+        "answers": [_plain(question, answer) for answer in answers],
+        "rests_on": _rests_on(study, answers),
+    }
+    with atomic(folder / ANSWERS) as temporary:
+        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_manifest(folder, {"experiment": question.name, "complete": True})
+    counts = f"{study.results.computed} runs computed now and {study.results.reused} found"
+    return [*parts, f"{folder}: {ANSWERS}, figures/{FIGURE}.png, {MANIFEST}; {counts}"]
+
+
+# The sentence
+
+
+def winner(question: Question, answers: Sequence[Answer]) -> Answer | None:
+    """The one with the fewest GPUs (or the highest rate); ties by cost, then by the metric."""
+
+    def rank(answer: Answer) -> tuple[float, float, float]:
+        best = answer.best
+        assert best is not None
+        size = best.level.gpus if question.find == "gpus" else -(best.level.rate_per_s or 0)
+        better = best.value if question.target.quantile is not None else -best.value
+        return size, inf if answer.cost is None else answer.cost, better
+
+    return best_of(answers, rank)
+
+
+def sentences(question: Question, answers: Sequence[Answer]) -> list[str]:
+    """The answer, and where prices make another one the cheapest, that one too."""
+    target, (low, high) = question.target, question.fleet_sizes
+    first = winner(question, answers)
+    if first is None or first.best is None:
+        nearest = min(
+            (answer for answer in answers if answer.beyond is not None),
+            key=lambda answer: _distance(question, answer.beyond),
+        )
+        beyond = nearest.beyond
+        assert beyond is not None
+        size = f"Up to {high}" if low < high else f"{high}"
+        keep = f"keep {target.name} at {target.text(target.bound)}"
+        found = (
+            f"{_who(question, nearest, beyond)} {'have' if beyond.level.gpus > 1 else 'has'} {_value(question, beyond)}"
+        )
+        return [f"{size} GPUs do not {keep}, whatever the profile and policy: {found}."]
+    lines = [_sentence(question, first)]
+    cheapest = best_of(answers, lambda answer: inf if answer.cost is None else answer.cost)
+    if cheapest is not None and cheapest.cost is not None and cheapest.cost < (first.cost or inf):
+        lines.append(f"The cheapest: {_sentence(question, cheapest)}")
+    return lines
+
+
+def _sentence(question: Question, answer: Answer) -> str:
+    best, beyond, target = answer.best, answer.beyond, question.target
+    assert best is not None
+    one = best.level.gpus == 1
+    text = f"{_who(question, answer)} {'keeps' if one else 'keep'} {target.name} at {_value(question, best)}"
+    text += f" (SLO {target.text(target.bound)})"
+    if beyond is not None and question.find == "gpus":
+        fewer = beyond.level.gpus
+        verb = (
+            ("also does there" if fewer == 1 else "also do there")
+            if beyond.keeps
+            else "does not"
+            if fewer == 1
+            else "do not"
+        )
+        text += f"; {fewer} {verb}: {_value(question, beyond)}"
+    elif beyond is not None:
+        text += f"; at {beyond.level.rate_per_s:g} requests/s it is {_value(question, beyond)}"
+    if answer.cost is not None:
+        text += f"; {answer.cost:.2f} $ per 1,000 images"
+    return text + "."
+
+
+def _who(question: Question, answer: Answer, verdict: Verdict | None = None) -> str:
+    verdict = verdict or answer.best
+    assert verdict is not None
+    rate = "" if verdict.level.rate_per_s is None else f" at {verdict.level.rate_per_s:g} requests/s"
+    return f"{verdict.level.gpus} {answer.profile.name} with {answer.entry.name}{rate}"
+
+
+def _value(question: Question, verdict: Verdict) -> str:
+    text = question.target.text(verdict.value)
+    if verdict.low is None or verdict.high is None or inf in (verdict.value, verdict.low):
+        return text
+    unit = "%" if question.target.quantile is None else ""
+    low, high = (f"{100 * x:.2f}" if unit else f"{x:.3g}" for x in (verdict.low, verdict.high))
+    return f"{text} [{low}{unit}, {'-' if verdict.high == inf else high}{unit}]"
+
+
+def _distance(question: Question, verdict: Verdict | None) -> float:
+    if verdict is None:
+        return inf
+    return verdict.value if question.target.quantile is not None else -verdict.value
+
+
+# Tables
+
+
+def _table(question: Question, answers: Sequence[Answer]) -> Printed:
+    target, by_rate = question.target, question.find == "rate"
+    headers = ["profile", "policy", *(["GPUs", "requests/s"] if by_rate else ["GPUs"]), f"{target.name} [95%]"]
+    headers += ["next higher rate" if by_rate else "one fewer", "at most" if by_rate else "at least"]
+    priced = any(answer.cost is not None for answer in answers)
+    rows = []
+    for answer in answers:
+        best = answer.best
+        row = [answer.profile.name, answer.entry.name]
+        if by_rate:
+            rate = "none" if best is None else f"{best.level.rate_per_s:g}"
+            row += [str(question.fleet_sizes[0]), rate]
+        else:
+            row += ["none" if best is None else str(best.level.gpus)]
+        row += ["-" if best is None else _value(question, best)]
+        row += ["-" if answer.beyond is None else _value(question, answer.beyond)]
+        row += [f"{answer.bound:.3g}" if by_rate else str(max(1, ceil(answer.bound)))]
+        rows.append([*row, *(["-" if answer.cost is None else f"{answer.cost:.2f}"] if priced else [])])
+    return [*headers, *(["$/1,000 images"] if priced else [])], rows
+
+
+def _size_table(sizes: Sequence[tuple[int, int, int, float, float, float]]) -> Printed:
+    rows = [
+        [f"{low}" if low == high else f"{low} to {high}", str(count), f"{mean:.3g}", f"{p99:.3g}", f"{good:.2%}"]
+        for low, high, count, mean, p99, good in sizes
+    ]
+    return ["images x steps", "requests", "mean s", "P99 s", "within its limit"], rows
+
+
+# What it rests on
+
+
+def _setting(study: Inquiry) -> str:
+    own, question = study.sources, study.question
+    what = own[0].name if len(own) == 1 else f"{own[0].name}, {len(own)} replicates"
+    count = len(study.requests(question.profiles[0]))
+    return f"{what}: {count:,} requests, {study.rate_per_s:.3g} a second; router {question.router.kind}."
+
+
+def _rests_on(study: Inquiry, answers: Sequence[Answer]) -> list[str]:
+    question, target = study.question, study.question.target
+    lines = [f"Workload: {_setting(study)}"]
+    if target.quantile is None:
+        first = limits_s(study.requests(question.profiles[0]))
+        where = (
+            "as --slo-seconds says" if question.slo_seconds is not None else "3 times the latency alone on its profile"
+        )
+        lines.append(f"A request is good within its own limit, else {where}: {first[0]:.3g} to {first[1]:.3g} s.")
+    if study.judging:
+        lines.append(
+            f"Chosen on {len(study.choosing)} replicates, judged on {len(study.judging)} others; intervals are 95% t."
+        )
+    elif len(study.sources) > 1:
+        lines.append(
+            f"Chosen and judged on the same {len(study.sources)} replicates; four or more would keep them apart."
+        )
+    else:
+        needed = max((answer.best.needed or 0 for answer in answers if answer.best is not None), default=0)
+        short = (
+            f" It has too few for an interval: at this load {needed:,} measured requests are needed." if needed else ""
+        )
+        lines.append(f"One trace: intervals come from its blocks, and nothing is judged on other requests.{short}")
+    for profile in {answer.profile.name: answer.profile for answer in answers}.values():
+        how = {
+            "measured": "was measured on its device",
+            "imported": "holds times that others published",
+            "estimated": "is estimated from data sheets, not measured",
+        }.get(profile.provenance, f"is {profile.provenance}")
+        lines.append(f"Profile {profile.name} {how}.")
+    free = [n for n in question.profiles if study.grid.devices[n].adapters is None]
+    asking = sum(bool(r.loras or r.controlnets) for r in study.requests(question.profiles[0]))
+    if asking and free:
+        lines.append(
+            f"{asking} requests ask for LoRAs or ControlNets, which cost nothing here but batches of their own: no "
+            f"adapters.csv of {', '.join(free)} says more."
+        )
+    lines.append("'at least' is the work divided by the profile's best speed: no policy needs fewer GPUs than that.")
+    return lines
+
+
+def _points(question: Question, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """Every level that was tried, as judged last."""
+    rows = []
+    for answer in answers:
+        last = {verdict.level: verdict for verdict in answer.tried}
+        for level in sorted(last, key=lambda level: (level.gpus, level.rate_per_s or 0)):
+            verdict = last[level]
+            rows.append(
+                {
+                    "profile": answer.profile.name,
+                    "estimated": answer.profile.estimated,
+                    "policy": answer.entry.name,
+                    "gpus": level.gpus,
+                    "rate_per_s": level.rate_per_s,
+                    "value": verdict.value,
+                    "low": verdict.low,
+                    "high": verdict.high,
+                    "keeps": verdict.keeps,
+                    "answer": answer.best is not None and level == answer.best.level,
+                }
+            )
+    return rows
+
+
+def _plain(question: Question, answer: Answer) -> dict[str, Any]:
+    """An answer in values that JSON holds."""
+
+    def numbers(verdict: Verdict | None) -> dict[str, Any] | None:
+        if verdict is None:
+            return None
+        known = {name: getattr(verdict, name) for name in ("value", "low", "high")}
+        finite = {name: None if value in (None, inf, -inf) else value for name, value in known.items()}
+        more = {name: getattr(verdict, name) for name in ("replicates", "keeps", "sure", "judging")}
+        return {**verdict.level._asdict(), **finite, **more}
+
+    return {
+        "profile": answer.profile.name,
+        "provenance": answer.profile.provenance,
+        "policy": answer.entry.name,
+        "best": numbers(answer.best),
+        "beyond": numbers(answer.beyond),
+        "bound": answer.bound,
+        "cost_per_1000_images": answer.cost,
+        "tried": [numbers(verdict) for verdict in answer.tried],
+    }
