@@ -1,38 +1,148 @@
-"""Hold what the parts measured against the gates, with the numbers.
+"""What a quarter of an hour on a GPU found: times beside their floors and published ones, and the gates.
 
-    python benchmarks/gpu/report.py DIR
-
-DIR holds the part1.json ... part6.json that came back. Prints the report and writes DIR/report.md. Exit code 1 when a
-gate is missed; what was not measured is neither met nor missed.
+FLOPs and bytes come from ``profiler.operations`` (eager), data sheets from ``profiler.datasheets``; models and
+devices that these do not know have no floor, and nothing is guessed for them.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MLPERF_OFFLINE = 2.18
-"""Images a second per GPU: MLPerf Inference v4.1, SDXL, 8x H200, 20 steps, offline, probably 8-bit. A reference."""
-H100_IT_PER_S = {
-    "sdxl": {"eager": 14.9, "compiled": 18.5, "stable-fast": 21.6},
-    "sd15": {"eager": 54.5, "compiled": 66.0, "stable-fast": 104.6},
-}
-"""Published steps a second at batch 1 (2 rows) on an H100."""
+from profiler.datasheets import GPUS, MODELS
+from profiler.operations import decoder, total, unet
+from synerdiff.core import NS_PER_S, InputError
+from synerdiff.profile.folder import fields_of, load_profile
+from synerdiff.profile.tables import Profile
 
-Parts = Mapping[int, Mapping[str, Any]]
+MLPERF_OFFLINE = {"h100": 2.04, "h200": 2.18}
+"""Images a second per GPU: MLPerf Inference, SDXL, 20 steps, offline, 8-bit. A reference, not the same precision."""
+H100_IT_PER_S = {"sdxl": {"eager": 14.9, "compiled": 18.5, "TensorRT": 22.6}, "sd15": {"eager": 54.5, "compiled": 66.0}}
+"""Published guided steps a second (2 rows) on an H100."""
+Results = Mapping[str, Any]
+
+REACHED_FLOPS = {"h200": 790e12}
+"""What bf16 matrix products were seen to reach on the device; elsewhere the data sheet's peak stands for it."""
+
+
+def card_of(device: str) -> str | None:
+    """``NVIDIA H200`` -> ``h200``; the longest key wins. None for a device without a data sheet here."""
+    flat = device.lower().replace(" ", "").replace("-", "")
+    return max((key for key in GPUS if key.replace("-", "") in flat), key=len, default=None)
+
+
+def work_of(model: str, rows: int) -> tuple[float, float, float]:
+    """(FLOPs, bytes moved when nothing is fused, bytes of weights) of a step of ``rows`` rows; KeyError if unknown."""
+    side = MODELS[model].resolution
+    flops, elements, weights, _ = total(unet(model, side, side, "eager"))
+    return rows * flops, 2 * (weights + rows * elements), 2 * weights
+
+
+def decode_work(model: str) -> tuple[float, float]:
+    """(FLOPs, bytes moved when nothing is fused) of one decode; KeyError if unknown."""
+    side = MODELS[model].resolution
+    layers = [pair for _, atom in decoder(model, side, side, "eager") for pair in atom]
+    flops, elements, weights, _ = total(layers)
+    return flops, 2 * (elements + weights)
+
+
+def beside_floor(ns: float, flops: float, moved: float, least_bytes: float, gpu: str | None) -> dict[str, Any]:
+    """The time in ms, what it achieves, and its floor: the products at the device's best rate, or the bytes that any
+    execution must read (weights), whichever takes longer. ``of_floor`` is floor / time."""
+    seconds = ns / NS_PER_S
+    found: dict[str, Any] = {
+        "ms": ns / 1e6,
+        "tflop_per_s": flops / seconds / 1e12,
+        "unfused_gb_per_s": moved / seconds / 1e9,
+    }
+    if gpu is not None:
+        rate = REACHED_FLOPS.get(gpu, GPUS[gpu].peak_flops)
+        floor_s = max(flops / rate, least_bytes / GPUS[gpu].bandwidth)
+        found |= {"floor_ms": floor_s * 1e3, "of_floor": floor_s / seconds}
+    return found
+
+
+def profile_table(profile: Profile) -> dict[str, Any]:
+    """Every solo time of a profile, beside its floor where model, resolution and device are known."""
+    info = fields_of(profile.head)
+    model = profile.head.model
+    known = model in MODELS and profile.head.size == (MODELS[model].resolution, MODELS[model].resolution)
+    gpu = card_of(profile.head.device)
+    steps = []
+    for rows, spread in profile.steps.items():
+        row: dict[str, Any] = {"rows": rows, "ms": spread.median / 1e6}
+        if known:
+            row |= beside_floor(spread.median, *work_of(model, rows), gpu)
+        steps.append({**row, "p10_ms": spread.p10 / 1e6, "p90_ms": spread.p90 / 1e6, "n": spread.n})
+    decodes = []
+    for name in profile.chunkings:
+        ns = profile.decode_ns(name)
+        row = {"chunking": name, "ms": ns / 1e6, "chunks_ms": [spread.median / 1e6 for spread in profile.chunks[name]]}
+        if known:
+            row |= beside_floor(ns, *decode_work(model), 0.0, gpu)
+        decodes.append(row)
+    corun = [
+        {"chunking": name, "chunk": chunk, "rows": rows, "s_u": cell.step.median / 1e6, "s_v": cell.chunk.median / 1e6}
+        | {"overlap": 1e6 / cell.step.median + 1e6 / cell.chunk.median}
+        for (name, chunk), by_rows in profile.corun.items()
+        for rows, cell in by_rows.items()
+    ]
+    keys = ("device", "model", "resolution", "dtype", "execution", "quick", "clocks", "driver", "torch", "commit")
+    return {
+        "info": {key: info[key] for key in (*keys, "date", "measured_for_s") if key in info},
+        "steps": steps,
+        "decodes": decodes,
+        "corun": corun,
+        "overheads_ms": {name: profile.overhead_ns(name) / 1e6 for name in profile.overheads},
+        "overlap": info.get("overlap"),
+        "kappa": info.get("kappa"),
+        "held_out_error": info.get("held_out_error"),
+        "missing": info.get("missing"),
+    }
+
+
+def read_results(work: Path) -> dict[str, Any]:
+    """What the steps have left in their folder, by step; what is not there or cannot be read was not measured."""
+    found: dict[str, Any] = {"runs": {}, "profiles": {}}
+    for name in ("environment", "ceilings", "forward"):
+        found[name] = _json(work / f"{name}.json") or {}
+    found["validation"] = _json(work / "validate" / "validation.json") or {}
+    for slot in ("small", "large"):
+        found["runs"][slot] = list(_json_lines(work / f"runs-{slot}.jsonl"))
+        for folder in sorted((work / slot).glob("*")):
+            try:
+                found["profiles"][slot] = profile_table(load_profile(folder))
+            except InputError:
+                continue
+    return found
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file that may have been cut off while it was written."""
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                return
 
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """``value`` is None where nothing was measured. ``at_most``: the limit is the largest allowed value."""
+    """``found`` is None where nothing was measured. ``at_most``: the limit is the largest allowed value."""
 
     name: str
-    value: float | None
+    found: float | None
     limit: float
     unit: str
     at_most: bool = True
@@ -40,219 +150,138 @@ class Gate:
 
     @property
     def verdict(self) -> str:
-        if self.value is None:
+        if self.found is None:
             return "not measured"
-        met = self.value <= self.limit if self.at_most else self.value >= self.limit
+        met = self.found <= self.limit if self.at_most else self.found >= self.limit
         return "met" if met else "MISSED"
 
-    def line(self) -> str:
-        value = "-" if self.value is None else f"{self.value:.3g}"
+    def cells(self) -> tuple[str, ...]:
+        found = "-" if self.found is None else f"{self.found:.3g}"
         sign = "<=" if self.at_most else ">="
-        cells = (self.name, f"{value} {self.unit}", f"{sign} {self.limit:g} {self.unit}", self.verdict, self.detail)
-        return f"| {' | '.join(cells)} |"
+        return self.name, f"{found} {self.unit}", f"{sign} {self.limit:g} {self.unit}", self.verdict, self.detail
 
 
-def gates(parts: Parts) -> list[Gate]:
-    """All gates; SDXL at 1024x1024 unless the name says otherwise. Dry runs (quick, on a CPU, another model) are left
-    out: they say nothing about a gate."""
-    parts = {number: part for number, part in parts.items() if not _dry(part.get("provenance", {}))}
-    sdxl = _results(parts, 1).get("sdxl", {})
-    steps = {int(row["rows"]): row for row in sdxl.get("steps", ())}
-    large = {rows: row["tflop_per_s"] for rows, row in steps.items() if rows >= 8 and "tflop_per_s" in row}
-    slowest = min(large, key=lambda rows: large[rows]) if large else None
-    decode = next((row["ms"] for row in sdxl.get("decodes", ()) if row["chunking"] == "whole"), None)
-    rates = {
-        name: entry["saturation_images_per_s"]["value"]
-        for name, entry in _results(parts, 3).get("policies", {}).items()
-        if "saturation_images_per_s" in entry and _full_guidance(parts[3], name)
-    }
-    best = max(rates, key=lambda name: rates[name]) if rates else None
+def gates(results: Results) -> list[Gate]:
+    """All gates; those of SDXL at 1024x1024 on a GPU. A rehearsal with another model or on a CPU says nothing."""
+    environment = results.get("environment", {})
+    real = environment.get("device_option", "cpu") != "cpu" and not environment.get("model_instead")
+    large = results["profiles"].get("large", {}) if real else {}
+    runs = [run for run in results["runs"].get("large", ()) if real]
+    steps = {row["rows"]: row for row in large.get("steps", ())}
+    decode = next((row["ms"] for row in large.get("decodes", ()) if row["chunking"] == "whole"), None)
+    step_ms = steps.get(2, {}).get("ms")
+    gap_ms = large.get("overheads_ms", {}).get("step_dispatch")
+    gaps = {run["policy"]: 100 * run["gap_s"] / run["step_s"] for run in runs if run.get("gap_s") and run["step_s"]}
+    rates = {run["policy"]: run["images_per_s"] for run in runs if run["kind"] == "saturation" and run["images_per_s"]}
+    best, worst = (
+        max(rates, key=lambda name: rates[name], default=""),
+        max(gaps, key=lambda name: gaps[name], default=""),
+    )
+    checks = results.get("validation", {}).get("checks", ()) if real else ()
+    passed = sum(check.get("verdict") == "pass" for check in checks)
+    card = card_of(str(environment.get("device", "")))
     return [
-        Gate("guided step (2 rows)", steps.get(2, {}).get("ms"), 40, "ms"),
-        Gate(
-            "products at 8 rows or more, the slowest",
-            large[slowest] if slowest is not None else None,
-            400,
-            "TFLOP/s",
-            at_most=False,
-            detail=f"at {slowest} rows" if slowest is not None else "",
-        ),
+        Gate("guided step (2 rows)", step_ms, 40, "ms"),
+        Gate("guided step (2 rows), with kernels of our own", step_ms, 30, "ms"),
+        Gate("products at 8 rows", steps.get(8, {}).get("tflop_per_s"), 400, "TFLOP/s", at_most=False),
         Gate("decode, whole", decode, 40, "ms"),
-        *_gaps(parts, sdxl, steps),
+        Gate("lane gap, profiled", 100 * gap_ms / step_ms if gap_ms is not None and step_ms else None, 2, "%"),
+        Gate("lane gap, runs, the worst", gaps.get(worst), 2, "%", detail=worst),
         Gate(
             "20 steps, offline, full guidance",
-            rates[best] if best is not None else None,
+            rates.get(best),
             1.4,
             "images/s",
             at_most=False,
-            detail=(f"{best}; " if best else "") + f"MLPerf {MLPERF_OFFLINE}",
+            detail=f"{best}; MLPerf, 8-bit: {MLPERF_OFFLINE.get(card or '', '-')}",
         ),
+        Gate("predictions inside their tolerance", float(passed) if checks else None, len(checks), "checks", False),
     ]
 
 
-def _gaps(parts: Parts, sdxl: Mapping[str, Any], steps: Mapping[int, Mapping[str, Any]]) -> list[Gate]:
-    """Idle time of the denoise lane between steps, in percent of a step: as profiled, and in the runs (medians)."""
-    gap = sdxl.get("overheads_ms", {}).get("step_dispatch")
-    profiled = 100 * gap / steps[2]["ms"] if gap is not None and 2 in steps else None
-    gates = [Gate("lane gap, profiled, of a step of 2 rows", profiled, 2, "%")]
-    for number, title in ((3, "SDXL runs"), (4, "SD1.5 runs")):
-        shares = {
-            f"{run['policy']}, {run['kind']}": 100 * run["dispatch"]["step_dispatch"]["p50_s"] / run["step_median_s"]
-            for run in _results(parts, number).get("runs", ())
-            if run["step_median_s"] and run["dispatch"]["step_dispatch"]["count"]
-        }
-        worst = max(shares, key=lambda name: shares[name]) if shares else None
-        value = shares[worst] if worst is not None else None
-        gates.append(Gate(f"lane gap, {title}, the worst", value, 2, "%", detail=worst or ""))
-    return gates
-
-
-def _dry(origin: Mapping[str, Any]) -> bool:
-    return bool(origin.get("quick") or origin.get("model_instead") or origin.get("device_option") == "cpu")
-
-
-def _full_guidance(part: Mapping[str, Any], policy: str) -> bool:
-    runs = [run for run in part["results"].get("runs", ()) if run["policy"] == policy and run["kind"] == "saturation"]
-    return all(run["summary"]["skip_fraction"] == 0 for run in runs)
-
-
-def _results(parts: Parts, number: int) -> Mapping[str, Any]:
-    results: Mapping[str, Any] = parts.get(number, {}).get("results", {})
-    return results
-
-
-def report_text(parts: Parts) -> str:
-    """The gates, then a few lines from each part that was measured."""
-    lines = ["# Measured", ""]
-    for number, part in sorted(parts.items()):
-        origin = part["provenance"]
-        torch = origin.get("torch", "?")
-        state = "complete" if part["complete"] else "INCOMPLETE"
-        quick = ", a quick dry run" if origin.get("quick") else ""
-        lines.append(
-            f"- Part {number}, {part['title']}: {state}{quick}; {origin['device']}, torch {torch}, "
-            f"commit {origin.get('commit') or 'unknown'}, {origin['date']}"
-        )
-    lines += ["", "## Gates", "", "| gate | found | limit | verdict | |", "|---|---|---|---|---|"]
-    lines += [gate.line() for gate in gates(parts)]
-    for model, table in _results(parts, 1).items():
-        lines += ["", *_profile_lines(model, table)]
-    checks = _results(parts, 2).get("checks", ())
-    if checks:
-        failed = [check for check in checks if not check["passed"]]
-        lines += ["", "## Prediction", "", f"{len(checks) - len(failed)} of {len(checks)} checks hold."]
-        lines += [f"- {one['case']}: {one['what']} {one['found']} (allowed: {one['allowed']})" for one in failed]
-    for number in (3, 4):
-        if _results(parts, number).get("policies"):
-            lines += ["", *_policy_lines(parts[number])]
-    for number, lines_of in ((5, _lane_lines), (6, _execution_lines)):
-        for model, results in _results(parts, number).items():
-            lines += ["", *lines_of(model, results)]
+def report_text(results: Results, ledger: Sequence[Mapping[str, Any]], planned: Sequence[str]) -> str:
+    """The gates, what ran and what did not, then every table that there is, as Markdown."""
+    environment = results.get("environment", {})
+    lines = ["# A quarter of an hour on a GPU", ""]
+    lines += [
+        f"{name}: {environment[name]}  " for name in ("device", "commit", "torch", "date") if environment.get(name)
+    ]
+    lines += ["", *_table(("gate", "found", "limit", "verdict", ""), [gate.cells() for gate in gates(results)])]
+    done = {one["step"]: one for one in ledger}
+    rows = [(name, *_state(done.get(name))) for name in planned]
+    lines += ["", *_table(("step", "state", "s"), rows)]
+    for table in results["profiles"].values():
+        lines += ["", *_profile_lines(table)]
+    if ceilings := results.get("ceilings", {}):
+        lines += ["", "## Ceilings", "", *_table(("what", "found", "unit"), _ceiling_rows(ceilings))]
+    if times := results.get("forward", {}).get("times"):
+        lines += ["", f"## Forward of {results['forward']['model']}", ""]
+        cells = ("ms", "it_per_s", "floor_ms", "prepared_s")
+        body = [(row["kind"], str(row["rows"]), *(_number(row, cell) for cell in cells)) for row in times]
+        lines += _table(("execution", "rows", "ms", "it/s", "floor, ms", "prepared in, s"), body)
+        published = H100_IT_PER_S.get(results["forward"]["model"], {})
+        lines += ["", *(f"Published for an H100 at 2 rows, {name}: {rate} it/s  " for name, rate in published.items())]
+        lines += [f"Not measured: {kind}: {why}  " for kind, why in results["forward"].get("skipped", {}).items()]
+    for slot, runs in results["runs"].items():
+        if runs:
+            lines += ["", f"## Runs, {slot} model", "", *_run_lines(runs)]
+    if checks := results.get("validation", {}).get("checks"):
+        lines += ["", "## Predictions", ""]
+        body = [(c["case"], c["what"], c["found"], c["allowed"], c.get("verdict", "")) for c in checks]
+        lines += _table(("case", "what", "found", "allowed", "verdict"), body)
     return "\n".join(lines) + "\n"
 
 
-def _number(row: Mapping[str, Any], key: str, form: str = ".3g") -> str:
-    return format(row[key], form) if row.get(key) is not None else "-"
+def _state(entry: Mapping[str, Any] | None) -> tuple[str, str]:
+    if entry is None:
+        return "not begun", "-"
+    return ("done" if entry["done"] else f"ended early, exit code {entry['exit_code']}"), f"{entry['wall_s']:.0f}"
 
 
-def _profile_lines(model: str, table: Mapping[str, Any]) -> list[str]:
-    head = ("ms", "floor_ms", "of_floor", "tflop_per_s", "unfused_gb_per_s")
-    lines = [f"## {model} on {table['info'].get('device')}", ""]
-    lines += ["| | ms | floor, ms | floor / time | TFLOP/s | GB/s, if nothing is fused |", "|---|---|---|---|---|---|"]
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(headers)} |", f"|{'---|' * len(headers)}"]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _number(row: Mapping[str, Any], key: str) -> str:
+    return f"{row[key]:.3g}" if row.get(key) is not None else "-"
+
+
+def _ceiling_rows(ceilings: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    return [(name, _number(one, "value"), one["unit"]) for name, one in ceilings.items()]
+
+
+def _profile_lines(table: Mapping[str, Any]) -> list[str]:
+    info, keys = table["info"], ("ms", "floor_ms", "of_floor", "tflop_per_s", "unfused_gb_per_s")
     named = [(f"step, {row['rows']} rows", row) for row in table["steps"]]
     named += [(f"decode, {row['chunking']}", row) for row in table["decodes"]]
-    lines += [f"| {name} | " + " | ".join(_number(row, key) for key in head) + " |" for name, row in named]
-    won = [cell for cell in table["corun"] if cell["overlap"] > 1]
-    lines += ["", f"1/s_u + 1/s_v is above 1 in {len(won)} of {len(table['corun'])} cells."]
+    body = [(name, *(_number(row, key) for key in keys)) for name, row in named]
+    headers = ("", "ms", "floor, ms", "floor / time", "TFLOP/s", "GB/s, if nothing is fused")
+    lines = [f"## Profile of {info.get('model')} on {info.get('device')}", "", *_table(headers, body), ""]
+    for name, by_rows in (table["overlap"] or {}).items():
+        lines.append(f"1/s_u + 1/s_v, {name}: " + ", ".join(f"{rows} rows {value}" for rows, value in by_rows.items()))
+        lines[-1] += "  "
+    for name, by_row in (table["kappa"] or {}).items():
+        pairs = ", ".join(f"{rows} rows {pair['step']} {pair['chunk']}" for rows, pair in by_row.items())
+        lines.append(f"kappa (step, chunk), {name}: {pairs}  ")
+    if missing := table["missing"]:
+        lines.append(f"Missing: {', '.join(f'{name} {_size(what)}' for name, what in missing.items())}")
     return lines
 
 
-def _bounds(interval: Mapping[str, Any] | None, scale: float = 1.0) -> str:
-    if interval is None:
-        return "-"
-    low, high = (format(interval[key] * scale, ".3g") if interval[key] is not None else "?" for key in ("low", "high"))
-    return f"{interval['value'] * scale:.3g} ({low} to {high})"
+def _size(what: Any) -> str:
+    return str(len(what)) if isinstance(what, list | dict) else str(what)
 
 
-def _policy_lines(part: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"## {part['title']}",
-        "",
-        "| policy | images/s | mean, s | P99, s | P99 claimed, s | requests | skipped |",
-    ]
-    lines.append("|---|---|---|---|---|---|---|")
-    for name, entry in part["results"]["policies"].items():
-        skipped = entry.get("skip_fraction") or []
-        cells = [
-            _bounds(entry.get("saturation_images_per_s")),
-            _bounds(entry.get("mean_latency_s")),
-            _number(entry, "p99_latency_s"),
-            _number(entry, "p99_claim_s") if entry.get("p99_claim_s") else "too few requests",
-            str(entry.get("measured_requests", "-")),
-            f"{sum(skipped) / len(skipped):.0%}" if skipped else "-",
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for pair, ratios in part["results"]["paired_ratios"].items():
-        texts = [
-            f"{name.replace('_', ' ')} {_bounds({**one, 'value': one['ratio']})}" for name, one in ratios.items() if one
-        ]
-        lines.append(f"\n{pair}: {', '.join(texts) or '-'}")
-    return lines
-
-
-def _lane_lines(model: str, results: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"## Overlap by lanes, {model}",
-        "",
-        "| lanes | cells | above 1 | least | largest |",
-        "|---|---|---|---|---|",
-    ]
-    for kind, cells in results["kinds"].items():
-        values = [cell["overlap"] for cell in cells]
-        won = sum(value > 1 for value in values)
-        lines.append(f"| {kind} | {len(values)} | {won} | {min(values):.2f} | {max(values):.2f} |")
-    return [*lines, *(f"\nNot measured: {kind}: {reason}." for kind, reason in results["skipped"].items())]
-
-
-def _execution_lines(model: str, results: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"## Forward of {model}",
-        "",
-        "| | rows | ms | it/s | floor, ms | prepared in, s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in results["times"]:
-        cells = [_number(row, key) for key in ("ms", "it_per_s", "floor_ms", "prepared_s")]
-        lines.append(f"| {row['kind']} | {row['rows']} | " + " | ".join(cells) + " |")
-    published = H100_IT_PER_S.get(model)
-    if published:
-        listed = ", ".join(f"{name} {value}" for name, value in published.items())
-        lines.append(f"\nPublished for an H100 at 2 rows, it/s: {listed}.")
-    return [*lines, *(f"\nNot measured: {kind}: {reason}." for kind, reason in results["skipped"].items())]
-
-
-def read_parts(folder: Path) -> dict[int, dict[str, Any]]:
-    parts = {}
-    for number in range(1, 7):
-        path = folder / f"part{number}.json"
-        if path.exists():
-            parts[number] = json.loads(path.read_text(encoding="utf-8"))
-    return parts
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    parts = read_parts(folder)
-    if not parts:
-        print(f"{folder}: there is no part1.json to part6.json here.", file=sys.stderr)
-        sys.exit(2)
-    text = report_text(parts)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    print(text, end="")
-    sys.exit(1 if any(gate.verdict == "MISSED" for gate in gates(parts)) else 0)
-
-
-if __name__ == "__main__":
-    main()
+def _run_lines(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each run, and its rate or mean latency over that of continuous-serial; no claim on any percentile."""
+    base = {run["kind"]: run for run in runs if run["policy"] == "continuous-serial"}
+    rows = []
+    for run in runs:
+        key = "images_per_s" if run["kind"] == "saturation" else "mean_latency_s"
+        other = base.get(run["kind"], {}).get(key)
+        ratio = f"{run[key] / other:.3f}" if run.get(key) and other else "-"
+        names = ("requests", "images_per_s", "predicted_images_per_s", "mean_latency_s", "predicted_mean_latency_s")
+        rows.append((run["policy"], run["kind"], str(run["batch"]), *(_number(run, name) for name in names), ratio))
+    headers = ("policy", "kind", "batch", "requests", "images/s", "predicted", "mean latency, s", "predicted")
+    return _table((*headers, "/ continuous-serial"), rows)
