@@ -48,6 +48,7 @@ class DecodeCosts:
     """The costs of one chunking on one profile; every answer is kept."""
 
     def __init__(self, profile: Profile, chunking: str) -> None:
+        profile.require_corun()
         self._profile = profile
         self._chunking = chunking
         self._step_dispatch_ns = profile.overhead_ns("step_dispatch")

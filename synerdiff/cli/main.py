@@ -30,7 +30,7 @@ GROUPS = {
         "capacity": "synerdiff.cli.capacity:capacity",
     },
     "Inputs": {
-        "profile": "synerdiff.cli.profile:profile",
+        "profile": "synerdiff.cli.profile:profile_app",
         "estimate": "synerdiff.cli.estimate:estimate",
         "trace": "synerdiff.cli.trace:trace_app",
         "policies": "synerdiff.cli.policies:policies",

@@ -1,4 +1,4 @@
-"""``synerdiff profile``: measure a model on a device."""
+"""``synerdiff profile``: measure a model on a device, or import what others measured."""
 
 from __future__ import annotations
 
@@ -10,16 +10,29 @@ import typer
 from profiler.settings import make_settings
 from synerdiff.cli.progress import progress
 from synerdiff.core import NS_PER_S, InputError
+from synerdiff.files import claim_folder
 from synerdiff.profile.adapters import QUANTITIES, write_adapters
-from synerdiff.profile.folder import load_profile
+from synerdiff.profile.folder import load_profile, write_profile
 from synerdiff.profile.tables import Profile
 
+profile_app = typer.Typer(add_completion=False, rich_markup_mode=None)
+import_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Import what others measured.")
+profile_app.add_typer(import_app, name="import")
 
+ImportOut = Annotated[Path, typer.Option(help="Folder for the profile, which is named after it.")]
+SourceText = Annotated[str, typer.Option(help="Who published the numbers, and where; kept in profile.yaml.")]
+Guided = Annotated[bool, typer.Option("--guided/--unguided", help="Whether an image takes two rows of a step.")]
+
+
+@profile_app.callback(invoke_without_command=True)
 def profile(
+    context: typer.Context,
     model: Annotated[
         str, typer.Option(help="digits, sd15, sdxl, tiny-sd, tiny-sdxl, a checkpoint folder or a hub name.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the profile: new, empty, or of an interrupted measurement.")],
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the profile: new, empty, or of an interrupted measurement.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16 (default: float32 on a CPU, bfloat16 on a GPU).")
@@ -44,6 +57,11 @@ def profile(
 
     An unfinished measurement goes on where it stopped when the same command is given again.
     """
+    if context.invoked_subcommand is not None:
+        return
+    if not model or out is None:
+        absent = "out" if model else "model"
+        raise InputError(f"--{absent} is missing; give --model and --out, or synerdiff profile import.")
     if adapters:
         _adapters(model, out, device, quick)
         return
@@ -65,6 +83,60 @@ def profile(
     typer.echo(f"{out}: tables, profile.yaml and the picture profile.png, measured in {spent_s:.0f} s")
     if missing := measured.head.notes.get("missing"):
         typer.echo(f"{out}: {lacks(missing)}; the same command goes on from there.")
+
+
+@import_app.command()
+def throughput(
+    images_per_s: Annotated[float, typer.Option(help="Of the whole machine, at full batches and saturated.")],
+    gpus: Annotated[int, typer.Option(help="Of that machine.")],
+    batch: Annotated[int, typer.Option(help="Images of a batch on one GPU.")],
+    steps: Annotated[int, typer.Option(help="Denoising steps of an image.")],
+    out: ImportOut,
+    guided: Guided = True,
+    model: Annotated[str, typer.Option(help="sd15 or sdxl.")] = "sdxl",
+    decode_ms: Annotated[
+        float, typer.Option(help="One image's decode, where it is known; else all of the time is in the steps.")
+    ] = 0.0,
+    gpu: Annotated[str, typer.Option(help="Card whose estimated T(rows) gives smaller batches their share.")] = "h100",
+    source: SourceText = "",
+) -> None:
+    """One GPU's profile from a machine's saturated throughput, such as MLPerf's Offline result.
+
+    Example: synerdiff profile import throughput --images-per-s 16.35 --gpus 8 --batch 8 --steps 20 --out h100x8
+    """
+    from profiler import imported
+
+    of = imported.Throughput(images_per_s, gpus, batch, steps, guided, model, decode_ms, gpu)
+    _write_imported(imported.throughput_profile(of, out.resolve().name, source), out)
+
+
+@import_app.command()
+def table(
+    file: Annotated[Path, typer.Argument(help="CSV: kind (step, decode, encode), milliseconds, rows or batch.")],
+    out: ImportOut,
+    guided: Guided = True,
+    model: Annotated[str, typer.Option(help="Its name, for people.")] = "",
+    resolution: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH; which one, where the column resolution has several.")
+    ] = None,
+    source: SourceText = "",
+) -> None:
+    """A profile from a table of times: kind (step, decode, encode), milliseconds, rows or batch, and resolution.
+
+    Example: synerdiff profile import table times.csv --model sdxl --source "our own bench" --out imported
+    """
+    from profiler import imported
+
+    _write_imported(imported.table_profile(file, out.resolve().name, source, model, resolution, guided), out)
+
+
+def _write_imported(found: Profile, out: Path) -> None:
+    claim_folder(out, "profile import")
+    write_profile(out, found)
+    for line in _times(found):
+        typer.echo(line)
+    typer.echo(f"{out}: {found.name} (imported). It has no co-run slowdowns, so its policies decode by themselves:")
+    typer.echo("static, dynamic, continuous-serial.")
 
 
 def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
@@ -102,20 +174,25 @@ def lacks(missing: dict[str, Any]) -> str:
 _LACKS = {"not_measured": "not measured", "not_settled": "not settled"}
 
 
-def report(measured: Profile) -> list[str]:
-    """What a measurement found, in a few lines."""
-    notes, ms = measured.head.notes, NS_PER_S / 1000
-    times = "  ".join(f"{rows}: {spread.median / ms:.2f}" for rows, spread in measured.steps.items())
-    decodes = "  ".join(f"{name}: {measured.decode_ns(name) / ms:.2f}" for name in measured.chunkings)
-    overheads = "  ".join(f"{name}: {measured.overhead_ns(name) / ms:.3f}" for name in measured.overheads)
-    launches = "  ".join(f"{rows}: {spread.median / ms:.3f}" for rows, spread in measured.step_launch.items())
-    lines = [
+def _times(profile: Profile) -> list[str]:
+    """Its tables of times."""
+    ms = NS_PER_S / 1000
+    times = "  ".join(f"{rows}: {spread.median / ms:.2f}" for rows, spread in profile.steps.items())
+    decodes = "  ".join(f"{name}: {profile.decode_ns(name) / ms:.2f}" for name in profile.chunkings)
+    overheads = "  ".join(f"{name}: {profile.overhead_ns(name) / ms:.3f}" for name in profile.overheads)
+    launches = "  ".join(f"{rows}: {spread.median / ms:.3f}" for rows, spread in profile.step_launch.items())
+    return [
         f"  step, ms by rows   {times}",
         f"  decode, ms         {decodes}",
-        f"  overheads, ms      {overheads}",
-        f"  idle launch, ms    {launches}",
-        "  1/s_u + 1/s_v of a decode by rows (above 1, running it beside steps pays)",
+        f"  overheads, ms      {overheads or 0}",
+        f"  idle launch, ms    {launches or 0}",
     ]
+
+
+def report(measured: Profile) -> list[str]:
+    """What a measurement found, in a few lines."""
+    notes = measured.head.notes
+    lines = [*_times(measured), "  1/s_u + 1/s_v of a decode by rows (above 1, running it beside steps pays)"]
     for name, by_rows in notes["overlap"].items():
         lines.append(f"    {name:<16} " + "  ".join(f"{rows}: {value:.2f}" for rows, value in by_rows.items()))
     lines.append("  kappa, slowdown with chunks / with the whole decode, by rows: step side, chunk side")

@@ -233,10 +233,19 @@ class Profile:
             found = self._slowdown_memo[key] = self._find_slowdown(rows, chunking, chunk)
         return found
 
+    def require_corun(self) -> None:
+        """InputError when the profile has no slowdowns at all, as an imported one."""
+        if not self.corun:
+            raise InputError(
+                f"profile '{self.name}' has no co-run slowdowns, which are needed where decodes run beside steps; "
+                "with it use static, dynamic or continuous-serial."
+            )
+
     def _find_slowdown(self, rows: int, chunking: str, chunk: int) -> tuple[int, int]:
         self._chunks_of(chunking)
         measured = {r: cell for r, cell in self.corun.get((chunking, chunk), {}).items() if not cell.held_out}
         bucket = self.bucket(rows)
+        self.require_corun()
         if not measured or not min(measured) <= bucket <= max(measured):
             span = f"{min(measured)} to {max(measured)}" if measured else "no"
             raise InputError(

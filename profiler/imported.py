@@ -1,0 +1,172 @@
+"""Profiles from what others measured: a machine's throughput, or a table of times. Provenance ``imported``.
+
+Nobody has published slowdowns of steps and decodes that run together, so an imported profile has none: policies that
+decode beside steps are refused with a sentence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import isfinite
+from pathlib import Path
+
+from profiler.estimate import estimate_profile
+from synerdiff.core import NS_PER_S, InputError
+from synerdiff.files import Row, read_rows
+from synerdiff.profile.tables import Head, Profile, Spread
+
+NS_PER_MS = 1_000_000
+KINDS = ("step", "decode", "encode")
+SHAPE_GPU = "h100"
+"""Whose estimated steps give the shape of T(rows) when no other card is named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """What a whole machine serves at full batches, one image after the other."""
+
+    images_per_s: float
+    gpus: int
+    batch: int
+    steps: int
+    guided: bool = True
+    model: str = "sdxl"
+    decode_ms: float = 0.0
+    """0: all of the time is taken to be in the steps."""
+    gpu: str = SHAPE_GPU
+
+    def __post_init__(self) -> None:
+        for name, value, most in (
+            ("images-per-s", self.images_per_s, 1e6), ("gpus", self.gpus, 1e6), ("batch", self.batch, 4096),
+            ("steps", self.steps, 10_000),
+        ):  # fmt: skip
+            if not (isfinite(value) and 0 < value <= most):
+                raise InputError(f"{name} is {value:g}; allowed is a number above 0 and up to {most:g}.")
+        if not (isfinite(self.decode_ms) and self.decode_ms >= 0):
+            raise InputError(f"decode-ms is {self.decode_ms:g}; allowed is a number of at least 0.")
+
+    @property
+    def batch_ns(self) -> int:
+        """One GPU's time for a full batch."""
+        return round(self.batch * self.gpus / self.images_per_s * NS_PER_S)
+
+
+def throughput_profile(of: Throughput, name: str, source: str) -> Profile:
+    """The profile of one GPU: a full batch of ``steps`` steps and its decodes takes batch * gpus / images_per_s.
+
+    Fewer rows take what the estimator says they take of a full batch's step, linear between its rows.
+    """
+    decode_ns = max(1, round(of.decode_ms * NS_PER_MS))
+    step_ns = (of.batch_ns - of.batch * decode_ns) / of.steps
+    if step_ns < 1:
+        raise InputError(
+            f"a batch of {of.batch} takes {of.batch_ns / NS_PER_S:.3f} s in all, and its decodes alone "
+            f"{of.batch * of.decode_ms / 1000:.3f} s; decode-ms is too large."
+        )
+    full = of.batch * (2 if of.guided else 1)
+    estimated = replace(estimate_profile(of.gpu, of.model), row_buckets=None)
+    known = max(estimated.steps)
+    shape = {rows: float(spread.median) for rows, spread in estimated.steps.items() if rows < full}
+    # Beyond the estimator's largest step time grows with the rows.
+    shape[full] = float(estimated.step_ns(full)) if full <= known else estimated.step_ns(known) * full / known
+    decode = "not known apart: its time is in the steps" if of.decode_ms == 0 else "given"
+    notes = {
+        "imported_from": f"{of.images_per_s:g} images/s on {of.gpus} GPUs at batch {of.batch}, {of.steps} steps",
+        "shape": f"T of fewer rows as estimated for {of.gpu} and {of.model}, scaled to a step of {full} rows",
+        "decode": decode,
+    }
+    return _profile(
+        name,
+        {rows: step_ns * time_ns / shape[full] for rows, time_ns in sorted(shape.items())},
+        decode_ns,
+        {},
+        _named(estimated.head, source, notes),
+    )
+
+
+def _named(head: Head, source: str, notes: Mapping[str, str]) -> Head:
+    """The model and the resolution of an estimate; nothing of its assumptions."""
+    return Head(model=head.model, resolutions=head.resolutions, source=source, notes=dict(notes))
+
+
+def table_profile(path: Path, name: str, source: str, model: str, resolution: str | None, guided: bool) -> Profile:
+    """The profile in a table of times: columns kind (step, decode, encode), milliseconds, resolution (``HxW``), and
+    rows or batch.
+
+    A batch of steps has two rows an image when ``guided``. A decode or encode of several images counts per image; of
+    several sizes the smallest counts. InputError names the line, and the resolutions where one must be chosen.
+    """
+    rows = [_Time.of(row, guided) for row in read_rows(path, ("kind", "milliseconds"), "table of times",
+                                                      ("rows", "batch", "resolution"))]  # fmt: skip
+    sizes = list(dict.fromkeys(time.resolution for time in rows if time.resolution))
+    chosen = resolution or (sizes[0] if len(sizes) == 1 else "")
+    if sizes and chosen not in sizes:
+        what = f"resolution {resolution} is not among them" if resolution else "choose one with --resolution"
+        raise InputError(f"{path}: it has times at {', '.join(sizes)}; {what}.")
+    rows = [time for time in rows if time.resolution in ("", chosen)]
+    steps: dict[int, float] = {}
+    for time in (time for time in rows if time.kind == "step"):
+        if time.count in steps:
+            raise InputError(f"{time.place}: a step of {time.count} rows is given twice.")
+        steps[time.count] = time.ns
+    if not steps:
+        raise InputError(f"{path}: it has no step.")
+    decode_ns, encode_ns = (
+        min(((t.count, t.ns / t.count) for t in rows if t.kind == kind), default=(0, 0.0))[1]
+        for kind in ("decode", "encode")
+    )
+    notes = {"imported_from": path.name} | ({} if decode_ns else {"decode": "not in the table: taken to cost nothing"})
+    height, _, width = chosen.partition("x")
+    head = Head(model=model, resolutions=((int(height), int(width)),) if chosen else (), source=source, notes=notes)
+    return _profile(name, dict(sorted(steps.items())), decode_ns, {"text_encode": encode_ns} if encode_ns else {}, head)
+
+
+@dataclass(frozen=True, slots=True)
+class _Time:
+    """One line of a table."""
+
+    place: str
+    kind: str
+    resolution: str
+    count: int
+    """Rows of a step, images of anything else."""
+    ns: float
+
+    @classmethod
+    def of(cls, row: Row, guided: bool) -> _Time:
+        kind, resolution = row.text("kind"), row.text("resolution")
+        if kind not in KINDS:
+            raise row.error("kind", f"is {kind!r}; allowed are {', '.join(KINDS)}")
+        if resolution and not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", resolution):
+            raise row.error("resolution", f"is {resolution!r}; HEIGHTxWIDTH is needed")
+        column = "rows" if row.text("rows") else "batch"
+        if bool(row.text("rows")) == bool(row.text("batch")):
+            if kind == "step" or row.text("rows"):
+                raise row.error("rows", "or batch is needed, and not both")
+            return cls(row.place, kind, resolution, 1, row.number("milliseconds", 1e-6, 1e9) * NS_PER_MS)
+        count = row.integer(column, 1, 100_000)
+        if kind == "step" and column == "batch" and guided:
+            count *= 2
+        return cls(row.place, kind, resolution, count, row.number("milliseconds", 1e-6, 1e9) * NS_PER_MS)
+
+
+def _profile(
+    name: str, steps_ns: Mapping[int, float], decode_ns: float, overheads_ns: Mapping[str, float], head: Head
+) -> Profile:
+    return Profile(
+        name=name,
+        provenance="imported",
+        row_buckets=None,
+        steps={rows: _spread(time_ns) for rows, time_ns in steps_ns.items()},
+        chunks={"whole": (_spread(decode_ns),)},
+        corun={},
+        overheads={key: _spread(time_ns) for key, time_ns in overheads_ns.items()},
+        head=head,
+    )
+
+
+def _spread(time_ns: float) -> Spread:
+    exactly = max(1, round(time_ns))
+    return Spread(exactly, exactly, exactly, 0)
