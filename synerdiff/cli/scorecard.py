@@ -8,13 +8,18 @@ from typing import Annotated
 import typer
 
 from synerdiff.cli.progress import print_table, progress
+from synerdiff.core import InputError
 from synerdiff.files import claim_folder
 
 
 def scorecard(
-    only: Annotated[list[str] | None, typer.Option(help="Only this study (repeatable): katz, times.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this study (repeatable): katz, times, mlperf.")] = None,
     data: Annotated[
-        Path | None, typer.Option(envvar="SYNERDIFF_DATA", help="Folder of the published tables (katz_h800_sdxl.csv).")
+        Path | None,
+        typer.Option(
+            envvar="SYNERDIFF_DATA",
+            help="Folder of the published tables (katz_h800_sdxl.csv), or with --only mlperf a table of other runs.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the tables and for the profiles that were predicted with.")
@@ -22,14 +27,17 @@ def scorecard(
     controlnets: Annotated[int, typer.Option(min=0, max=64, help="ControlNets of the request taken apart.")] = 3,
     loras: Annotated[int, typer.Option(min=0, max=64, help="LoRAs of the request taken apart.")] = 2,
 ) -> None:
-    """Predict what others published and compare: latencies of Katz and diffusers on H800 from component times, and the
-    estimator's steps, decodes and images on 17 cards.
+    """Predict what others published and compare: latencies of Katz and diffusers on H800 from component times, the
+    estimator's steps, decodes and images on 17 cards, and MLPerf's SDXL server runs from their exact arrivals.
 
     Example: synerdiff scorecard --only times --out results/scorecard
     """
     from synerdiff.validation import scorecard as card
 
     studies = card.studies(only or ())
+    runs = data if data is not None and data.is_file() else None
+    if runs is not None and studies != ["mlperf"]:
+        raise InputError(f"--data {data} is a file, which only --only mlperf takes; give a folder.")
     if out is not None:
         claim_folder(out, "scorecard")
     if "katz" in studies:
@@ -53,5 +61,12 @@ def scorecard(
         for title, headers, rows in tables:
             typer.echo(title)
             print_table(headers, rows)
+    if "mlperf" in studies:
+        with progress("MLPerf runs") as update:
+            headers, rows, lines = card.score_mlperf(out, runs, update)
+        typer.echo("MLPerf's SDXL server runs: predicted / published - 1, and the same of the sustainable rate")
+        print_table(headers, rows)
+        for line in lines:
+            typer.echo(line)
     if out is not None:
         typer.echo(f"{out}: {', '.join(studies)} written")

@@ -138,3 +138,47 @@ def estimate_errors(
     )
     note = f"Bands: 10% and 25%. Points beyond {100 * EDGE:.0f}% are drawn at the edge. {caption}"
     return finish(figure, title, note)
+
+
+@styled
+def latency_percentiles(
+    latencies: pd.DataFrame, *, title: str = "MLPerf's SDXL server runs, predicted and published", caption: str = ""
+) -> Figure:
+    """One panel per run: latency by percentile, as predicted (line) and as published (points), and both means.
+
+    ``latencies``: run, measure (min, p50, ..., max, mean), published, predicted (seconds), judged (0 or 1), host_s.
+    """
+    runs = list(dict.fromkeys(latencies["run"]))
+    columns = min(3, len(runs))
+    rows = -(-len(runs) // columns)
+    figure = new_figure(2.3 * rows + 0.9)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axis in grid.flat[len(runs) :]:
+        axis.set_visible(False)
+    for axis, run in zip(grid.flat, runs, strict=False):
+        of_run = latencies[latencies["run"] == run].set_index("measure")
+        order = [name for name in ("min", "p50", "p90", "p95", "p97", "p99", "max") if name in of_run.index]
+        places = np.arange(len(order))
+        axis.plot(places, of_run.loc[order, "predicted"], color=BLUE, linewidth=1.4)
+        judged = (of_run.loc[order, "judged"] == 1).to_numpy()
+        published = of_run.loc[order, "published"].to_numpy(float)
+        axis.plot(places[judged], published[judged], "o", color=ORANGE, markersize=4)
+        axis.plot(places[~judged], published[~judged], "o", color=ORANGE, markersize=4, fillstyle="none")
+        if "mean" in of_run.index:
+            axis.axhline(of_run.loc["mean", "predicted"], color=BLUE, linewidth=0.9, linestyle="--")
+            axis.axhline(of_run.loc["mean", "published"], color=ORANGE, linewidth=0.9, linestyle=":")
+        axis.set_xticks(places, order)
+        axis.set_ylim(bottom=0)
+        panel_title(axis, run)
+    for row in grid:
+        row[0].set_ylabel("latency (s)")
+    legend_above(
+        figure,
+        [
+            Line2D([], [], color=BLUE, label="predicted"),
+            Line2D([], [], color=BLUE, linestyle="--", linewidth=0.9, label="predicted mean"),
+            Line2D([], [], color=ORANGE, marker="o", linestyle="", label="published"),
+            Line2D([], [], color=ORANGE, linestyle=":", linewidth=0.9, label="published mean"),
+        ],
+    )
+    return finish(figure, title, f"Hollow: shown, not judged (the ends of a run). {caption}")

@@ -19,6 +19,7 @@ from synerdiff.files import read_rows, write_rows
 from synerdiff.profile.adapters import write_adapters
 from synerdiff.profile.folder import write_profile
 from synerdiff.validation.estimator_fit import score_times as score_times
+from synerdiff.validation.mlperf import score_mlperf as score_mlperf
 
 KATZ_FILE = "katz_h800_sdxl.csv"
 
@@ -76,7 +77,7 @@ def katz_scores(data: Path) -> list[PublishedNumber]:
     return scores
 
 
-STUDIES = ("katz", "times")
+STUDIES = ("katz", "times", "mlperf")
 NOTE = (
     "One request with C ControlNets and L LoRAs, 50 guided steps, SDXL 1024x1024 on\n"
     "H800; seconds. Predicted from component times alone (estimated, not measured by\n"
