@@ -29,7 +29,9 @@ from synerdiff.core import (
 from synerdiff.experiments.run import RunSpec, prepare
 from synerdiff.profile.tables import Profile, Spread
 from tests.builders import Script, make_profile
+from tests.reference_engine import reference_simulate
 from tests.reference_fleet import reference_shared_queue
+from tests.strategies import profiles, traces
 from tests.swift_builders import serve, toy_profile
 
 SERIAL = "continuous-serial"
@@ -451,3 +453,28 @@ def test_least_work_counts_steps_at_each_workers_speed() -> None:
     found = serve([Request(n, 0, 2) for n in range(4)], described, SERIAL, router=LeastWork())
     # After one request each 2 steps are left on both, which the second does in a third of the time.
     assert found.worker_of == [0, 1, 1, 1]
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    traces(), profiles((0, 0, 3, 90)), st.sampled_from(("continuous-serial", "continuous-parallel", "load-skip")),
+    st.sampled_from((0.3, 0.7, 1.0, 2.5)), st.sampled_from((None, 0, 17)),
+)  # fmt: skip
+def test_each_worker_of_a_fleet_is_the_plain_engine_at_its_speed(
+    requests: list[Request], profile: Profile, policy: str, speed: float, host_ns: int | None
+) -> None:
+    """These policies do not look at ``closed``, which a fleet's worker sees later than a lone one."""
+    second = {"denoise_gpu": 1, "speed": speed, "sample_host_s": None if host_ns is None else ns(host_ns)}
+    described = cluster_of({"workers": [{"denoise_gpu": 0}, second], "router": "round-robin"})
+    factory: Any = lambda: build_policy(policy)  # noqa: E731
+    found = serve(requests, described, factory, profile=profile, router=RoundRobin(), adapters=None)
+    for index, entry in enumerate(described.workers):
+        own = requests[index::2]
+        if not own:
+            continue
+        stages = reference_simulate(own, build_policy(policy), entry.profile(profile))[1]
+        for request in own:
+            images = [stages[f"{request.request_id}.{image}"] for image in range(request.images)]
+            last = max(images, key=lambda image: image[3])
+            record = found.run.requests[request.request_id]
+            assert (record.finished_ns, record.status) == (last[3], last[5])

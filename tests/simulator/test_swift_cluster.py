@@ -31,6 +31,8 @@ from tests.strategies import Whim, budgets, profiles, traces
 from tests.swift_builders import cluster, serve, toy_adapters, toy_profile
 
 SERIAL = "continuous-serial"
+HOST = (0, 0, 3, 90)
+"""sample_host, ns."""
 SLOW = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -40,22 +42,24 @@ def worker_on(gpus: tuple[int, ...], **fields: Any) -> Any:
 
 @SLOW
 @given(
-    traces(), profiles(), st.sampled_from(("whole", "cut")), st.integers(0, 10**6),
-    st.sampled_from(((0,), (0, 0), (1,), (0, 1))), budgets,
+    traces(), profiles(HOST), st.sampled_from(("whole", "cut")), st.integers(0, 10**6),
+    st.sampled_from(((0,), (0, 0), (1,), (0, 1))), budgets, st.booleans(),
 )  # fmt: skip
 def test_one_plain_worker_of_a_cluster_is_the_plain_engine(
-    requests: Any, profile: Profile, chunking: str, seed: int, gpus: Any, budget: SkipBudget
+    requests: Any, profile: Profile, chunking: str, seed: int, gpus: Any, budget: SkipBudget, shared: bool
 ) -> None:
+    """Behind a router, and behind a shared queue from which it takes whatever arrives."""
     plain_policy, policy = Whim(seed, chunking), Whim(seed, chunking)
     expected = simulate(requests, plain_policy, profile, decode_gpus=gpus, budget=budget)
-    found = simulate_cluster(requests, lambda: policy, profile, worker_on(gpus), budget=budget)
+    router = build_router("shared-queue", slots=1000) if shared else None
+    found = simulate_cluster(requests, lambda: policy, profile, worker_on(gpus), budget=budget, router=router)
     assert found.run == expected
     assert policy.asked == plain_policy.asked
 
 
 @SLOW
 @given(
-    traces(), profiles(), st.sampled_from(("whole", "cut")), st.integers(0, 10**6),
+    traces(), profiles(HOST), st.sampled_from(("whole", "cut")), st.integers(0, 10**6),
     st.sampled_from(((0,), (0, 0), (1,), (0, 1))),
 )  # fmt: skip
 def test_a_plan_of_one_segment_is_the_plain_step(
