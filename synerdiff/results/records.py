@@ -40,6 +40,7 @@ REQUEST_COLUMNS = {
     "seed": "int64",
     "modes": "string",
     "worker": "int64",
+    "steps_run": "int64",
     "intended_arrival_s": "double",
 }
 """Column -> type. Times are seconds since the start of the trace, null where a request never got there."""
@@ -91,6 +92,7 @@ def requests_table(records: Sequence[RequestRecord], worker_of: Sequence[int] | 
         [request.seed for request in requests],
         [";".join(record.modes) for record in records],
         [0] * len(records) if worker_of is None else list(worker_of),
+        [request.steps for request in requests],
         _seconds([r.arrival_ns if r.intended_ns is None else r.intended_ns for r in requests]),
     ]
     return _table(REQUEST_COLUMNS, columns)

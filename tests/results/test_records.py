@@ -36,7 +36,7 @@ def test_requests_hold_the_contract_columns_in_seconds(tmp_path: Path) -> None:
         *("request_id", "arrival_s", "admitted_s", "denoised_s", "decode_started_s", "finished_s"),
         *("request_latency_s", "status", "images", "steps", "skipped_steps", "guidance_scale", "height", "width"),
         *("base_model", "loras", "controlnets", "slo_s", "seed", "modes", "worker"),
-            "intended_arrival_s",
+        *("steps_run", "intended_arrival_s"),
     ]
     done, lost = frame.to_dict("records")
     assert done == {
@@ -61,6 +61,7 @@ def test_requests_hold_the_contract_columns_in_seconds(tmp_path: Path) -> None:
         "seed": 9,
         "modes": "ggr;gcg",
         "worker": 0,
+        "steps_run": 30,
         "intended_arrival_s": 1.500000001,
     }
     assert lost["status"] == "rejected"
