@@ -20,12 +20,14 @@ MEASURED_CODE = ("profiler/*.py", "synerdiff/device", "synerdiff/diffusion", "sy
 
 
 def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the CPU, as its driver or kernel gives it."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return cpu_name()
 
 
 def cpu_name() -> str:
+    """The model name of the first core (Linux), else what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -35,6 +37,7 @@ def cpu_name() -> str:
 
 
 def software() -> dict[str, str]:
+    """Versions of Python, torch, diffusers and, on a GPU build, CUDA: what times may depend on."""
     import diffusers
 
     versions = {
@@ -113,6 +116,7 @@ class GpuWatch:
             self._nvml, self.driver = None, f"unknown ({error})"
 
     def look(self) -> None:
+        """Read clocks (MHz), power (mW), temperature and throttle reasons once; a GPU that hides one leaves it out."""
         if self._nvml is None:
             return
         nvml, handle = self._nvml, self._handle
@@ -157,5 +161,6 @@ THROTTLE_REASONS = {
 
 
 def throttle_counts(masks: list[int]) -> dict[str, int]:
+    """Reason -> in how many of these NVML bit masks it is set; reasons that never occur are left out."""
     counts = {name: sum(bool(mask & bit) for mask in masks) for bit, name in THROTTLE_REASONS.items()}
     return {name: count for name, count in counts.items() if count}

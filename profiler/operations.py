@@ -65,17 +65,21 @@ class Layers:
             self.stream(2 * m * n)
 
     def conv(self, inputs: int, outputs: int, pixels: int, width: int = 3, stride: int = 1) -> None:
+        """A ``width`` x ``width`` convolution to ``pixels`` output pixels."""
         self.product("conv", pixels, outputs, width * width * inputs, inputs * pixels * stride * stride)
 
     def linear(self, tokens: int, inputs: int, outputs: int) -> None:
+        """A linear layer on ``tokens`` vectors."""
         self.product("linear", tokens, outputs, inputs, tokens * inputs)
 
     def attention(self, tokens: int, keys: int, heads: int, size: int) -> None:
+        """softmax(Q K^T) V of ``heads`` heads of ``size`` channels; wide heads have no fused kernel."""
         kind = "unfused" if size > WIDE_HEAD else "attention"
         elements = 2.0 * (tokens + keys) * heads * size
         self.listed.append(Operation(kind, 4.0 * tokens * keys * heads * size, elements, 0.0, 1, tokens * heads, size))
 
     def stream(self, elements: float, kernels: int = 1) -> None:
+        """Element-wise kernels that read and write so many elements in all."""
         if elements:
             self.listed.append(Operation("stream", 0.0, elements, 0.0, kernels))
 
@@ -96,6 +100,7 @@ class Layers:
             self.stream(4 * elements)
 
     def resnet(self, inputs: int, outputs: int, pixels: int, time: int = 0) -> None:
+        """Two norms and convolutions, the time embedding where there is one (``time`` channels), and the shortcut."""
         self.group_norm(inputs * pixels, activation=True)
         self.conv(inputs, outputs, pixels)
         if time:
@@ -114,6 +119,7 @@ class Layers:
             self.stream((1 if self.engine else 3) * outputs * pixels, 0 if self.engine else 1)
 
     def attend(self, tokens: int, keys: int, channels: int, heads: int, key_channels: int) -> None:
+        """Projections, attention and the output projection; an engine joins Q, K and V into one product."""
         if self.engine:
             own = keys == tokens and key_channels == channels
             self.linear(tokens, channels, 3 * channels if own else channels)
@@ -131,6 +137,7 @@ class Layers:
     def transformer(
         self, pixels: int, channels: int, heads: int, depth: int, text: int, linear_projection: bool
     ) -> None:
+        """``depth`` blocks of self-attention, cross-attention to the text and gated feed-forward, projected."""
         self.group_norm(channels * pixels, activation=False)
         if self.eager:
             self.stream(2 * channels * pixels)
@@ -166,11 +173,13 @@ class Layers:
         self.conv(channels, channels, pixels)
 
     def counted(self) -> Operations:
+        """(operation, how often) of everything listed."""
         return tuple(Counter(self.listed).items())
 
 
 @cache
 def architecture(model: str) -> dict[str, Any]:
+    """The public diffusers configuration of a model, as it ships beside this file."""
     config: dict[str, Any] = json.loads((CONFIGS / f"{model}.json").read_text(encoding="utf-8"))
     return config
 

@@ -35,11 +35,6 @@ class Settings:
         return tuple(rows for rows in self.rows if rows in wanted or rows in (self.rows[0], self.rows[-1]))
 
     @property
-    def held_out_corun_rows(self) -> tuple[int, ...]:
-        """Buckets at which lookups interpolate the slowdowns: measured for a few chunks, to state the error."""
-        return tuple(rows for rows in self.rows if rows not in self.corun_rows)
-
-    @property
     def held_out_step_rows(self) -> tuple[int, ...]:
         """Rows that are padded to a bucket, three at most, spread over the range: the lookup's error is stated."""
         padded = [rows for rows in range(1, self.rows[-1]) if rows not in self.rows]

@@ -1,4 +1,4 @@
-"""Fits ``data/gentd26.yaml`` to the published files: ``python -m tools.fit_gentd26 FOLDER``.
+"""Fits ``traces/data/gentd26.yaml`` to the published files: ``python -m tools.fit_gentd26 FOLDER``.
 
 A session is a run of one user's requests with gaps of at most 30 minutes.
 """
@@ -29,7 +29,7 @@ _SOURCE = {
         "Yanying Lin et al., Understanding Diffusion Model Serving in Production: A Top-Down Analysis of Workload, "
         "Scheduling, and Resource Efficiency, ACM SoCC 2025"
     ),
-    "note": "fitted by traces/fit_gentd26.py to all rows (25 of them have times only); the data itself is not here",
+    "note": "fitted by tools/fit_gentd26.py to all rows (25 of them have times only); the data itself is not here",
 }
 
 

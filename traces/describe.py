@@ -200,6 +200,7 @@ def shares(values: Iterable[Key]) -> dict[Key, float]:
 
 
 def popularity(names: Iterable[Hashable]) -> Popularity:
+    """How concentrated draws are: the share of all draws that the most frequent names take, by rank."""
     counts = sorted(Counter(names).values(), reverse=True)
     total = sum(counts)
     return Popularity(

@@ -19,12 +19,16 @@ _TIMEOUT_S = 30
 
 @dataclass(frozen=True, slots=True)
 class PublishedFile:
+    """One file of a published trace and the SHA-256 (hex) that it must have."""
+
     name: str
     sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedTrace:
+    """Where a published trace lies, its files, and what to cite."""
+
     base_url: str
     files: tuple[PublishedFile, ...]
     citation: str
@@ -54,6 +58,7 @@ FileProgress = Callable[[str, int, int], None]
 
 
 def published_trace(name: str) -> PublishedTrace:
+    """The trace of that name; InputError lists the known ones."""
     if name not in PUBLISHED:
         raise InputError(f"{name!r} is not a trace that can be fetched; known is {', '.join(PUBLISHED)}.")
     return PUBLISHED[name]

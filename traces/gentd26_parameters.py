@@ -14,7 +14,7 @@ PARAMETER_FILE = Path(__file__).resolve().parent / "data" / "gentd26.yaml"
 
 @dataclass(frozen=True)
 class Gentd26Parameters:
-    """How each is fitted: ``traces/fit_gentd26.py``. Shares sum to 1 but for rounding."""
+    """How each is fitted: ``tools/fit_gentd26.py``. Shares sum to 1 but for rounding."""
 
     rate_per_s: float
     """Requests per second over the whole span."""
@@ -55,6 +55,7 @@ def gentd26_parameters() -> Gentd26Parameters:
 
 
 def from_mapping(data: dict[str, Any]) -> Gentd26Parameters:
+    """The parameters from the fields of ``gentd26.yaml``."""
     sessions, adapters, mix = data["sessions"], data["loras"], data["mix"]
     return Gentd26Parameters(
         rate_per_s=data["rate_per_s"],

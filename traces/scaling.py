@@ -38,6 +38,7 @@ def scale_to_rate(requests: Sequence[Request], target_per_s: float) -> list[Requ
 
 
 def check_time_scale(time_scale: float) -> None:
+    """InputError unless the scale is a finite number above 0."""
     if not (math.isfinite(time_scale) and time_scale > 0):
         raise InputError(f"The time scale is {time_scale:g}; a finite number above 0 is needed.")
 

@@ -109,6 +109,7 @@ def lora_fields(lora: LoraFile) -> dict[str, object]:
 
 
 def lora_tensors(lora: LoraFile) -> dict[str, torch.Tensor]:
+    """What is sent beside `lora_fields`: the factors of every layer, by its number."""
     tensors: dict[str, torch.Tensor] = {}
     for number, layer in enumerate(lora.layers.values()):
         tensors |= {f"{number} down": layer.down, f"{number} up": layer.up}

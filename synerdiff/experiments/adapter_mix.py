@@ -133,6 +133,8 @@ def adapter_requests(trace: AdapterTrace) -> list[Request]:
 
 @dataclass(frozen=True, slots=True)
 class CachePoint:
+    """Loads per request of one cache, by the model of Katz's adapters, beside the published number."""
+
     service: str
     kind: str
     rule: str

@@ -23,6 +23,8 @@ ATTEMPTS = 3
 
 
 class Backend(Protocol):
+    """Runs a function on every item, in any order, and yields results as they come."""
+
     def run_unordered(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]: ...
 
 
@@ -48,6 +50,7 @@ class LokyBackend:
         self.jobs = jobs
 
     def run_unordered(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """Results as they come. Work of workers that died is given out again; InputError when that brings nothing."""
         from joblib import Parallel, cpu_count, delayed, parallel_config
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 

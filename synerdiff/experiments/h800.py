@@ -25,6 +25,8 @@ _OURS = "our estimate, not published"
 
 @dataclass(frozen=True, slots=True)
 class Component:
+    """A published component time or size, with its unit and where it was published."""
+
     value: float
     unit: str
     source: str

@@ -370,7 +370,8 @@ def _change(at: At, gain: PairedRatio) -> tuple[float, float, float]:
 def _ablation(experiment: Experiment, results: Results) -> Report:
     """What each part adds, against the first baseline."""
     paired, base = compare(results.rows), experiment.baselines[0]
-    records, table = [], [f"| cell | measure | policy | against {base} | skipped |", "|---|---|---|---|---|"]
+    records, table = [], [f"| cell | measure | load | policy | against {base} | skipped |", "|---|---|---|---|---|---|"]
+    several = len(experiment.loads) > 1
     for cell, at in _places(paired):
         for policy in experiment.policy_names:
             gain = paired.gain(cell, at, policy, base)
@@ -378,15 +379,17 @@ def _ablation(experiment: Experiment, results: Results) -> Report:
             text = "-"
             if gain is not None:
                 change, low, high = _change(at, gain)
-                measure = {"measure": _TITLES.get(at[0], at[0]), "larger": MEASURES[at[0]].larger_is_better}
+                name = _TITLES.get(at[0], at[0]) + (f", load {at[1]:g}" if several and at[1] is not None else "")
+                measure = {"measure": name, "larger": MEASURES[at[0]].larger_is_better}
                 ratio = {"ratio": 1 + change, "low": 1 + low, "high": 1 + high, "skip_fraction": skip}
                 marks = {"cell": cell.text, "policy": policy, "estimated": paired.estimated[cell]}
                 records.append({**marks, **measure, **ratio})
                 text = f"{change:+.1%} [{low:+.1%}, {high:+.1%}]"
-            table.append(f"| {cell.text} | {at[0]} | {policy} | {text} | {skip:.0%} |")
-    caption = (
-        f"Latencies at load {experiment.loads[0]:g}. {_caption(experiment, experiment.workloads, results.dropped)}"
-    )
+            table.append(
+                f"| {cell.text} | {at[0]} | {'' if at[1] is None else f'{at[1]:g}'} | {policy} | {text} | {skip:.0%} |"
+            )
+    at_load = "" if several else f"Latencies at load {experiment.loads[0]:g}. "
+    caption = at_load + _caption(experiment, experiment.workloads, results.dropped)
     title = "What each part adds"
     draw = partial(paired_comparison, frame_of(records), baseline=base, title=title, caption=caption)
     return Report(list(table), {"ablation.md": "\n".join(table) + "\n"}, {"ablation": draw})

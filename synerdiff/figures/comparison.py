@@ -83,7 +83,8 @@ def ratio_axis(axis: Axes, side: str, values: Sequence[float], label: str, most:
     known = [value for value in values if isfinite(value) and value > 0]
     low, high = min([1 / 1.06, *known]) / 1.03, max([1.06, *known]) * 1.03
     choices = [[1 + i * step for i in range(-int(0.999 / step), 100)] for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)]
-    choices.append([factor * 10.0**power for power in range(-4, 5) for factor in (1, 2, 5)])
+    choices += [[factor * 10.0**power for power in range(-4, 5) for factor in factors] for factors in ((1, 2, 5), (1,))]
+    choices.append([100.0**power for power in range(-2, 3)])
     inside = [[tick for tick in ticks if low < tick < high] for ticks in choices]
     ticks = next((ticks for ticks in inside if len(ticks) <= most), inside[-1])
     along = axis.xaxis if side == "x" else axis.yaxis
@@ -113,7 +114,7 @@ def paired_comparison(
     """
     cells, measures, policies = (list(dict.fromkeys(ratios[name])) for name in ("cell", "measure", "policy"))
     numbers = len(cells) * len(measures) * len(policies) <= MOST_NUMBERS
-    figure = new_figure((0.2 * len(policies) + 0.55) * len(cells) + 1.1)
+    figure = new_figure((0.2 * max(4, len(policies)) + 0.55) * len(cells) + 1.1)
     grid = figure.subplots(len(cells), len(measures), squeeze=False, sharey="row", sharex="col")
     for axes, cell in zip(grid, cells, strict=True):
         of_cell = ratios[ratios["cell"] == cell]
@@ -138,7 +139,7 @@ def paired_comparison(
     for axis, measure in zip(grid[-1], measures, strict=True):
         own = ratios[ratios["measure"] == measure]
         ratio_axis(axis, "x", own[["ratio", "low", "high"]].to_numpy(float).ravel().tolist(), f"against {baseline}", 4)
-    looks = ((BLUE, "better"), (GREY, "a tie: the interval holds 0% or lies within 0.5%"), (ORANGE, "worse"))
+    looks = ((BLUE, "better"), (GREY, "tie: holds 0% or within 0.5%"), (ORANGE, "worse"))
     legend_above(figure, [Line2D([], [], color=c, marker="o", label=label) for c, label in looks])
     note = "Geometric means over seeds of paired ratios, lines: 95% t intervals."
     return finish(figure, title, f"{note} {caption}")

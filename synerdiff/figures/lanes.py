@@ -142,7 +142,7 @@ def where_the_time_goes(
     """
     rows = list(panel_rows(runs))
     names = list(policy_styles(runs["policy"]))
-    figure = new_figure((0.2 * len(names) + 0.5) * len(rows) + 1.0)
+    figure = new_figure((0.2 * max(4, len(names)) + 0.5) * len(rows) + 1.0)
     grid = figure.subplots(len(rows), len(loads), squeeze=False, sharey=True)
     for axes, (label, group) in zip(grid, rows, strict=True):
         for axis, load in zip(axes, loads, strict=True):

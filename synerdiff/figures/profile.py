@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from synerdiff.core import NS_PER_S, PPM
 from synerdiff.figures.comparison import MOST_NUMBERS, draw_map, map_bar
@@ -73,6 +74,7 @@ def _steps(axis: Axes, profile: Profile) -> None:
     axis.set(xlabel="rows", ylabel="step time (ms)")
     panel_title(axis, "step alone" + ("" if profile.row_buckets else " (eager: interpolated)"), profile.estimated)
     axis.set_xlim(left=-0.1 * rows[-1])
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylim(bottom=0)
     axis.legend(loc="lower right")
 
@@ -85,7 +87,7 @@ def _chunks(axis: Axes, profile: Profile) -> None:
         for i in range(profile.chunk_count(chunking)):
             length = profile.chunk_ns(chunking, i) / MS
             axis.barh(place, length, left=left, height=0.6, color=_SHADES[i % 2], edgecolor="#7a5c00", linewidth=0.4)
-            if length > 0.09 * whole:
+            if profile.chunk_count(chunking) > 1 and length > 0.09 * whole:
                 axis.text(left + length / 2, place, f"{length:.3g}", ha="center", va="center", fontsize=6.5)
             left += length
         axis.text(left, place, f" {left:.3g} ms", va="center", fontsize=7)

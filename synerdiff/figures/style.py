@@ -56,6 +56,8 @@ RC: Any = {
 
 @dataclass(frozen=True, slots=True)
 class PolicyStyle:
+    """How a policy is drawn, the same in every figure."""
+
     color: str
     marker: str
     linestyle: Any
@@ -105,6 +107,7 @@ def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
 
 
 def new_figure(height_in: float, width_in: float = PAGE_IN) -> Figure:
+    """An empty figure, inches; by default as wide as both columns of a page."""
     return Figure(figsize=(width_in, height_in), layout="constrained")
 
 

@@ -91,6 +91,8 @@ class Check:
 
 @dataclass(slots=True)
 class CaseErrors:
+    """Prediction against measurement of one case, over its repeats."""
+
     case: ValidationCase
     metrics: dict[str, MetricError] = field(default_factory=dict)
     range_s: tuple[float, float] | None = None

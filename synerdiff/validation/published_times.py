@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 from profiler.datasheets import GPUS, MODELS
 from profiler.durations import FITTED, Constants, ForwardMode, forward
@@ -197,16 +197,6 @@ def ratio_errors(judged: Iterable[Compared]) -> list[tuple[Published, Published,
         for step in steps
         if same(step.row) == same(decode.row)
     ]
-
-
-def bands(judged: Iterable[Compared]) -> dict[str, tuple[float, float]]:
-    """Execution -> the multiples of the estimate between which 8 of 10 published times of left-out cards lie."""
-    ratios: dict[str, list[float]] = {}
-    for case in judged:
-        if case.row.part != "text":
-            ratios.setdefault(case.row.execution, []).append(case.row.ms / case.left_out_ms)
-    cuts = {name: quantiles(values, n=10, method="inclusive") for name, values in ratios.items()}
-    return {name: (round(cut[0], 2), round(cut[-1], 2)) for name, cut in cuts.items()}
 
 
 def summary(judged: Sequence[Compared]) -> list[tuple[str, Errors]]:

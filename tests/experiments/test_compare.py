@@ -175,7 +175,7 @@ def test_the_same_rows_as_another_report(tmp_path: Path, kind: str) -> None:
     text = "\n".join(map(str, report.parts))
     shown = {
         "comparison": "### Throughput at saturation: few on h200-sdxl-estimated",
-        "ablation": "| few on h200-sdxl-estimated | mean | continuous-serial | +0.0% [+0.0%, +0.0%] | 0% |",
+        "ablation": "| few on h200-sdxl-estimated | mean | 0.8 | continuous-serial | +0.0% [+0.0%, +0.0%] | 0% |",
         "curves": "few on h200-sdxl-estimated (estimated), means over 2 runs",
     }
     assert shown[kind] in text

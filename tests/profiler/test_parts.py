@@ -100,7 +100,6 @@ def test_what_a_piece_raises_reaches_the_caller() -> None:
 def test_points_follow_from_the_rows() -> None:
     full = make_settings("digits", "cpu")
     assert full.corun_rows == (1, 2, 4, 8, 16, 32)
-    assert full.held_out_corun_rows == (3, 6, 12, 24)
     assert full.held_out_step_rows == (5, 10, 20)
     own = make_settings("digits", "cpu", rows="3,5,16,20")
     assert own.corun_rows == (3, 16, 20), "lookups never leave the range: both ends are measured"

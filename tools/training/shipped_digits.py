@@ -34,9 +34,4 @@ def encode(model: DiffusionModel, images: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts) * float(model.vae.config.scaling_factor)
 
 
-def half_and_back(module: nn.Module) -> nn.Module:
-    """Weights rounded to half precision, as they ship, and kept in single: what quality is measured on."""
-    return module.half().float()
-
-
 Loss = Callable[[nn.Module, torch.Generator, int], torch.Tensor]
