@@ -6,7 +6,7 @@ it has no clock, no random generator and no engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -87,8 +87,16 @@ BATCH = Parameter(
 )
 
 
+Limits = Mapping[tuple[int, int], tuple[int, int]]
+"""Resolution -> most samples and most rows of a step; empty where there is one resolution."""
+NO_LIMITS: Limits = {}
+
+
 class BatchedPolicy:
-    """Parameters by keyword, and the batch limit that every batching policy has."""
+    """Parameters by keyword, and the batch limit that every batching policy has, with several resolutions at each."""
+
+    MIXES_RESOLUTIONS: ClassVar[bool] = False
+    """Whether it serves requests of several resolutions."""
 
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (BATCH,)
     NAME: ClassVar[str] = ""
@@ -97,9 +105,15 @@ class BatchedPolicy:
     def __init__(self, **parameters: Any) -> None:
         self.parameters = checked_parameters(self.NAME or type(self).__name__, self.PARAMETERS, parameters)
         self.batch = 0
+        self.limits: Limits = NO_LIMITS
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
-        self.batch = batch_limit(self.NAME or type(self).__name__, self.parameters.get("batch"), worker)
+        wished = self.parameters.get("batch")
+        self.batch = batch_limit(self.NAME or type(self).__name__, wished, worker)
+        self.limits = {
+            size: (min(wished or DEFAULT_BATCH, most_samples(one, worker.sample_rows)), one.max_rows)
+            for size, one in profile.sizes.items()
+        }
 
 
 def checked_parameters(owner: str, known: tuple[Parameter, ...], given: dict[str, Any]) -> dict[str, Any]:
@@ -125,21 +139,31 @@ def batch_limit(owner: str, batch: int | None, worker: WorkerInfo) -> int:
     return batch
 
 
-def fifo_admissions(view: View, active: int, rows: int, batch: int) -> list[Sample]:
+def limits_at(sample: Sample, batch: int, max_rows: int, limits: Limits) -> tuple[int, int]:
+    """Most samples and most rows of a step of the sample's batch key."""
+    if not limits or sample.request.size is None:
+        return batch, max_rows
+    most, rows = limits[sample.request.size]
+    return most, min(rows, max_rows)
+
+
+def fifo_admissions(view: View, active: int, rows: int, batch: int, limits: Limits = NO_LIMITS) -> list[Sample]:
     """Waiting samples to admit, first in first out, without overtaking across batch keys.
 
     ``active`` samples with ``rows`` rows at full guidance are in the coming step already; samples are taken while
     there are fewer than ``batch`` and their rows fit.
     """
     taken: list[Sample] = []
-    if active >= batch or not view.waiting:
+    if not view.waiting:
         return taken
-    key = next(iter(view.active)).batch_key if active else None
+    first = next(iter(view.active if active else view.waiting))
+    batch, max_rows = limits_at(first, batch, view.max_rows, limits)
+    if active >= batch:
+        return taken
+    key = first.batch_key
     for sample in view.waiting:
-        if key is None:
-            key = sample.batch_key
         rows += sample.full_rows
-        if active + len(taken) >= batch or rows > view.max_rows or sample.batch_key != key:
+        if active + len(taken) >= batch or rows > max_rows or sample.batch_key != key:
             break
         taken.append(sample)
     return taken

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from policies.base import BATCH, BatchedPolicy, Parameter, decode_alone, fifo_admissions, fitting, full_step
+from policies.base import BATCH, BatchedPolicy, Parameter, decode_alone, fifo_admissions, fitting, full_step, limits_at
 from synerdiff.core import NS_PER_S, Decision, Sample, View
 
 
@@ -16,6 +16,7 @@ class Static(BatchedPolicy):
     """
 
     NAME = "static"
+    MIXES_RESOLUTIONS = True
     PARAMETERS = (
         BATCH,
         Parameter("max_wait_s", float, 1.0, 0.0, 3600.0, "s", "longest wait of the oldest sample for a full batch"),
@@ -25,8 +26,9 @@ class Static(BatchedPolicy):
         if not view.denoise_free:
             return Decision()
         if view.active:
-            members = fitting(view.active, view.max_rows)
-            room = view.max_rows - sum(sample.full_rows for sample in members)
+            max_rows = limits_at(next(iter(view.active)), self.batch, view.max_rows, self.limits)[1]
+            members = fitting(view.active, max_rows)
+            room = max_rows - sum(sample.full_rows for sample in members)
             padding = sum(sample.full_rows for sample in view.decoding)
             return Decision(step=full_step(members), pad_rows=min(padding, room))
         if view.decoding:
@@ -42,15 +44,16 @@ class Static(BatchedPolicy):
 
     def _next_batch(self, view: View) -> tuple[list[Sample], bool]:
         """The first samples with the oldest's key, and whether no more fit."""
-        key = next(iter(view.waiting)).batch_key
+        first = next(iter(view.waiting))
+        most, max_rows = limits_at(first, self.batch, view.max_rows, self.limits)
         batch: list[Sample] = []
         rows = 0
-        for sample in islice((s for s in view.waiting if s.batch_key == key), self.batch):
-            if rows + sample.full_rows > view.max_rows:
+        for sample in islice((s for s in view.waiting if s.batch_key == first.batch_key), most):
+            if rows + sample.full_rows > max_rows:
                 return batch, True
             rows += sample.full_rows
             batch.append(sample)
-        return batch, len(batch) == self.batch
+        return batch, len(batch) == most
 
 
 class Dynamic(BatchedPolicy):
@@ -60,6 +63,7 @@ class Dynamic(BatchedPolicy):
     """
 
     NAME = "dynamic"
+    MIXES_RESOLUTIONS = True
 
     def decide(self, view: View) -> Decision:
         if not view.denoise_free:
@@ -68,5 +72,5 @@ class Dynamic(BatchedPolicy):
             return decode_alone(view)
         if view.active:
             return Decision(step=full_step(fitting(view.active, view.max_rows)))
-        batch = fifo_admissions(view, 0, 0, self.batch)
+        batch = fifo_admissions(view, 0, 0, self.batch, self.limits)
         return Decision(admit=tuple([sample.id for sample in batch]), step=full_step(batch))

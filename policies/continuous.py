@@ -19,13 +19,14 @@ class ContinuousPolicy(BatchedPolicy):
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         super().reset(worker, profile)
-        self.members = StepBatch(self.batch)
+        self.members = StepBatch(self.batch, self.limits)
 
 
 class ContinuousSerial(ContinuousPolicy):
     """Admits in the decision that launches a step; every decode holds the denoise lane before the next step."""
 
     NAME = "continuous-serial"
+    MIXES_RESOLUTIONS = True
 
     def decide(self, view: View) -> Decision:
         if not view.denoise_free:
@@ -72,6 +73,7 @@ class ContinuousParallel(ContinuousPolicy):
     """The same admission; each decode runs beside, whole, on the lowest free decode lane. The queue is unbounded."""
 
     NAME = "continuous-parallel"
+    MIXES_RESOLUTIONS = True
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         super().reset(worker, profile)

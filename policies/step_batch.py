@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush, heapreplace
 
-from policies.base import fifo_admissions, full_step
+from policies.base import NO_LIMITS, Limits, fifo_admissions, full_step
 from synerdiff.core import Mode, Phase, Sample, SampleId, View
 
 StepModes = tuple[tuple[SampleId, Mode], ...]
@@ -21,10 +21,10 @@ class StepBatch:
     batch's own admissions, so an unchanged count means unchanged members.
     """
 
-    __slots__ = ("_count", "admit", "limit", "members", "rows", "step", "steps_sum", "version")
+    __slots__ = ("_count", "admit", "limit", "limits", "members", "rows", "step", "steps_sum", "version")
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, limits: Limits = NO_LIMITS) -> None:
+        self.limit, self.limits = limit, limits
         self.members: list[Sample] = []
         self.admit: tuple[SampleId, ...] = ()
         """To be admitted in the decision that launches this step, and in no other."""
@@ -58,7 +58,7 @@ class StepBatch:
         self._keep(members, tuple([sample.id for sample in admitted]), rows, len(members))
 
     def _admissions(self, view: View, active: int, rows: int) -> list[Sample]:
-        return fifo_admissions(view, active, rows, self.limit)
+        return fifo_admissions(view, active, rows, self.limit, self.limits)
 
     def _keep(self, members: list[Sample], admit: tuple[SampleId, ...], rows: int, count: int) -> None:
         self.members, self.admit, self.rows, self._count = members, admit, rows, count

@@ -107,15 +107,15 @@ def simulate(
     have ended. Raises InputError on what the profile cannot serve, ContractError when the policy breaks the contract.
     """
     samples = make_samples(requests, profile, budget)
-    info = WorkerInfo(profile.max_rows, DENOISE_GPU, decode_gpus, _sample_rows(samples))
+    info = WorkerInfo(profile.most_rows, DENOISE_GPU, decode_gpus, _sample_rows(samples))
     if max_concurrency is None:
         run = WorkerRun(policy, profile, info, samples, samples, dispersion_seed)
         end_ns = _play(lambda environment: run.run(environment, on_progress))
-        return _result(requests, samples, run.records, end_ns, run.rounds.decisions)
+        return _result(requests, samples, run.records, end_ns, [run])
     loop = ClosedLoop(requests, samples, max_concurrency, profile.overhead_ns("text_encode"))
     run = WorkerRun(policy, profile, info, samples, [], dispersion_seed)
     end_ns = _play(lambda environment: run.run(environment, on_progress, loop))
-    return _result(loop.requests, samples, run.records, end_ns, run.rounds.decisions)
+    return _result(loop.requests, samples, run.records, end_ns, [run])
 
 
 def simulate_cluster(
@@ -142,11 +142,16 @@ def simulate_cluster(
         cluster.controlnet_services, adapters, Draws(None if dispersion_seed is None else dispersion_seed + 2)
     )
     planned = _require(requests, profile, cluster, adapters, services, free_adapters)
+    if planned and profile.others:
+        raise InputError(
+            f"profile '{profile.name}' has {len(profile.sizes)} resolutions; requests with LoRAs or ControlNets, and "
+            "guidance on two GPUs, can be simulated at one."
+        )
     samples = make_samples(requests, profile, budget)
     runs: list[WorkerRun] = []
     planners: dict[int, StepPlanner] = {}
     for index, entry in enumerate(cluster.workers):
-        info = WorkerInfo(profile.max_rows, entry.denoise_gpu, entry.lanes, _sample_rows(samples), f"worker{index}")
+        info = WorkerInfo(profile.most_rows, entry.denoise_gpu, entry.lanes, _sample_rows(samples), f"worker{index}")
         seed = None if dispersion_seed is None else dispersion_seed + index * SEED_STEP
         run = WorkerRun(policy(), entry.profile(profile), info, samples, [], seed)
         if planned and adapters is not None:
@@ -162,7 +167,7 @@ def simulate_cluster(
     records += services.records
     loaders = [planner.loader for planner in planners.values()]
     return ClusterResult(
-        run=_result(loop.requests, samples, records, end_ns, sum(run.rounds.decisions for run in runs)),
+        run=_result(loop.requests, samples, records, end_ns, runs),
         worker_of=fleet.worker_of,
         gpus=len(cluster.gpus),
         lora_requested=sum(loader.requested for loader in loaders),
@@ -227,14 +232,20 @@ def _play(process: Callable[[simpy.Environment], Generator[simpy.Event, None, No
 
 
 def _result(
-    requests: Sequence[Request], samples: Sequence[Sample], records: list[WorkRecord], end_ns: int, decisions: int
+    requests: Sequence[Request],
+    samples: Sequence[Sample],
+    records: list[WorkRecord],
+    end_ns: int,
+    runs: Sequence[WorkerRun],
 ) -> RunResult:
     return RunResult(
         requests=request_records(requests, samples),
         work=sorted_work(records),
         sample_names=[sample.name for sample in samples],
         end_ns=end_ns,
-        decisions=decisions,
+        decisions=sum(run.rounds.decisions for run in runs),
+        slowdowns_by_solo_time=sum(run.by_solo_time for run in runs),
+        slowdowns_clamped=sum(run.clamped for run in runs),
     )
 
 

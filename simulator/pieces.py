@@ -11,7 +11,7 @@ import random
 from collections.abc import Mapping
 from typing import Protocol
 
-from synerdiff.core import PPM, InputError
+from synerdiff.core import PPM, InputError, Request
 from synerdiff.engine.rounds import NEVER
 from synerdiff.engine.worker import Step
 from synerdiff.profile.tables import Profile, Spread
@@ -85,13 +85,19 @@ class PlainStepper:
 
     def start(self, step: Step, now_ns: int) -> None:
         rows = self._rows = self.rows_on[self._gpu] = step.rows
-        work_ns = self._solo_ns.get(rows)
+        profile = self._profile
+        if self._times.others:
+            request = step.samples[0].request
+            profile = profile.at(request.height, request.width)
+            work_ns: int | None = self._times.of(request).step_ns(rows)
+        else:
+            work_ns = self._solo_ns.get(rows)
         if work_ns is None:
             work_ns = self._times.step_ns(rows)
             if not self._times.drawn:
                 self._solo_ns[rows] = work_ns
-        if self._profile.step_launch and not step.committed:
-            work_ns += self._profile.launch_ns(rows)
+        if profile.step_launch and not step.committed:
+            work_ns += profile.launch_ns(rows)
         self._left_ns = work_ns
         self._start_ns = self._since_ns = now_ns
         self._ppm = 0
@@ -136,9 +142,11 @@ def drawn(spread: Spread, source: random.Random) -> int:
 class Times:
     """Solo work of steps and chunks, dispatch included; with a seed, drawn from the measured spread."""
 
-    def __init__(self, profile: Profile, chunking: str, seed: int | None) -> None:
+    def __init__(self, profile: Profile, chunking: str, seed: int | None, source: random.Random | None = None) -> None:
         self._profile = profile
-        self._random = None if seed is None else random.Random(seed)
+        self._random = source or (None if seed is None else random.Random(seed))
+        self.others = {size: Times(one, chunking, seed, self._random) for size, one in profile.others.items()}
+        """Those of further resolutions."""
         self.drawn = seed is not None
         """Two steps of the same rows may take different times."""
         self._step_dispatch_ns = profile.overhead_ns("step_dispatch")
@@ -162,6 +170,12 @@ class Times:
         if spread is None:
             spread = self._step_memo[rows] = self._profile.step_spread(rows)
         return spread
+
+    def of(self, request: Request) -> Times:
+        """Those of the request's resolution."""
+        if not self.others or request.height is None or request.width is None:
+            return self
+        return self.others.get((request.height, request.width), self)
 
     def chunk_ns(self, chunk: int) -> int:
         spread = self._chunk_spreads[chunk]

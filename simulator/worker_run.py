@@ -50,11 +50,12 @@ class WorkerRun:
             samples,
             calls.name,
             profile.chunk_count(self.chunking),
-            profile.max_rows,
+            profile.most_rows,
             info.decode_gpus,
             profile.overhead_ns("result_copy"),
             profile.overhead_ns("sample_host"),
         )
+        self.worker.max_rows_of = {size: one.max_rows for size, one in profile.sizes.items()}
         self.rounds = Rounds(self.worker, calls, self, profile.overhead_ns("decision_lead"))
         self.arrivals = arrivals
         self.entered = 0
@@ -69,6 +70,8 @@ class WorkerRun:
         self.chunk_due_ns = NEVER
         """The earliest end of a running chunk, as last timed."""
         self.records: list[WorkRecord] = []
+        self.by_solo_time = self.clamped = 0
+        """Look-ups of slowdowns for a pair of resolutions that was not measured; those beyond the range that was."""
         self.late_step: Step | None = None
         self.late_lanes: list[LaneView] = []
         """What starts when the host no longer holds the lanes."""
@@ -197,7 +200,10 @@ class WorkerRun:
             rows = stepper.rows_on.get(lane.gpu, 0)
             if rows:
                 assert lane.sample is not None
-                step_ppm, ppm = self.profile.slowdown_ppm(rows, self.chunking, lane.sample.chunks_done)
+                if self.profile.others:
+                    step_ppm, ppm = self._slowdowns_beside(rows, lane.sample)
+                else:
+                    step_ppm, ppm = self.profile.slowdown_ppm(rows, self.chunking, lane.sample.chunks_done)
                 slower = {**slower, lane.gpu: slower.get(lane.gpu, 0) + step_ppm - PPM}
             if ppm != piece.ppm:
                 piece.retime(ppm, now_ns)
@@ -205,6 +211,18 @@ class WorkerRun:
                 chunk_due_ns = piece.end_ns
         self.chunk_due_ns = chunk_due_ns
         stepper.retime(slower, now_ns)
+
+    def _slowdowns_beside(self, rows: int, sample: Sample) -> tuple[int, int]:
+        """Of the running step and of the sample's chunk, each at its own resolution."""
+        step = self.worker.step
+        assert step is not None
+        step_size, size = step.samples[0].request.size, sample.request.size
+        assert step_size is not None
+        assert size is not None
+        step_ppm, ppm, how = self.profile.slowdowns_beside(step_size, rows, self.chunking, sample.chunks_done, size)
+        self.by_solo_time += how > 0
+        self.clamped += how > 1
+        return step_ppm, ppm
 
     # --- lanes, as `Rounds` asks for them -----------------------------------------------------------------------
 
@@ -271,4 +289,4 @@ class WorkerRun:
         if sample.decode_started_ns < 0:
             sample.decode_started_ns = cause_ns
         self.chunks_running += 1
-        self.chunk_pieces[lane.index] = Piece(self.times.chunk_ns(sample.chunks_done), cause_ns)
+        self.chunk_pieces[lane.index] = Piece(self.times.of(sample.request).chunk_ns(sample.chunks_done), cause_ns)

@@ -150,6 +150,11 @@ class Request:
     """In a closed loop, once sent: the arrival that the trace has; ``arrival_ns`` is then the sending."""
 
     @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels; None when the trace leaves them to the profile."""
+        return None if self.height is None or self.width is None else (self.height, self.width)
+
+    @property
     def batch_key(self) -> BatchKey:
         return (self.base_model, self.height, self.width, self.loras)
 
@@ -497,3 +502,7 @@ class RunResult:
     end_ns: int
     decisions: int
     """How often the policy was asked."""
+    slowdowns_by_solo_time: int = 0
+    """Look-ups of slowdowns for a pair of resolutions that was not measured: by the step's solo time."""
+    slowdowns_clamped: int = 0
+    """Those of them whose solo time lies beyond what was measured."""

@@ -14,6 +14,35 @@ from synerdiff.core import MODE_LETTER, NO_SKIPS, PPM, LaneView, Phase, Sample, 
 from synerdiff.profile.tables import Profile
 
 
+def reference_slowdowns(
+    profile: Profile, step_size: Any, chunk_size: Any, rows: int, chunking: str, chunk: int
+) -> tuple[int, int]:
+    """Rule by rule: as measured for the pair, else by solo time beside steps of the chunk's own resolution."""
+    tables, bucket = profile.sizes, profile.sizes[step_size].bucket(rows)
+
+    def line(points: dict[int, tuple[int, int]], x: int) -> tuple[int, int]:
+        below = max(key for key in points if key <= x)
+        above = min(key for key in points if key >= x)
+        if below == above:
+            return points[below]
+        part = [
+            (2 * (b - a) * (x - below) + above - below) // (2 * (above - below)) + a
+            for a, b in zip(points[below], points[above], strict=True)
+        ]
+        return part[0], part[1]
+
+    own = {r: c for r, c in tables[chunk_size].corun[chunking, chunk].items() if not c.held_out}
+    cells = own
+    if step_size != chunk_size:
+        pair = profile.across.get((step_size, chunk_size), {}).get((chunking, chunk), {})
+        cells = {r: c for r, c in pair.items() if not c.held_out}
+    if cells and min(cells) <= bucket <= max(cells):
+        return line({r: (c.step.median, c.chunk.median) for r, c in cells.items()}, bucket)
+    times = {tables[chunk_size].steps[r].median: (own[r].step.median, own[r].chunk.median) for r in sorted(own)[::-1]}
+    steps = {r: (spread.median, 0) for r, spread in tables[step_size].steps.items()}
+    return line(times, min(max(line(steps, bucket)[0], min(times)), max(times)))
+
+
 def reference_simulate(
     requests: Any,
     policy: Any,
@@ -61,7 +90,7 @@ def reference_simulate(
                     todo.append(sample)
 
     gone_at: dict[int, int] = {}
-    policy.reset(WorkerInfo(profile.max_rows, 0, decode_gpus, max(2 if s.guided else 1 for s in by_id)), profile)
+    policy.reset(WorkerInfo(profile.most_rows, 0, decode_gpus, max(2 if s.guided else 1 for s in by_id)), profile)
     chunking, count = policy.chunking, profile.chunk_count(policy.chunking)
     waiting: list[Sample] = []
     active: list[Sample] = []
@@ -74,6 +103,15 @@ def reference_simulate(
     chunk_of = [None] * len(lanes)  # the running piece of each lane
     seen: dict[str, list[Any]] = {"arrived": [], "step_done": [], "chunk_done": [], "gone": []}
 
+    def face(sample: Sample) -> Profile:
+        return profile.at(sample.request.height, sample.request.width)
+
+    def slowdowns(step: Any, chunk: Any) -> tuple[int, int]:
+        if not profile.others:
+            return profile.slowdown_ppm(step.rows, chunking, chunk.chunk)
+        sizes = (step.batch[0][0].request.size, chunk.sample.request.size)
+        return reference_slowdowns(profile, *sizes, step.rows, chunking, chunk.chunk)
+
     def piece(solo: Any, now: Any, **facts: Any) -> Any:
         return SimpleNamespace(left=solo, since=now, start=now, ppm=None, end=None, shown=False, **facts)
 
@@ -82,8 +120,9 @@ def reference_simulate(
             run.late_step = (batch, pads, idle)
             return SimpleNamespace(batch=batch, pads=pads, rows=0, end=None, shown=False)
         rows = pads + sum(2 if mode == "guided" else 1 for _, mode in batch)
-        launch = profile.launch_ns(rows) if idle else 0
-        work = profile.step_ns(rows) + launch + profile.overhead_ns("step_dispatch")
+        own = face(batch[0][0])
+        launch = own.launch_ns(rows) if idle else 0
+        work = own.step_ns(rows) + launch + profile.overhead_ns("step_dispatch")
         return piece(work, now, batch=batch, pads=pads, rows=rows)
 
     def begin_chunk(lane: Any, now: Any) -> None:
@@ -93,7 +132,7 @@ def reference_simulate(
         sample = lane.sample
         if sample.decode_started_ns < 0:
             sample.decode_started_ns = now
-        solo = profile.chunk_ns(chunking, sample.chunks_done) + profile.overhead_ns("chunk_dispatch")
+        solo = face(sample).chunk_ns(chunking, sample.chunks_done) + profile.overhead_ns("chunk_dispatch")
         chunk_of[lane.index] = piece(solo, now, sample=sample, chunk=sample.chunks_done)
 
     def show(step: Any) -> None:
@@ -193,7 +232,7 @@ def reference_simulate(
             idle = run.step is None and all(chunk is None for chunk in chunk_of)
             for_good = most is not None and in_system(max((now, *gone_at.values()))) == most
             view.closed = not todo and (not unsent or (idle and for_good))
-            view.now_ns, view.max_rows = now, profile.max_rows
+            view.now_ns, view.max_rows = now, profile.most_rows
             view.waiting, view.active, view.decoding, view.decode_lanes = waiting, active, decoding, lanes
             coming = run.committed[0] if run.committed else ()
             view.running = tuple(s.id for s, _ in (step.batch if step is not None and not step.shown else coming))
@@ -237,7 +276,7 @@ def reference_simulate(
                 continue
             chunk_ppm = PPM
             if run.step is not None and run.late_step is None and lane.gpu == 0:
-                s_u, chunk_ppm = profile.slowdown_ppm(run.step.rows, chunking, chunk.chunk)
+                s_u, chunk_ppm = slowdowns(run.step, chunk)
                 step_ppm += s_u - PPM
             wanted.append((chunk, chunk_ppm))
         if run.step is not None and run.late_step is None:

@@ -8,7 +8,7 @@ is the engine's business.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import NoneType
 from typing import NoReturn
 
@@ -96,6 +96,8 @@ class Worker:
         self.wake_ns: int | None = None
         self.ended = 0
         """Samples that are done, rejected or failed."""
+        self.max_rows_of: Mapping[tuple[int, int], int] = {}
+        """Rows that a step may have at each resolution, where there are several."""
         self.on_end: Callable[[Sample], None] | None = None
         """Told of each of them, as it ends."""
         self.steps_settled = 0
@@ -357,8 +359,12 @@ class Worker:
                 skips = skips or sample.guided
             sample.in_step = True
             samples.append(sample)
-        if rows > self.view.max_rows:
-            self._refuse(now_ns, f"the step has {rows} rows; at most {self.view.max_rows} are possible")
+        most = self.view.max_rows
+        if self.max_rows_of:
+            size = samples[0].request.size
+            most = most if size is None else min(most, self.max_rows_of.get(size, most))
+        if rows > most:
+            self._refuse(now_ns, f"the step has {rows} rows; at most {most} are possible")
         step = Step(samples, tuple([s.id for s in samples]), letters, rows, pad_rows)
         self._last_step = None if skips or pad_rows else (batch, step)
         return step

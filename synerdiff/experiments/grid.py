@@ -19,7 +19,7 @@ from synerdiff.experiments.adapter_mix import AdapterTrace
 from synerdiff.experiments.compare import GridCell
 from synerdiff.experiments.h800 import built_profile
 from synerdiff.experiments.layouts import CONTROLNETS, Demand, layout, worker_image_s
-from synerdiff.experiments.offer import fewer_steps, fitted
+from synerdiff.experiments.offer import at_its_resolutions, fewer_steps, fitted
 from synerdiff.experiments.run import RunSpec
 from synerdiff.experiments.sources import Source, arrivals, search_source, sources
 from synerdiff.experiments.store import policy_hash, run_key
@@ -132,8 +132,9 @@ class Grid:
                 parameters["batch"] = entry.batch
             for source in (source for replicates in self.sources.values() for source in replicates):
                 requests = fitted(arrivals(source).requests, device.profile)
-                worker = WorkerInfo(device.profile.max_rows, 0, lanes, mix_of(requests).sample_rows)
-                build_policy(entry.policy, parameters, self.base).reset(worker, device.profile)
+                profile = at_its_resolutions(device.profile, requests, entry.policy, self.base)
+                worker = WorkerInfo(profile.most_rows, 0, lanes, mix_of(requests).sample_rows)
+                build_policy(entry.policy, parameters, self.base).reset(worker, profile)
 
     def _lanes(self) -> list[tuple[Measured, tuple[int, ...]]]:
         pairs = [pair for block in self.experiment.blocks for pair in product(block.profiles, block.decode_gpus)]
@@ -204,7 +205,7 @@ class Grid:
             if workload.batch_from is not None:
                 continue
             source = search_source(workload, self.experiment, self.base)
-            most = max(1, self.devices[name].profile.max_rows // mix_of(arrivals(source).requests).sample_rows)
+            most = max(1, self.devices[name].profile.most_rows // mix_of(arrivals(source).requests).sample_rows)
             for entry in self.policies:
                 if not entry.searched:
                     continue

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from policies.registry import POLICIES, policy_class
 from synerdiff.core import NS_PER_S, InputError, Request
 from synerdiff.profile.capacity import solo_latencies_ns
 from synerdiff.profile.tables import Profile
@@ -16,18 +18,27 @@ from traces.scaling import check_time_scale, rate_per_s, time_scale_for_rate
 def fitted(
     requests: Sequence[Request], profile: Profile, slo_seconds: float | None = None, slo_multiple: float | None = None
 ) -> list[Request]:
-    """The requests as this profile serves them: an empty height and width become its resolution, any other is refused.
+    """The requests as this profile serves them: an empty height and width become its first resolution; one that it does
+    not have is refused.
 
     A request without an SLO of its own gets ``slo_seconds``, or ``slo_multiple`` times its solo latency; when both are
     None it has none, and policies see no deadline.
     """
     size = profile.head.size
+    known = ((None, None), *(profile.head.resolutions or (None,)))
     for request in requests:
-        if (request.height, request.width) not in ((None, None), size):
+        if (request.height, request.width) not in known:
+            asked = f"{request.height}x{request.width} pixels"
+            if request.size is None:
+                asked = f"a {'width' if request.height is None else 'height'} alone"
             raise InputError(
-                f"request {request.request_id} asks for {request.height}x{request.width} pixels; profile "
-                f"'{profile.name}' was made for {profile.head.pixels}."
+                f"request {request.request_id} asks for {asked}; profile '{profile.name}' was made for "
+                f"{profile.head.pixels}."
             )
+    height, width = size or (None, None)
+    requests = [
+        request if request.size is not None else replace(request, height=height, width=width) for request in requests
+    ]
     limits_ns: list[int | None] = [None] * len(requests)
     if slo_seconds is not None:
         if not 1e-6 <= slo_seconds <= MAX_SLO_S:
@@ -35,11 +46,27 @@ def fitted(
         limits_ns = [round(slo_seconds * NS_PER_S)] * len(requests)
     elif slo_multiple is not None:
         limits_ns = [round(slo_multiple * solo_ns) for solo_ns in solo_latencies_ns(requests, profile)]
-    height, width = size or (None, None)
     return [
-        replace(request, height=height, width=width, slo_ns=limit_ns if request.slo_ns is None else request.slo_ns)
+        replace(request, slo_ns=limit_ns if request.slo_ns is None else request.slo_ns)
         for request, limit_ns in zip(requests, limits_ns, strict=True)
     ]
+
+
+def at_its_resolutions(profile: Profile, requests: Sequence[Request], policy: str, base_folder: Path | None) -> Profile:
+    """The profile as these requests need it: with one resolution where they have one.
+
+    InputError for several and a policy of ours that plans with one.
+    """
+    sizes = {request.size for request in requests}
+    if not profile.others or len(sizes) == 1:
+        return profile.only(next(iter(sizes)))
+    if not getattr(policy_class(policy, base_folder), "MIXES_RESOLUTIONS", True):
+        mixing = [name for name, known in POLICIES.items() if known.MIXES_RESOLUTIONS]
+        raise InputError(
+            f"policy '{policy}' plans with one resolution, and the requests ask for {len(sizes)}; several are served "
+            f"by {', '.join(mixing)}."
+        )
+    return profile
 
 
 def limits_from(requests: Sequence[Request], slo_seconds: float | None, slo_multiple: float | None) -> str:

@@ -31,14 +31,14 @@ from synerdiff.core import (
     WorkerInfo,
 )
 from synerdiff.diffusion import SCHEDULERS
-from synerdiff.experiments.offer import fitted, limits_from, stretch, window_s, with_fewer_steps
+from synerdiff.experiments.offer import at_its_resolutions, fitted, limits_from, stretch, window_s, with_fewer_steps
 from synerdiff.experiments.sources import Arrivals, Source, arrivals
 from synerdiff.fidelity.floor import FloorChoice, floor_for_requests
 from synerdiff.profile.adapters import Adapters, load_adapters
 from synerdiff.profile.capacity import default_batch, mix_of, offered_load, solo_latencies_ns
 from synerdiff.profile.folder import load_profile
 from synerdiff.profile.scaling import scaled_profile
-from synerdiff.profile.tables import Profile
+from synerdiff.profile.tables import Profile, pixels_of
 from synerdiff.results import folder, records
 from synerdiff.results.metrics import saturation_throughput, summarize
 from synerdiff.results.metrics import slo_s as limits_s
@@ -308,9 +308,21 @@ class Outcome:
             "policy_capacity_per_s": capacity,
             "policy_load": None if capacity is None or rate is None else rate / capacity,
             "decisions": self.result.decisions,
+            **self._resolutions(),
             **self.served.facts,
         }
         return {"run": run, **self.summary}
+
+    def _resolutions(self) -> dict[str, Any]:
+        """Of several: how often slowdowns of pairs that were not measured were looked up by the step's solo time."""
+        if not self.prepared.profile.others:
+            return {}
+        result = self.result
+        return {
+            "resolutions": [pixels_of(size) for size in self.prepared.profile.sizes],
+            "slowdowns_by_solo_time": result.slowdowns_by_solo_time,
+            "slowdowns_clamped": result.slowdowns_clamped,
+        }
 
     def write(self, out: Path, timeline: bool = False) -> None:
         """The run's folder."""
@@ -344,6 +356,7 @@ def prepare(spec: RunSpec) -> Prepared:
     arriving = Arrivals(spec.source, None, {}) if isinstance(spec.source, tuple) else arrivals(spec.source)
     asked, window = arriving.requests, arriving.window
     requests = fitted(asked, profile, spec.slo_seconds, spec.slo_multiple)
+    profile = at_its_resolutions(profile, requests, spec.policy, spec.base_folder)
     floor = _floor(spec, requests, profile)
     prepared = Prepared(
         spec=spec,

@@ -144,9 +144,17 @@ def offered_load(
     Full guidance and the trace's own mix, at its default batch unless ``batch`` is given. 1.0 is saturation. Slowing
     the arrivals down by a factor f divides it by f.
     """
+    requests = list(requests)
     mix = mix_of(requests)
     if window_s <= 0:
         raise InputError(f"the window is {window_s:g} s long, so it has no load; it must be longer than 0.")
+    if profile.others:
+        # Each resolution in batches of its own; every one adds the share of the time that it takes.
+        by_size: dict[tuple[int, int] | None, list[Request]] = {}
+        for request in requests:
+            by_size.setdefault(request.size, []).append(request)
+        parts = [offered_load(part, profile.only(size), window_s, workers, batch) for size, part in by_size.items()]
+        return sum(parts)
     size = default_batch(profile, mix.sample_rows) if batch is None else batch
     sustained = serial_capacity_samples_per_s(profile, mix.steps_mean, size, mix.two_row_share) * mix.steps_mean
     return mix.sample_steps / window_s / (sustained * workers)
@@ -178,6 +186,7 @@ def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None
     its decodes one after the other, each with sample_host after it, then the next wave; at the end result_copy. With a
     decision lead only the first step of a wave is launched on an idle lane.
     """
+    profile = profile.at(request.height, request.width)
     rows = 2 if request.guidance_scale > 1 else 1
     most = default_batch(profile, rows) if batch is None else min(batch, most_samples(profile, rows))
     total = profile.overhead_ns("text_encode") + profile.overhead_ns("result_copy")
@@ -193,10 +202,10 @@ def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None
 
 def solo_latencies_ns(requests: Iterable[Request], profile: Profile) -> list[int]:
     """``solo_latency_ns`` of each request."""
-    known: dict[tuple[int, int, bool], int] = {}
+    known: dict[tuple[int, int, bool, tuple[int, int] | None], int] = {}
     latencies = []
     for request in requests:
-        kind = (request.steps, request.images, request.guidance_scale > 1)
+        kind = (request.steps, request.images, request.guidance_scale > 1, request.size)
         if kind not in known:
             known[kind] = solo_latency_ns(request, profile)
         latencies.append(known[kind])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,19 @@ from synerdiff.profile.tables import (
     OVERHEAD_COLUMNS,
     OVERHEADS,
     SCHEMA_VERSION,
+    SIZED_CHUNK_COLUMNS,
+    SIZED_CORUN_COLUMNS,
+    SIZED_SCHEMA_VERSION,
+    SIZED_STEP_COLUMNS,
     STEP_COLUMNS,
     STEP_LAUNCH,
     Corun,
+    CorunCells,
     Head,
     Profile,
+    Size,
     Spread,
+    pixels_of,
 )
 from synerdiff.schema import validated
 
@@ -56,37 +64,89 @@ def load_profile(folder: Path) -> Profile:
     head_path = folder / "profile.yaml"
     head = read_yaml(head_path, "profile")
     version = head.get("schema_version")
-    if type(version) is not int or version != SCHEMA_VERSION:
+    if type(version) is not int or version not in (SCHEMA_VERSION, SIZED_SCHEMA_VERSION):
         raise InputError(
-            f"{head_path}: schema_version is {version!r}; this version of synerdiff reads {SCHEMA_VERSION}."
+            f"{head_path}: schema_version is {version!r}; this version of synerdiff reads {SCHEMA_VERSION} and "
+            f"{SIZED_SCHEMA_VERSION}."
         )
     provenance = head.get("provenance")
     if provenance not in PROVENANCES:
         raise InputError(f"{head_path}: provenance is {provenance!r}; allowed are {', '.join(PROVENANCES)}.")
-    steps, held_out = _read_steps(folder / "steps.csv")
-    chunks = _read_chunks(folder / "chunks.csv")
+    name = _name(head_path, head.get("name", folder.resolve().name))
     overheads, launches = _read_overheads(folder / "overheads.csv")
-    return Profile(
-        name=_name(head_path, head.get("name", folder.resolve().name)),
-        provenance=provenance,
-        row_buckets=_row_buckets(head_path, head, steps),
-        steps=steps,
-        chunks=chunks,
-        corun=_read_corun(folder / "corun.csv", chunks),
-        overheads=overheads,
-        step_launch=launches,
-        held_out_steps=held_out,
-        head=head_of(head, str(head_path)),
-        content_hash=profile_hash(folder),
+    sized = version == SIZED_SCHEMA_VERSION
+    steps_of = _by_size(folder / "steps.csv", SIZED_STEP_COLUMNS if sized else STEP_COLUMNS)
+    chunks_of = _by_size(folder / "chunks.csv", SIZED_CHUNK_COLUMNS if sized else CHUNK_COLUMNS)
+    sizes = list(steps_of)
+    facts = head_of(
+        {**head, "resolutions": [list(size) for size in sizes if size is not None]} if sized else head, str(head_path)
     )
+    for size in {*chunks_of} ^ {*sizes}:
+        raise InputError(f"{folder}: steps.csv and chunks.csv must have the same resolutions; {_text(size)} is in one.")
+    chunks = {size: _read_chunks(folder / "chunks.csv", rows) for size, rows in chunks_of.items()}
+    for size in sizes[1:]:
+        if {name: len(cut) for name, cut in chunks[size].items()} != {
+            n: len(cut) for n, cut in chunks[sizes[0]].items()
+        }:
+            raise InputError(
+                f"{folder / 'chunks.csv'}: {_text(size)} has other chunkings than {_text(sizes[0])}; a chunking has "
+                "equally many chunks at every resolution."
+            )
+    corun = _read_corun(folder / "corun.csv", chunks[sizes[0]], sizes if sized else None)
+    profiles: dict[Size | None, Profile] = {}
+    for size, rows in steps_of.items():
+        steps, held_out, tokens = _read_steps(folder / "steps.csv", rows, sized)
+        profiles[size] = Profile(
+            name=name,
+            provenance=provenance,
+            row_buckets=_row_buckets(head_path, head, steps, size),
+            steps=steps,
+            chunks=chunks[size],
+            corun=corun.pop((size, size), {}),
+            overheads=overheads,
+            step_launch=launches,
+            held_out_steps=held_out,
+            tokens=tokens,
+            head=facts if size is None else facts.model_copy(update={"resolutions": (size,)}),
+            content_hash=profile_hash(folder),
+        )
+    first = profiles.pop(sizes[0])
+    if not profiles:
+        return first
+    others = {size: profile for size, profile in profiles.items() if size is not None}
+    across = {(u, v): cells for (u, v), cells in corun.items() if u is not None and v is not None}
+    return replace(first, head=facts, others=others, across=across)
+
+
+def _text(size: Size | None) -> str:
+    return "none" if size is None else pixels_of(size)
+
+
+def _by_size(path: Path, columns: Sequence[str]) -> dict[Size | None, list[Row]]:
+    """The rows of a table by resolution, in the order of the file; of schema version 1 all of None."""
+    found: dict[Size | None, list[Row]] = {}
+    for row in read_rows(path, columns, "profile table"):
+        found.setdefault(_size(row, "resolution") if "resolution" in columns else None, []).append(row)
+    return found or {None: []}
+
+
+def _size(row: Row, column: str) -> Size:
+    """``HxW`` in pixels."""
+    sides = row.text(column).split("x")
+    if len(sides) == 2 and all(side.isascii() and side.isdigit() and 8 <= int(side) <= 16384 for side in sides):
+        return int(sides[0]), int(sides[1])
+    raise row.error(column, f"is {row.text(column)!r}; HEIGHTxWIDTH in pixels is needed, for example 768x1024")
 
 
 def head_of(fields: Mapping[str, Any], where: str) -> Head:
     """The head in the fields of profile.yaml; what it does not know is a note. InputError names the field."""
     known = {name for name in Head.model_fields if name not in ("resolutions", "notes")}
+    own = (*known, *_OWN, "resolution", "resolutions")
     head = {name: value for name, value in fields.items() if name in known}
-    head["notes"] = {name: value for name, value in fields.items() if name not in (*known, *_OWN, "resolution")}
-    if "resolution" in fields:
+    head["notes"] = {name: value for name, value in fields.items() if name not in own}
+    if "resolutions" in fields:
+        head["resolutions"] = fields["resolutions"]
+    elif "resolution" in fields:
         sides = fields["resolution"]
         square = isinstance(sides, int) and not isinstance(sides, bool)
         pair = [sides, sides] if square else sides
@@ -103,7 +163,7 @@ def fields_of(head: Head) -> dict[str, Any]:
     for name in Head.model_fields:
         value = getattr(head, name)
         if name == "resolutions":
-            for height, width in value:
+            for height, width in value if len(value) == 1 else ():
                 fields["resolution"] = height if height == width else [height, width]
         elif name == "cuts":
             fields |= {"cuts": {cut: list(places) for cut, places in value.items()}} if value else {}
@@ -130,12 +190,22 @@ def profile_hash(folder: Path) -> str:
     return sha256_of_files([folder / name for name in names if (folder / name).is_file()])
 
 
-def _row_buckets(path: Path, head: Mapping[str, Any], steps: Mapping[int, Spread]) -> tuple[int, ...] | None:
+def _row_buckets(
+    path: Path, head: Mapping[str, Any], steps: Mapping[int, Spread], size: Size | None
+) -> tuple[int, ...] | None:
     if "row_buckets" not in head:
         raise InputError(f"{path}: row_buckets is missing; give a list of rows, or null for eager execution.")
     buckets = head["row_buckets"]
     if buckets is None:
         return None
+    if size is not None:
+        if not isinstance(buckets, dict) or pixels_of(size) not in buckets:
+            raise InputError(
+                f"{path}: row_buckets must map each resolution (HEIGHTxWIDTH) to its rows; it lacks {pixels_of(size)}."
+            )
+        buckets = buckets[pixels_of(size)]
+        if buckets is None:
+            return None
     if not isinstance(buckets, list) or not buckets:
         raise InputError(f"{path}: row_buckets is {buckets!r}; allowed are a list of rows or null.")
     for rows in buckets:
@@ -160,23 +230,29 @@ def _slowdown(row: Row, side: str) -> Spread:
     return _spread(row, (f"{side}_slowdown_ppm", f"{side}_p10_ppm", f"{side}_p90_ppm"), PPM // 20, 1000 * PPM)
 
 
-def _read_steps(path: Path) -> tuple[dict[int, Spread], dict[int, Spread]]:
+def _read_steps(
+    path: Path, table: Sequence[Row], sized: bool
+) -> tuple[dict[int, Spread], dict[int, Spread], dict[int, int]]:
+    """Times by rows, those held out, and tokens by rows, where they are given."""
     known: dict[int, Spread] = {}
     held_out: dict[int, Spread] = {}
-    for row in read_rows(path, STEP_COLUMNS, "profile table"):
+    tokens: dict[int, int] = {}
+    for row in table:
         rows = row.integer("rows", 1, _MOST_ROWS)
         if rows in known or rows in held_out:
             raise row.error("rows", f"{rows} is given twice")
         spread = _spread(row)
         (held_out if row.flag("held_out") else known)[rows] = spread
+        if sized and row.text("tokens"):
+            tokens[rows] = row.integer("tokens", 1, 10**12)
     if not known:
         raise InputError(f"{path}: no step times are given.")
-    return dict(sorted(known.items())), held_out
+    return dict(sorted(known.items())), held_out, tokens
 
 
-def _read_chunks(path: Path) -> dict[str, tuple[Spread, ...]]:
+def _read_chunks(path: Path, table: Sequence[Row]) -> dict[str, tuple[Spread, ...]]:
     found: dict[str, dict[int, Spread]] = {}
-    for row in read_rows(path, CHUNK_COLUMNS, "profile table"):
+    for row in table:
         chunking, chunk = row.name("chunking"), row.integer("chunk", 0, _MOST_CHUNKS)
         cells = found.setdefault(chunking, {})
         if chunk in cells:
@@ -194,9 +270,21 @@ def _read_chunks(path: Path) -> dict[str, tuple[Spread, ...]]:
     return {chunking: tuple(cells[i] for i in range(len(cells))) for chunking, cells in found.items()}
 
 
-def _read_corun(path: Path, chunks: Mapping[str, Sequence[Spread]]) -> dict[tuple[str, int], dict[int, Corun]]:
-    found: dict[tuple[str, int], dict[int, Corun]] = {}
-    for row in read_rows(path, CORUN_COLUMNS, "profile table"):
+def _read_corun(
+    path: Path, chunks: Mapping[str, Sequence[Spread]], sizes: Sequence[Size | None] | None
+) -> dict[tuple[Size | None, Size | None], dict[tuple[str, int], dict[int, Corun]]]:
+    """By (resolution of the step, of the chunk); without ``sizes`` (schema version 1) all of (None, None)."""
+    pairs: dict[tuple[Size | None, Size | None], dict[tuple[str, int], dict[int, Corun]]] = {}
+    for row in read_rows(path, SIZED_CORUN_COLUMNS if sizes else CORUN_COLUMNS, "profile table"):
+        pair: tuple[Size | None, Size | None] = (None, None)
+        if sizes:
+            pair = (_size(row, "step_resolution"), _size(row, "chunk_resolution"))
+            for size, column in zip(pair, ("step_resolution", "chunk_resolution"), strict=True):
+                if size not in sizes:
+                    raise row.error(
+                        column, f"{_text(size)} is not in steps.csv, which has {', '.join(map(_text, sizes))}"
+                    )
+        found = pairs.setdefault(pair, {})
         chunking, chunk, rows = (
             row.name("chunking"),
             row.integer("chunk", 0, _MOST_CHUNKS),
@@ -212,7 +300,7 @@ def _read_corun(path: Path, chunks: Mapping[str, Sequence[Spread]]) -> dict[tupl
             chunk=_slowdown(row, "chunk"),
             held_out=row.flag("held_out"),
         )
-    return found
+    return pairs
 
 
 def _read_overheads(path: Path) -> tuple[dict[str, Spread], dict[int, Spread]]:
@@ -239,24 +327,47 @@ def _read_overheads(path: Path) -> tuple[dict[str, Spread], dict[int, Spread]]:
 
 def write_profile(folder: Path, profile: Profile) -> None:
     """Write all tables of a profile; its head becomes profile.yaml."""
+    sizes = profile.sizes
     own = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SIZED_SCHEMA_VERSION if sizes else SCHEMA_VERSION,
         "name": profile.name,
         "provenance": profile.provenance,
-        "row_buckets": None if profile.row_buckets is None else list(profile.row_buckets),
+        "row_buckets": _buckets(profile),
     }
-    write_rows(folder / "steps.csv", STEP_COLUMNS, _step_rows(profile))
-    chunk_rows = [
-        (chunking, i, s.median, s.p10, s.p90, s.n)
-        for chunking, spreads in profile.chunks.items()
-        for i, s in enumerate(spreads)
-    ]
-    write_rows(folder / "chunks.csv", CHUNK_COLUMNS, chunk_rows)
-    write_rows(folder / "corun.csv", CORUN_COLUMNS, _corun_rows(profile))
+    if sizes:
+        if any(one.row_buckets is not None for one in sizes.values()):
+            own["row_buckets"] = {pixels_of(size): _buckets(one) for size, one in sizes.items()}
+        step_rows = [(pixels_of(z), one.tokens.get(r[0], ""), *r) for z, one in sizes.items() for r in _step_rows(one)]
+        write_rows(folder / "steps.csv", SIZED_STEP_COLUMNS, step_rows)
+        chunks = [(pixels_of(size), *row) for size, one in sizes.items() for row in _chunk_rows(one)]
+        write_rows(folder / "chunks.csv", SIZED_CHUNK_COLUMNS, chunks)
+        pairs = {(size, size): one.corun for size, one in sizes.items()} | dict(profile.across)
+        corun = [
+            (pixels_of(step), pixels_of(chunk), sizes[step].tokens.get(row[2], ""), *row)
+            for (step, chunk), cells in pairs.items()
+            for row in _corun_rows(cells)
+        ]
+        write_rows(folder / "corun.csv", SIZED_CORUN_COLUMNS, corun)
+    else:
+        write_rows(folder / "steps.csv", STEP_COLUMNS, _step_rows(profile))
+        write_rows(folder / "chunks.csv", CHUNK_COLUMNS, _chunk_rows(profile))
+        write_rows(folder / "corun.csv", CORUN_COLUMNS, _corun_rows(profile.corun))
     overheads: list[tuple[Any, ...]] = [(k, s.median, s.p10, s.p90, s.n, "") for k, s in profile.overheads.items()]
     overheads += [(STEP_LAUNCH, s.median, s.p10, s.p90, s.n, rows) for rows, s in sorted(profile.step_launch.items())]
     write_rows(folder / "overheads.csv", (*OVERHEAD_COLUMNS, "rows"), overheads)
     write_yaml(folder / "profile.yaml", {**own, **fields_of(profile.head)})
+
+
+def _buckets(profile: Profile) -> list[int] | None:
+    return None if profile.row_buckets is None else list(profile.row_buckets)
+
+
+def _chunk_rows(profile: Profile) -> list[tuple[Any, ...]]:
+    return [
+        (chunking, i, s.median, s.p10, s.p90, s.n)
+        for chunking, spreads in profile.chunks.items()
+        for i, s in enumerate(spreads)
+    ]
 
 
 def _step_rows(profile: Profile) -> list[tuple[int, ...]]:
@@ -265,7 +376,7 @@ def _step_rows(profile: Profile) -> list[tuple[int, ...]]:
     return sorted(rows)
 
 
-def _corun_rows(profile: Profile) -> list[tuple[Any, ...]]:
+def _corun_rows(corun: CorunCells) -> list[tuple[Any, ...]]:
     return [
         (
             chunking,
@@ -280,6 +391,6 @@ def _corun_rows(profile: Profile) -> list[tuple[Any, ...]]:
             min(cell.step.n, cell.chunk.n),
             int(cell.held_out),
         )
-        for (chunking, chunk), cells in profile.corun.items()
+        for (chunking, chunk), cells in corun.items()
         for rows, cell in sorted(cells.items())
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from synerdiff.core import PPM, InputError
-from synerdiff.profile.tables import Corun, Profile, Spread
+from synerdiff.profile.tables import Corun, CorunCells, Profile, Spread
 
 
 def scaled_profile(base: Profile, contention: float = 1.0, decode: float = 1.0) -> Profile:
@@ -23,20 +23,28 @@ def scaled_profile(base: Profile, contention: float = 1.0, decode: float = 1.0) 
     name = base.name
     name += f"+contention{contention:g}" if contention != 1 else ""
     name += f"+decode{decode:g}" if decode != 1 else ""
-    return replace(
-        base,
-        name=name,
-        provenance="estimated",
-        chunks={cut: tuple(_times(spread, decode) for spread in spreads) for cut, spreads in base.chunks.items()},
-        corun={
+
+    def scaled_corun(corun: CorunCells) -> CorunCells:
+        return {
             place: {
                 rows: Corun(_contending(cell.step, contention), _contending(cell.chunk, contention), cell.held_out)
                 for rows, cell in cells.items()
             }
-            for place, cells in base.corun.items()
-        },
-        content_hash=f"{base.content_hash}+{contention!r}+{decode!r}",
-    )
+            for place, cells in corun.items()
+        }
+
+    def scaled(own: Profile) -> Profile:
+        return replace(
+            own,
+            name=name,
+            provenance="estimated",
+            chunks={cut: tuple(_times(spread, decode) for spread in spreads) for cut, spreads in own.chunks.items()},
+            corun=scaled_corun(own.corun),
+            across={pair: scaled_corun(corun) for pair, corun in own.across.items()},
+            content_hash=f"{base.content_hash}+{contention!r}+{decode!r}",
+        )
+
+    return base.each(scaled)
 
 
 def _times(spread: Spread, factor: float) -> Spread:

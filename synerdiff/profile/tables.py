@@ -17,8 +17,14 @@ from synerdiff.core import PPM, InputError
 from synerdiff.schema import Listed, Section
 
 _T = TypeVar("_T")
+Size = tuple[int, int]
+"""(height, width) in pixels."""
+CorunCells = Mapping[tuple[str, int], Mapping[int, "Corun"]]
+"""(chunking, chunk) -> rows -> slowdowns."""
 
 SCHEMA_VERSION = 1
+SIZED_SCHEMA_VERSION = 2
+"""Of a profile with several resolutions."""
 Weights = Literal["checkpoint", "trained", "random"]
 Side = Annotated[int, Field(ge=8, le=16384)]
 OVERHEADS = ("step_dispatch", "chunk_dispatch", "decision_lead", "text_encode", "result_copy", "sample_host")
@@ -39,6 +45,10 @@ CORUN_COLUMNS = (
 )
 STEP_LAUNCH = "step_launch"
 """The overhead that `Profile.step_launch` holds: one by rows."""
+SIZED_STEP_COLUMNS = ("resolution", "tokens", *STEP_COLUMNS)
+SIZED_CHUNK_COLUMNS = ("resolution", *CHUNK_COLUMNS)
+SIZED_CORUN_COLUMNS = ("step_resolution", "chunk_resolution", "tokens", *CORUN_COLUMNS)
+"""Of a profile with several resolutions (schema version 2)."""
 OVERHEAD_COLUMNS = ("name", "median_ns", "p10_ns", "p90_ns", "n")
 
 
@@ -66,6 +76,11 @@ def interpolate(low: int, high: int, position: int, span: int) -> int:
     return low + (2 * (high - low) * position + span) // (2 * span)
 
 
+def pixels_of(size: Size) -> str:
+    """``HEIGHTxWIDTH``."""
+    return f"{size[0]}x{size[1]}"
+
+
 class Head(Section):
     """Where a profile's times come from and what they hold for; empty is what is not known."""
 
@@ -80,8 +95,8 @@ class Head(Section):
     """Name, checkpoint folder or hub name."""
     weights: Weights | None = None
     """Times do not depend on them, images do."""
-    resolutions: Listed[Annotated[tuple[Side, Side], Strict(False)]] = Field(default=(), max_length=1)
-    """(height, width) in pixels. Tables hold for one."""
+    resolutions: Listed[Annotated[tuple[Side, Side], Strict(False)]] = Field(default=(), max_length=100)
+    """(height, width) in pixels, the first one first."""
     dtype: str = ""
     execution: str = ""
     cuts: dict[str, Listed[Annotated[int, Field(ge=1)]]] = {}
@@ -101,7 +116,7 @@ class Head(Section):
     @property
     def pixels(self) -> str:
         """``HEIGHTxWIDTH``, for sentences."""
-        return "x".join(map(str, self.resolutions[0])) if self.resolutions else "a resolution that it does not name"
+        return ", ".join(map(pixels_of, self.resolutions)) or "a resolution that it does not name"
 
 
 @dataclass(slots=True)
@@ -126,10 +141,20 @@ class Profile:
     head: Head = field(default_factory=Head)
     content_hash: str = ""
     speed_ppm: int = PPM
+    others: Mapping[Size, Profile] = field(default_factory=dict)
+    """Further resolutions, each with tables of its own; those here are the first one's."""
+    across: Mapping[tuple[Size, Size], CorunCells] = field(default_factory=dict)
+    """(resolution of the step, of the chunk), where they differ -> slowdowns."""
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    """Rows of a step -> its tokens, of transformers."""
     step_launch: Mapping[int, Spread] = field(default_factory=dict)
     _bucket_memo: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _step_memo: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _slowdown_memo: dict[tuple[int, str, int], tuple[int, int]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    _beside_memo: dict[tuple[Size, int, str, int, Size], tuple[int, int, int]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -140,11 +165,87 @@ class Profile:
         overheads = dict(self.overheads)
         if sample_host_ns is not None:
             overheads["sample_host"] = Spread(sample_host_ns, sample_host_ns, sample_host_ns, 0)
-        return replace(self, speed_ppm=speed_ppm, overheads=overheads)
+        return self.each(lambda own: replace(own, speed_ppm=speed_ppm, overheads=overheads))
 
     def sped(self, work_ns: int) -> int:
         """Solo work at the profile's speed: ceil(w * 10^6 / speed_ppm)."""
         return work_ns if self.speed_ppm == PPM else -(-work_ns * PPM // self.speed_ppm)
+
+    # --- several resolutions (contract: resolutions, slowdowns across them) -------------------------------------------
+
+    def at(self, height: int | None, width: int | None) -> Profile:
+        """The tables of one resolution; without a size, or where there is one resolution, these."""
+        if not self.others or height is None or width is None:
+            return self
+        return self.others.get((height, width), self)
+
+    @property
+    def sizes(self) -> dict[Size, Profile]:
+        """Resolution -> its tables, the first one's first; empty where there is one resolution."""
+        return {self.head.resolutions[0]: self, **self.others} if self.others else {}
+
+    def only(self, size: Size | None) -> Profile:
+        """The profile as it is where everything has one resolution."""
+        if size is None or not self.others:
+            return self
+        if size in self.others:
+            return self.others[size]
+        return replace(self, others={}, across={}, head=self.head.model_copy(update={"resolutions": (size,)}))
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the largest step at any resolution."""
+        return max([self.max_rows, *(other.max_rows for other in self.others.values())])
+
+    def each(self, change: Callable[[Profile], Profile]) -> Profile:
+        """The profile with a change at every resolution."""
+        changed = change(self)
+        return replace(changed, others={size: change(other) for size, other in self.others.items()})
+
+    def slowdowns_beside(
+        self, step_size: Size, rows: int, chunking: str, chunk: int, chunk_size: Size
+    ) -> tuple[int, int, int]:
+        """(step, chunk) slowdowns of a pair of resolutions, and how they were found: 0 as measured, 1 by solo time,
+        2 by solo time and clamped.
+
+        Where this pair was not measured around the step's bucket: those of the chunk beside a step of its own
+        resolution that takes as long alone, linear in solo time between the measured rows, clamped to their range.
+        """
+        key = (step_size, rows, chunking, chunk, chunk_size)
+        known = self._beside_memo.get(key)
+        if known is None:
+            known = self._beside_memo[key] = self._find_beside(*key)
+        return known
+
+    def _find_beside(
+        self, step_size: Size, rows: int, chunking: str, chunk: int, chunk_size: Size
+    ) -> tuple[int, int, int]:
+        step, own = self.at(*step_size), self.at(*chunk_size)
+        pair = own.corun if step_size == chunk_size else self.across.get((step_size, chunk_size), {})
+        measured = {r: cell for r, cell in pair.get((chunking, chunk), {}).items() if not cell.held_out}
+        bucket = step.bucket(rows)
+        if measured and min(measured) <= bucket <= max(measured):
+            return (
+                _at(bucket, measured, lambda cell: cell.step.median),
+                _at(bucket, measured, lambda cell: cell.chunk.median),
+                0,
+            )
+        cells = {r: cell for r, cell in own.corun.get((chunking, chunk), {}).items() if not cell.held_out}
+        if not cells:
+            raise InputError(
+                f"profile '{self.name}' has no co-run slowdowns of chunk {chunk} of '{chunking}' at "
+                f"{chunk_size[0]}x{chunk_size[1]}, which a step of another resolution needs."
+            )
+        by_time: dict[int, Corun] = {}
+        for r, cell in sorted(cells.items()):
+            by_time.setdefault(_at(r, own.steps, lambda spread: spread.median), cell)
+        solo_ns = _at(bucket, step.steps, lambda spread: spread.median)
+        at_ns = min(max(solo_ns, min(by_time)), max(by_time))
+        return (
+            _at(at_ns, by_time, lambda cell: cell.step.median),
+            _at(at_ns, by_time, lambda cell: cell.chunk.median),
+            1 if at_ns == solo_ns else 2,
+        )
 
     @property
     def estimated(self) -> bool:

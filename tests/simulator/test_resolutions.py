@@ -1,0 +1,242 @@
+"""Several resolutions (contract, rules 14 and 15): files, tables by request, slowdowns across, hand-computed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from policies.registry import build_policy
+from simulator import simulate
+from synerdiff import cli
+from synerdiff.core import ContractError, Decision, InputError, Request, SkipBudget
+from synerdiff.experiments.offer import fitted
+from synerdiff.experiments.run import RunSpec, prepare
+from synerdiff.profile.capacity import offered_load, serial_capacity_samples_per_s, solo_latency_ns
+from synerdiff.profile.folder import load_profile, write_profile
+from synerdiff.profile.tables import Corun, Head, Profile
+from synerdiff.results.records import read_requests
+from tests.builders import Script, affine_profile, exact, make_profile
+from tests.reference_engine import reference_slowdowns
+from tests.simulator.test_reference import assert_engines_agree
+from tests.strategies import Whim, budgets, profiles
+
+SMALL, LARGE = (512, 512), (768, 1024)
+EASY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def sized(small: Profile, large: Profile, across: Any = None) -> Profile:
+    """A profile of both resolutions, the small one first."""
+    head = Head(resolutions=(LARGE,))
+    large = replace(large, head=head, overheads=small.overheads, step_launch=small.step_launch)
+    return replace(small, head=Head(resolutions=(SMALL, LARGE)), others={LARGE: large}, across=across or {})
+
+
+def two(across: Any = None) -> Profile:
+    """Steps of 2 and 4 rows take 100 and 200, of 2 rows at the larger resolution 160; decodes 50 and 90."""
+    small = make_profile({2: 100, 4: 200}, {"whole": [50]}, {2: (1_200_000, 1_400_000), 4: (1_300_000, 1_800_000)})
+    large = make_profile({2: 160}, {"whole": [90]}, {2: (1_500_000, 2_000_000)})
+    return sized(small, large, across)
+
+
+def at(request_id: int, arrival_ns: int, size: tuple[int, int], steps: int = 1, **fields: Any) -> Request:
+    return Request(request_id, arrival_ns, steps, height=size[0], width=size[1], **fields)
+
+
+def ends(result: Any) -> list[int]:
+    return [record.finished_ns for record in result.requests]
+
+
+def test_each_request_takes_the_times_of_its_resolution() -> None:
+    requests = [at(0, 0, SMALL), at(1, 0, LARGE), at(2, 0, SMALL)]
+    result = simulate(requests, build_policy("continuous-serial"), two())
+    # Nobody overtakes: small 100 + 50, large 160 + 90, small 100 + 50.
+    assert ends(result) == [150, 400, 550]
+
+
+def test_the_rows_of_a_step_are_bounded_by_its_own_resolution() -> None:
+    requests = [at(index, 0, LARGE) for index in range(2)]
+    result = simulate(requests, build_policy("dynamic"), two())
+    assert [work.rows for work in result.work if work.kind == "step"] == [2, 2]
+    eager = Script(lambda view: Decision(admit=(0, 1), step=tuple(sample.full for sample in view.waiting)))
+    with pytest.raises(ContractError, match="the step has 4 rows; at most 2 are possible"):
+        simulate(requests, eager, two())
+
+
+def test_beside_a_step_of_another_resolution_the_steps_solo_time_counts() -> None:
+    # Chunk of the small resolution beside a large step of 160: between its own rows, at 100 and 200, so 6 tenths of the
+    # way: step 1.26, chunk 1.64. Chunk of the large one beside a small step of 100: clamped to 160, its only point.
+    profile = two()
+    assert profile.slowdowns_beside(LARGE, 2, "whole", 0, SMALL) == (1_260_000, 1_640_000, 1)
+    assert profile.slowdowns_beside(SMALL, 2, "whole", 0, LARGE) == (1_500_000, 2_000_000, 2)
+    assert profile.slowdowns_beside(SMALL, 2, "whole", 0, SMALL) == (1_200_000, 1_400_000, 0)
+    requests = [at(0, 0, SMALL), at(1, 0, LARGE)]
+    result = simulate(requests, build_policy("continuous-parallel"), profile)
+    # Small step to 100. Its decode of 50 at 1.64 takes 82, to 182; meanwhile the large step does floor(82/1.26) = 65 of
+    # its 160, the other 95 alone: to 277. Then its decode of 90.
+    assert ends(result) == [182, 367]
+    assert (result.slowdowns_by_solo_time, result.slowdowns_clamped) == (1, 0)
+
+
+def test_a_pair_that_was_measured_is_taken_as_measured() -> None:
+    cells = {("whole", 0): {2: Corun(exact(2_000_000), exact(3_000_000), False)}}
+    profile = two({(LARGE, SMALL): cells})
+    assert profile.slowdowns_beside(LARGE, 2, "whole", 0, SMALL) == (2_000_000, 3_000_000, 0)
+    held_out = {("whole", 0): {2: replace(cells["whole", 0][2], held_out=True)}}
+    assert two({(LARGE, SMALL): held_out}).slowdowns_beside(LARGE, 2, "whole", 0, SMALL)[2] == 1
+
+
+@st.composite
+def sized_profiles(draw: Any) -> Profile:
+    return sized(draw(profiles()), draw(profiles()))
+
+
+@EASY
+@given(sized_profiles(), st.integers(1, 12), st.booleans(), st.booleans())
+def test_look_ups_are_those_of_the_plain_rule(profile: Profile, rows: int, step: bool, chunk: bool) -> None:
+    sizes = (LARGE if step else SMALL, LARGE if chunk else SMALL)
+    plain = reference_slowdowns(profile, *sizes, rows, "whole", 0)
+    assert profile.slowdowns_beside(sizes[0], rows, "whole", 0, sizes[1])[:2] == plain
+
+
+@EASY
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(1, 4), st.booleans()), min_size=1, max_size=8),
+    sized_profiles(),
+    st.integers(0, 10**6),
+    st.sampled_from(((0,), (0, 0))),
+    budgets,
+)
+def test_engines_agree_on_mixed_resolutions(
+    drawn: Any, profile: Profile, seed: int, gpus: Any, budget: SkipBudget
+) -> None:
+    requests, now_ns = [], 0
+    for index, (gap_ns, steps, large) in enumerate(drawn):
+        now_ns += gap_ns
+        requests.append(at(index, now_ns, LARGE if large else SMALL, steps))
+    assert_engines_agree(requests, Whim(seed, "whole"), profile, gpus, budget)
+    assert_engines_agree(requests, build_policy("continuous-parallel"), profile, gpus, budget)
+
+
+# Files
+
+
+def big(tmp_path: Path) -> Profile:
+    small, large = affine_profile(decode_ms=30), affine_profile(30, 6, 90)
+    cells = {("whole", 0): {2: Corun(exact(1_100_000), exact(1_200_000), False)}}
+    profile = sized(small, replace(large, row_buckets=(1, 2, 4)), {(SMALL, LARGE): cells})
+    write_profile(tmp_path / "p", profile)
+    return profile
+
+
+def test_a_profile_of_two_resolutions_comes_back_as_it_was(tmp_path: Path) -> None:
+    profile = big(tmp_path)
+    back = load_profile(tmp_path / "p")
+    assert back.head.resolutions == (SMALL, LARGE)
+    assert (back.steps, back.chunks, back.corun) == (profile.steps, profile.chunks, profile.corun)
+    assert back.others[LARGE].steps == profile.others[LARGE].steps
+    assert back.others[LARGE].row_buckets == (1, 2, 4)
+    assert back.across == profile.across
+    text = (tmp_path / "p" / "profile.yaml").read_text()
+    assert "schema_version: 2" in text
+    assert "768x1024" in text
+    with (tmp_path / "p" / "corun.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["step_resolution"], row["chunk_resolution"]) for row in rows} == {
+        ("512x512", "512x512"), ("768x1024", "768x1024"), ("512x512", "768x1024"),
+    }  # fmt: skip
+    assert {row["tokens"] for row in rows} == {""}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "sentence"),
+    [
+        ("steps.csv", "768x1024,,1,", "768*1024,,1,", "steps.csv, line 12: resolution is '768*1024'; HEIGHTxWIDTH"),
+        (
+            "corun.csv",
+            "512x512,768x1024",
+            "512x512,64x64",
+            "chunk_resolution 64x64 is not in steps.csv, which has 512x512",
+        ),
+        ("chunks.csv", "768x1024,c4,3", "768x1024,c4,4", "the chunks of 'c4' must count from 0 without gaps"),
+        (
+            "profile.yaml",
+            "768x1024",
+            "64x64",
+            "row_buckets must map each resolution (HEIGHTxWIDTH) to its rows; it lacks",
+        ),
+        (
+            "profile.yaml",
+            "schema_version: 2",
+            "schema_version: 3",
+            "schema_version is 3; this version of synerdiff reads 1",
+        ),
+    ],
+)
+def test_a_wrong_table_is_one_sentence(tmp_path: Path, file: str, old: str, new: str, sentence: str) -> None:
+    big(tmp_path)
+    path = tmp_path / "p" / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(InputError) as raised:
+        load_profile(tmp_path / "p")
+    assert sentence in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        (
+            {"height": 64, "width": 64},
+            "request 0 asks for 64x64 pixels; profile 'test' was made for 512x512, 768x1024.",
+        ),
+        ({"height": 512}, "request 0 asks for a height alone; profile 'test' was made for 512x512, 768x1024."),
+        ({"width": 1024}, "request 0 asks for a width alone;"),
+    ],
+)
+def test_a_resolution_that_there_is_not_is_refused(fields: Any, sentence: str) -> None:
+    with pytest.raises(InputError) as raised:
+        fitted([Request(0, 0, 1, **fields)], two())
+    assert sentence in str(raised.value)
+
+
+def test_without_a_resolution_a_request_has_the_first() -> None:
+    assert fitted([Request(0, 0, 1)], two())[0].size == SMALL
+
+
+def test_load_counts_each_resolution_at_its_own_capacity() -> None:
+    profile = sized(affine_profile(decode_ms=30), affine_profile(30, 6, 90))
+    requests = [at(index, 0, LARGE if index % 2 else SMALL, 10) for index in range(40)]
+    busy_s = sum(20 / serial_capacity_samples_per_s(one, 10, 8) for one in profile.sizes.values())
+    assert offered_load(requests, profile, 50) == pytest.approx(busy_s / 50)
+    assert solo_latency_ns(requests[1], profile) == 10 * (30 + 6 * 2) * 1_000_000 + 90_000_000
+
+
+def test_policies_that_plan_with_one_resolution_say_so() -> None:
+    requests = (at(0, 0, SMALL), at(1, 10, LARGE))
+    with pytest.raises(InputError, match="policy 'synerdiff' plans with one resolution, and the requests ask for 2"):
+        prepare(RunSpec(profile=two(), source=requests, policy="synerdiff"))
+    alone = prepare(RunSpec(profile=two(), source=requests[1:], policy="synerdiff", time_scale=1.0))
+    assert alone.profile.max_rows == 2
+    assert not alone.profile.others
+
+
+def test_the_command_reads_both_and_counts_what_was_not_measured(tmp_path: Path) -> None:
+    big(tmp_path)
+    trace = tmp_path / "t.csv"
+    lines = [f"{0.05 * i},4,{512 if i % 2 else 768},{512 if i % 2 else 1024}" for i in range(60)]
+    trace.write_text("\n".join(["arrival_s,steps,height,width", *lines]) + "\n")
+    out = tmp_path / "out"
+    common = ["--profile", str(tmp_path / "p"), "--trace", str(trace), "--policy", "continuous-parallel"]
+    assert cli.main(["simulate", *common, "--out", str(out)]) == 0
+    run = json.loads((out / "summary.json").read_text())["run"]
+    assert run["resolutions"] == ["512x512", "768x1024"]
+    assert run["slowdowns_by_solo_time"] > 0
+    assert set(read_requests(out)["height"]) == {512, 768}
