@@ -28,6 +28,7 @@ GROUPS = {
         "simulate": "synerdiff.cli.simulate:simulate",
         "sweep": "synerdiff.cli.sweep:sweep",
         "capacity": "synerdiff.cli.capacity:capacity",
+        "compare": "synerdiff.cli.compare:compare",
     },
     "Inputs": {
         "profile": "synerdiff.cli.profile:profile_app",

@@ -44,7 +44,8 @@ CODE = (
 )
 """Besides ``synerdiff/*.py``: folders and files with every module of ours that a run loads."""
 NOT_CODE = tuple(
-    f"synerdiff/experiments/{name}.py" for name in ("backends", "capacity", "capacity_report", "compare", "report")
+    f"synerdiff/experiments/{name}.py"
+    for name in ("backends", "capacity", "capacity_report", "compare", "pairs", "report")
 )
 """What only works on rows that are there."""
 LIBRARIES = ("numpy", "pandas", "pyarrow", "simpy")

@@ -1,0 +1,233 @@
+"""Two results side by side: two runs paired by request, or two sweeps paired by seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from synerdiff.core import InputError
+from synerdiff.experiments.report import Printed
+from synerdiff.experiments.sweep import MANIFEST
+from synerdiff.figures.pairs import paired_requests, paired_sweeps
+from synerdiff.figures.style import save
+from synerdiff.files import claim_folder
+from synerdiff.results.intervals import (
+    BLOCKS,
+    Interval,
+    PairedRatio,
+    batch_means_interval,
+    paired_log_ratio,
+    requests_per_block,
+)
+from synerdiff.results.metrics import MOST_BLOCKS, STAGES, measured, stages
+from synerdiff.results.records import read_requests, read_table
+
+if TYPE_CHECKING:
+    import pandas
+
+RUNS = "runs.parquet"
+CELL = (
+    *("profile", "contention", "decode_share", "decode_gpus", "fleet", "gpus", "workload", "lora_share"),
+    *("policy", "max_concurrency", "load"),
+)
+"""Columns by which rows of two sweeps are the same cell; one in which each side has one value may differ."""
+RATIOS = {
+    "request_latency_mean_s": "mean latency",
+    "request_latency_p99_s": "P99 latency",
+    "request_throughput": "requests/s",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """What is printed, and the figure of it."""
+
+    parts: list[Printed]
+    draw: Callable[[], Any]
+
+
+def compare_results(a: Path, b: Path, out: Path | None) -> list[Printed]:
+    """Compare two folders; with ``out`` also draw it there. InputError for what is no result, or cannot be paired."""
+    if out is not None:
+        claim_folder(out, "compare")
+    kinds = [_kind(folder) for folder in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{a} is a {kinds[0]} and {b} a {kinds[1]}; two of one kind can be compared.")
+    result = compare_sweeps(a, b) if kinds[0] == "sweep" else compare_runs(a, b)
+    if out is not None:
+        save(result.draw(), out, "compare")
+        return [*result.parts, f"{out}: compare.png, compare.pdf"]
+    return result.parts
+
+
+def _kind(folder: Path) -> str:
+    if (folder / MANIFEST).is_file() and (folder / RUNS).is_file():
+        return "sweep"
+    if (folder / "summary.json").is_file() and (folder / "requests.parquet").is_file():
+        return "run"
+    raise InputError(f"{folder}: this is neither the folder of a run nor of a finished sweep.")
+
+
+# Two runs
+
+
+def compare_runs(a: Path, b: Path) -> SideBySide:
+    """Latencies of the same requests under two policies, on two GPUs, simulated and real."""
+    summaries = [_summary(folder) for folder in (a, b)]
+    tables = [measured(read_requests(folder)).set_index("request_id") for folder in (a, b)]
+    _require_same_requests(a, b, tables)
+    both = tables[0].index[(tables[0]["status"] == "done") & (tables[1]["status"] == "done")]
+    if both.empty:
+        raise InputError(f"{a} and {b}: no measured request is done in both, so nothing can be paired.")
+    left, right = (table.loc[both].sort_values(["arrival_s"], kind="stable") for table in tables)
+    loads = [summary["run"]["load"] for summary in summaries]
+    load = None if None in loads else max(loads)
+    rows = []
+    values = [table["request_latency_s"].astype(float) for table in (left, right)]
+    interval = difference(values[0].tolist(), values[1].tolist(), load)
+    rows.append(_row("latency, mean", [float(value.mean()) for value in values], interval))
+    for name, quantile in (("P50", 0.5), ("P90", 0.9), ("P99", 0.99)):
+        rows.append(_row(f"latency, {name}", [float(value.quantile(quantile)) for value in values]))
+    split = [stages(table) for table in (left, right)]
+    for stage in STAGES:
+        own = [part[stage] for part in split]
+        means = [float(part.mean()) for part in own]
+        rows.append(_row(f"{stage.replace('_', ' ')}, mean", means, difference(own[0].tolist(), own[1].tolist(), load)))
+    for title, name in (
+        ("requests/s", "request_throughput"),
+        ("goodput, 1/s", "goodput"),
+        ("skipped", "skip_fraction"),
+    ):
+        rows.append(_row(title, [summary[name] or 0.0 for summary in summaries]))
+    faster = int((values[1] < values[0]).sum())
+    sentence = (
+        f"B's mean latency is {_percent(rows[0][3])} A's: {_signed(interval)} s over {len(both)} of "
+        f"{len(tables[0])} measured requests, of which {faster} are faster in B."
+    )
+    if interval.low == float("-inf"):
+        block = requests_per_block(load) if load is not None else None
+        why = (
+            "the load is not below 1"
+            if block is None
+            else f"{BLOCKS * block} measured requests are needed at this load"
+        )
+        sentence += f" No interval: {why}."
+    names = [_run_name(folder, summary) for folder, summary in zip((a, b), summaries, strict=True)]
+    parts: list[Printed] = [sentence, f"A: {names[0]}", f"B: {names[1]}", ""]
+    parts.append((["s", "A", "B", "B / A", "B - A [95%]"], [row[:5] for row in rows]))
+    estimated = any(summary["run"].get("provenance") == "estimated" for summary in summaries)
+    return SideBySide(parts, lambda: paired_requests(left, right, names, sentence, estimated))
+
+
+def difference(a: list[float], b: list[float], load: float | None) -> Interval:
+    """Mean of b - a in order of arrival, with an interval from means of blocks; infinite where there are too few."""
+    paired = [y - x for x, y in zip(a, b, strict=True)]
+    block = None if load is None else requests_per_block(load)
+    blocks = 0 if block is None else min(MOST_BLOCKS, len(paired) // block)
+    return batch_means_interval(paired, blocks if blocks >= BLOCKS else len(paired))
+
+
+def _require_same_requests(a: Path, b: Path, tables: list[pandas.DataFrame]) -> None:
+    if list(tables[0].index) != list(tables[1].index):
+        raise InputError(f"{a} and {b} have other requests ({len(tables[0])} and {len(tables[1])} measured ones).")
+    for column in ("images", "steps"):
+        if (tables[0][column] != tables[1][column]).any():
+            raise InputError(
+                f"{a} and {b}: the same requests ask for other {column}; only runs of one trace can be paired."
+            )
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / 'summary.json'}: it cannot be read ({error}).") from None
+    if not isinstance(summary, dict) or not isinstance(summary.get("run"), dict) or "load" not in summary["run"]:
+        raise InputError(f"{folder / 'summary.json'}: this is no run's summary.")
+    return summary
+
+
+def _run_name(folder: Path, summary: Mapping[str, Any]) -> str:
+    run = summary["run"]
+    return f"{folder.name}: {run.get('policy')} on {run.get('profile')}, {run.get('trace')}"
+
+
+def _row(name: str, values: Sequence[float], interval: Interval | None = None) -> list[str]:
+    a, b = values
+    ratio = f"{b / a:.3f}" if a else "-"
+    change = f"{b - a:+.3g}" if interval is None else _signed(interval)
+    return [name, f"{a:.4g}", f"{b:.4g}", ratio, change]
+
+
+def _signed(interval: Interval) -> str:
+    if interval.low == float("-inf"):
+        return f"{interval.value:+.3g}"
+    return f"{interval.value:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}]"
+
+
+def _percent(ratio: str) -> str:
+    return "0 and" if ratio == "-" else f"{100 * float(ratio):.1f}% of"
+
+
+# Two sweeps
+
+
+def compare_sweeps(a: Path, b: Path) -> SideBySide:
+    """Geometric means over seeds of B / A, cell by cell, with t intervals."""
+    sides = [_sweep_rows(folder) for folder in (a, b)]
+    alone = {column for column in CELL if all(len({row.get(column) for row in rows}) == 1 for rows in sides)}
+    cells: list[dict[tuple[Any, ...], dict[int, Mapping[str, Any]]]] = [{}, {}]
+    for rows, own in zip(sides, cells, strict=True):
+        for row in rows:
+            place = tuple(None if column in alone else row.get(column) for column in CELL)
+            own.setdefault(place, {})[row["seed"]] = row
+    lines, drawn = [], []
+    for place in sorted(cells[0], key=lambda place: [(isinstance(part, str), part or 0) for part in place]):
+        seeds = sorted(cells[0][place].keys() & cells[1].get(place, {}).keys())
+        if not seeds:
+            continue
+        ratios = {}
+        for column, title in RATIOS.items():
+            values = [{seed: own[place][seed].get(column) or 0.0 for seed in seeds} for own in cells]
+            if all(value > 0 for side in values for value in side.values()):
+                ratios[title] = paired_log_ratio(values[1], values[0])
+        name = ", ".join(
+            _worded(column, value) for column, value in zip(CELL, place, strict=True) if value not in (None, "")
+        )
+        lines.append([name or "all", str(len(seeds)), *(_ratio(ratios.get(title)) for title in RATIOS.values())])
+        drawn.append((name or "all", ratios))
+    if not drawn:
+        raise InputError(f"{a} and {b} have no cell in common ({', '.join(CELL)}, seed), so nothing can be paired.")
+    names = [_sweep_name(folder, rows, alone) for folder, rows in zip((a, b), sides, strict=True)]
+    sentence = f"B / A on {len(drawn)} cells, paired by seed; below 1 B is lower. Ratios with 95% t intervals."
+    left_out = len(cells[0].keys() ^ cells[1].keys())
+    parts: list[Printed] = [sentence, f"A: {names[0]}", f"B: {names[1]}"]
+    parts += [f"{left_out} cells are only in one of them and left out."] if left_out else []
+    parts += ["", (["cell", "seeds", *RATIOS.values()], lines)]
+    estimated = any(row.get("estimated") for rows in sides for row in rows)
+    return SideBySide(parts, lambda: paired_sweeps(drawn, names, estimated))
+
+
+def _sweep_rows(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_table(folder / RUNS, {})[0].to_pylist()
+    return [row for row in rows if row["purpose"] == "grid" and row.get("load") is not None]
+
+
+def _worded(column: str, value: Any) -> str:
+    if column in ("profile", "fleet", "workload", "policy"):
+        return str(value)
+    return f"{column.replace('_', ' ')} {value:g}" if isinstance(value, int | float) else f"{column} {value}"
+
+
+def _sweep_name(folder: Path, rows: list[dict[str, Any]], alone: set[str]) -> str:
+    own = [str(rows[0].get(column)) for column in ("profile", "fleet", "workload", "policy") if column in alone]
+    return f"{folder.name}: " + ", ".join(part for part in own if part not in ("", "None"))
+
+
+def _ratio(ratio: PairedRatio | None) -> str:
+    if ratio is None:
+        return "-"
+    return f"{ratio.ratio:.3f}" + (f" [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio.seeds > 1 else "")
