@@ -21,6 +21,12 @@ profile_app.add_typer(import_app, name="import")
 
 ImportOut = Annotated[Path, typer.Option(help="Folder for the profile, which is named after it.")]
 SourceText = Annotated[str, typer.Option(help="Who published the numbers, and where; kept in profile.yaml.")]
+Estimate = Annotated[
+    str | None,
+    typer.Option(help="Card whose estimate fills what is missing, marked: slowdowns, chunks, h100, l40s, ..."),
+]
+Contention = Annotated[str, typer.Option(help="With --estimate: low, mid, high or a number from 0 to 3.")]
+WarmUp = Annotated[int, typer.Option(min=0, max=1000, help="First steps to leave out.")]
 Guided = Annotated[bool, typer.Option("--guided/--unguided", help="Whether an image takes two rows of a step.")]
 
 
@@ -130,11 +136,81 @@ def table(
     _write_imported(imported.table_profile(file, out.resolve().name, source, model, resolution, guided), out)
 
 
+@import_app.command()
+def sglang(
+    files: Annotated[list[Path], typer.Argument(help="Dumps of --perf-dump-path.")],
+    batch: Annotated[str, typer.Option(help="Images of a batch, which dumps do not name: one number, or one a file.")],
+    resolution: Annotated[str, typer.Option(help="HEIGHTxWIDTH, which dumps do not name.")],
+    out: ImportOut,
+    guided: Guided = True,
+    model: Annotated[str, typer.Option(help="Its name; sd15 or sdxl for --estimate.")] = "",
+    warm_up: WarmUp = 1,
+    estimate: Estimate = None,
+    contention: Contention = "mid",
+    source: SourceText = "",
+) -> None:
+    """A profile from SGLang's performance dumps: steps, decode and text encoding.
+
+    Example: synerdiff profile import sglang b1.json b4.json --batch 1,4 --resolution 1024x1024 --out mine
+    """
+    from profiler import engine_logs as logs
+
+    size = logs.size_of(resolution)
+    times = logs.sglang_times(files, logs.batches_of(batch, len(files)), guided, warm_up)
+    _write_logged(
+        logs.engine_profile(times, out.resolve().name, source or "SGLang", model, size), out, estimate, contention
+    )
+
+
+@import_app.command("vllm-omni")
+def vllm_omni(
+    files: Annotated[list[Path], typer.Argument(help="Logs with lines of [DiffusionBatchProfiler].")],
+    resolution: Annotated[str, typer.Option(help="HEIGHTxWIDTH: which of the logged batches count.")],
+    out: ImportOut,
+    unit: Annotated[
+        str | None, typer.Option(help="s, ms, us or ns: of times that the lines give without a unit.")
+    ] = None,
+    guided: Guided = True,
+    model: Annotated[str, typer.Option(help="Its name; sd15 or sdxl for --estimate.")] = "",
+    warm_up: WarmUp = 1,
+    estimate: Estimate = None,
+    contention: Contention = "mid",
+    source: SourceText = "",
+) -> None:
+    """A profile from the lines of vllm-omni's batching profiler: steps alone.
+
+    Example: synerdiff profile import vllm-omni server.log --unit ms --resolution 1024x1024 --model sdxl --out mine
+    """
+    from profiler import engine_logs as logs
+
+    if unit is not None and unit not in logs.UNITS_NS:
+        raise InputError(f"--unit is {unit!r}; allowed are {', '.join(logs.UNITS_NS)}.")
+    size = logs.size_of(resolution)
+    times = logs.vllm_omni_times(files, size, unit, guided, warm_up)
+    _write_logged(
+        logs.engine_profile(times, out.resolve().name, source or "vllm-omni", model, size), out, estimate, contention
+    )
+
+
+def _write_logged(found: Profile, out: Path, estimate: str | None, contention: str) -> None:
+    """With what is missing estimated where that is asked for, and with what is to be known about it."""
+    from profiler.engine_logs import filled
+
+    for fact in found.head.notes["said"]:
+        typer.echo(f"  {fact}")
+    _write_imported(found if estimate is None else filled(found, estimate, contention), out)
+
+
 def _write_imported(found: Profile, out: Path) -> None:
     claim_folder(out, "profile import")
     write_profile(out, found)
     for line in _times(found):
         typer.echo(line)
+    if found.corun:
+        for cell, origin in found.head.notes["cells"].items():
+            typer.echo(f"  {cell}: {origin}")
+        typer.echo(f"{out}: {found.label}, imported; figures name it so.")
+        return
     typer.echo(f"{out}: {found.name} (imported). It has no co-run slowdowns, so its policies decode by themselves:")
     typer.echo("static, dynamic, continuous-serial.")
 

@@ -253,8 +253,11 @@ class Profile:
 
     @property
     def label(self) -> str:
-        """The name as figures show it: an estimated profile says so."""
-        return f"{self.name} (estimated)" if self.estimated else self.name
+        """The name as figures show it: an estimated profile says so, and so does one with estimated slowdowns."""
+        if self.estimated:
+            return f"{self.name} (estimated)"
+        guessed = self.provenance == "imported" and self.corun
+        return f"{self.name} (slowdowns estimated)" if guessed else self.name
 
     @property
     def max_rows(self) -> int:

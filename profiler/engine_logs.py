@@ -1,0 +1,255 @@
+"""Profiles from an engine's own logs: SGLang's performance dumps, the lines of vllm-omni's batching profiler.
+
+Neither measures decodes beside steps: that is left out, or filled from the estimator and marked (`filled`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+from profiler.datasheets import MODELS
+from profiler.estimate import estimate_profile
+from synerdiff.core import InputError
+from synerdiff.files import finite, read_text, shown
+from synerdiff.profile.tables import Head, Profile, Spread
+
+UNITS_NS = {"s": 1e9, "ms": 1e6, "us": 1e3, "ns": 1.0}
+PATCH_PIXELS = 16
+"""A compute unit of vllm-omni is a patch of 16 by 16 pixels."""
+WARM_UP = 1
+LAUNCHES = (
+    "a dump made without synchronised profiling measures how long steps take to launch, not to run; "
+    "compare with the stage's duration"
+)
+_PROFILER = "[DiffusionBatchProfiler]"
+_PAIR = re.compile(r"(\w+)=([0-9.eE+-]+) ?(ms|us|ns|s)?\b")
+_PAIRS = ("batch_size", "request_compute_units", "total_compute_units", "denoise_step_time")
+
+
+@dataclass(slots=True)
+class EngineTimes:
+    """What logs hold, in ns: steps by rows, decodes and text encodings of one image; and what is to be said."""
+
+    steps: defaultdict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    decodes: list[float] = field(default_factory=list)
+    encodes: list[float] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """``HxW`` as (height, width)."""
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if match is None:
+        raise InputError(f"--resolution is {shown(repr(text))}; HEIGHTxWIDTH is needed, like 768x512.")
+    return int(match[1]), int(match[2])
+
+
+def batches_of(text: str, files: int) -> list[int]:
+    """Images of a batch: one number for all files, or one for each."""
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and 0 < int(part[:9]) <= 4096 for part in parts):
+        raise InputError(f"--batch is {shown(repr(text))}; numbers from 1 to 4096 are needed, separated by commas.")
+    if len(parts) not in (1, files):
+        raise InputError(f"--batch has {len(parts)} numbers for {files} files; give one for all, or one for each.")
+    return [int(part) for part in parts] * (files if len(parts) == 1 else 1)
+
+
+def sglang_times(files: Sequence[Path], batches: Sequence[int], guided: bool, warm_up: int = WARM_UP) -> EngineTimes:
+    """Times of SGLang's ``--perf-dump-path`` files, each of a batch that the dump does not name.
+
+    The first ``warm_up`` steps of each are left out. Of its stages that which decodes and that which encodes text are
+    taken. InputError names the file and the field.
+    """
+    times = EngineTimes()
+    for path, batch in zip(files, batches, strict=True):
+        dump = _dump(path)
+        steps = [_milliseconds(path, "denoise_steps_ms", entry) for entry in _entries(path, dump, "denoise_steps_ms")]
+        if len(steps) <= warm_up:
+            raise InputError(f"{path}: it has {len(steps)} steps, of which {warm_up} are warm-up; none is left.")
+        times.steps[batch * (2 if guided else 1)] += [step_ms * 1e6 for step_ms in steps[warm_up:]]
+        unread = []
+        for entry in _entries(path, dump, "steps") if "steps" in dump else ():
+            name, stage_ms = str(entry.get("name", "")), _milliseconds(path, "steps", entry)
+            known = name.lower()
+            if "denois" in known:
+                share = sum(steps) / stage_ms
+                times.facts.append(f"{path.name}: its steps add up to {share:.0%} of {shown(name)}")
+                if share < 0.9:
+                    times.facts.append(f"{path.name}: so its steps measure launches; their times are too short")
+            elif "decod" in known:
+                times.decodes.append(stage_ms * 1e6 / batch)
+            elif "encod" in known and ("text" in known or "prompt" in known):
+                times.encodes.append(stage_ms * 1e6 / batch)
+            else:
+                unread.append(shown(name))
+        if unread:
+            times.facts.append(f"{path.name}: stages not read: {', '.join(unread)}")
+    times.facts.append(f"the first {warm_up} steps of each dump are left out")
+    times.facts.append(LAUNCHES)
+    return times
+
+
+def _dump(path: Path) -> dict[str, Any]:
+    try:
+        dump = json.loads(read_text(path, "performance dump"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: this is not JSON, so it is no performance dump.") from None
+    if not isinstance(dump, dict):
+        raise InputError(f"{path}: a performance dump is a JSON object; this is a {type(dump).__name__}.")
+    return dump
+
+
+def _entries(path: Path, dump: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    entries = dump.get(name)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise InputError(f"{path}: {name} is missing or no list of objects; SGLang's --perf-dump-path writes it.")
+    return entries
+
+
+def _milliseconds(path: Path, name: str, entry: dict[str, Any]) -> float:
+    value = entry.get("duration_ms")
+    if not finite(value, lambda number: 0 < number < 1e9):
+        raise InputError(f"{path}: {name} has duration_ms {shown(repr(value))}; a number above 0 is needed.")
+    return float(value)  # type: ignore[arg-type]
+
+
+def vllm_omni_times(
+    files: Sequence[Path], size: tuple[int, int], unit: str | None, guided: bool, warm_up: int = WARM_UP
+) -> EngineTimes:
+    """Times in the lines ``[DiffusionBatchProfiler] batch_size= ... denoise_step_time=`` of logs.
+
+    Only batches of this resolution count (their compute units say so); of each batch size the first ``warm_up`` steps
+    are left out. ``unit`` is that of times without one. InputError names the line.
+    """
+    units = -(-size[0] // PATCH_PIXELS) * -(-size[1] // PATCH_PIXELS)
+    times = EngineTimes()
+    skipped: Counter[str] = Counter()
+    for path in files:
+        for where, values, time_ns in _profiler_lines(path, unit):
+            batch, request, total = (values[name] for name in _PAIRS[:3])
+            if request != units:
+                skipped[f"of {request} compute units a request"] += 1
+            elif total != batch * request:
+                skipped["of several resolutions in one batch"] += 1
+            elif not 0 < batch <= 4096:
+                raise InputError(f"{where}: batch_size is {batch}; allowed are 1 to 4096.")
+            else:
+                times.steps[batch * (2 if guided else 1)].append(time_ns)
+    for rows, steps in list(times.steps.items()):
+        if len(steps) <= warm_up:
+            skipped[f"warm-up (all of the steps of {rows} rows)"] += len(steps)
+            del times.steps[rows]
+        else:
+            times.steps[rows] = steps[warm_up:]
+    what = ", ".join(f"{reason}: {count:,}" for reason, count in skipped.items())
+    if not times.steps:
+        raise InputError(
+            f"{files[0]}: no step of {size[0]}x{size[1]} pixels ({units} compute units) is left "
+            f"({what or f'no line holds {_PROFILER}'})."
+        )
+    times.facts += [f"steps not read: {what}"] if what else []
+    times.facts.append(f"the first {warm_up} steps of each batch size are left out")
+    return times
+
+
+def _profiler_lines(path: Path, unit: str | None) -> Iterator[tuple[str, dict[str, int], float]]:
+    """(place, whole numbers by name, time of a step in ns) of every profiler line."""
+    for number, line in enumerate(read_text(path, "log").split("\n"), 1):
+        if _PROFILER not in line:
+            continue
+        where = f"{path}, line {number}"
+        found = {match[1]: (match[2], match[3]) for match in _PAIR.finditer(line.partition(_PROFILER)[2])}
+        missing = [name for name in _PAIRS if name not in found]
+        if missing:
+            raise InputError(f"{where}: {missing[0]}= is missing; the profiler writes {'=, '.join(_PAIRS)}=.")
+        text, written = found["denoise_step_time"]
+        if written is None and unit is None:
+            raise InputError(f"{where}: denoise_step_time={text} has no unit; give --unit s or --unit ms.")
+        try:
+            values = {name: int(float(found[name][0])) for name in _PAIRS[:3]}
+            time_ns = float(text) * UNITS_NS[written or unit or "s"]
+        except (ValueError, OverflowError):
+            raise InputError(f"{where}: the profiler's values are numbers; found {shown(line)}.") from None
+        if not finite(time_ns, lambda ns: 0 < ns < 1e15):
+            raise InputError(f"{where}: denoise_step_time is {text}; a time above 0 is needed.")
+        yield where, values, time_ns
+
+
+def engine_profile(times: EngineTimes, name: str, source: str, model: str, size: tuple[int, int]) -> Profile:
+    """The imported profile: medians and deciles over all files, no co-run slowdowns."""
+    notes: dict[str, Any] = {
+        "imported_from": source or "an engine's logs",
+        "cells": {"steps": "imported", "decode": "imported" if times.decodes else "not in the logs: taken as nothing"},
+        "said": list(times.facts),
+    }
+    return Profile(
+        name=name,
+        provenance="imported",
+        row_buckets=None,
+        steps={rows: _spread_of(steps) for rows, steps in sorted(times.steps.items())},
+        chunks={"whole": (_spread_of(times.decodes or [1.0]),)},
+        corun={},
+        overheads={"text_encode": _spread_of(times.encodes)} if times.encodes else {},
+        head=Head(model=model, resolutions=(size,), source=source, notes=notes),
+    )
+
+
+def _spread_of(values: Sequence[float]) -> Spread:
+    tenths = quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]] * 9
+    low, middle, high = (max(1, round(tenths[i])) for i in (0, 4, 8))
+    return Spread(middle, low, high, len(values))
+
+
+def filled(profile: Profile, gpu: str, contention: str) -> Profile:
+    """The profile with what it lacks taken from the estimate of its model on that card, every such cell with n = 0.
+
+    Slowdowns of steps and decodes that run together; the chunks of a decode, scaled to the decode that is known; a
+    decode and a text encoding that are not known. `profile.head.notes["cells"]` says which cell came from where.
+    """
+    if profile.head.model not in MODELS or profile.head.size is None:
+        raise InputError(
+            f"--estimate needs a model that is known, at a known resolution: give --model {' or '.join(MODELS)} "
+            "and --resolution."
+        )
+    height, width = profile.head.size
+    estimate = estimate_profile(gpu, profile.head.model, contention, resolution=f"{height}x{width}")
+    whole = profile.chunks["whole"][0]
+    known = whole.median > 1
+    scale = whole.median / estimate.decode_ns() if known else 1.0
+    chunks = {
+        name: tuple(_estimated(piece.median * scale) for piece in pieces) for name, pieces in estimate.chunks.items()
+    }
+    most = max(profile.steps)
+    corun = {
+        place: {**cells, **({most: cells[max(cells)]} if most > max(cells) else {})}
+        for place, cells in estimate.corun.items()
+    }
+    by = f"estimated for {gpu} and {profile.head.model}"
+    cells = {
+        "steps": "imported",
+        "decode": "imported" if known else by,
+        "chunks of a decode": f"{by}, scaled to the decode" if known else by,
+        "slowdowns": f"{by}, contention {contention}",
+        "text_encode": "imported" if "text_encode" in profile.overheads else by,
+    }
+    return replace(
+        profile,
+        chunks={**chunks, "whole": (whole if known else _estimated(estimate.decode_ns()),)},
+        corun=corun,
+        overheads={**estimate.overheads, **profile.overheads},
+        head=profile.head.model_copy(update={"notes": {**profile.head.notes, "cells": cells}}),
+    )
+
+
+def _estimated(time_ns: float) -> Spread:
+    exactly = max(1, round(time_ns))
+    return Spread(exactly, exactly, exactly, 0)
