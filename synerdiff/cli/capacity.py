@@ -7,14 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from synerdiff.cli.options import priced
+from synerdiff.cli import options
 from synerdiff.cli.progress import print_table, progress
 from synerdiff.core import InputError
 
 
 def capacity(
     file: Annotated[Path | None, typer.Argument(help="A capacity file (YAML), instead of the options.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Trace file (CSV or parquet), replayed as it is.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="Trace file of any dialect, replayed as it is.")] = None,
+    map: options.Map = None,
+    sort: options.Sort = False,
     profile: Annotated[list[str] | None, typer.Option(help="Profile of a GPU; may be repeated.")] = None,
     slo: Annotated[str | None, typer.Option(help="What is to be kept: p99=10s, or goodput=0.99.")] = None,
     slo_seconds: Annotated[
@@ -39,6 +41,9 @@ def capacity(
     """
     from synerdiff.experiments.capacity_report import open_capacity
 
+    if trace is None and (map is not None or sort):
+        raise InputError("--map and --sort say how --trace is read, which is missing.")
+    reading = ({} if map is None else {"map": map}) | ({"sort": True} if sort else {})
     given: dict[str, Any] = {
         "profiles": profile,
         "slo": slo,
@@ -46,10 +51,10 @@ def capacity(
         "policies": None if policy is None else [_policy(name, batch) for name in policy.split(",")],
         "gpus": gpus,
         "find": find,
-        "prices": None if price is None else priced(price),
+        "prices": None if price is None else options.priced(price),
         "router": router,
         "skip_budget": None if skip_fraction is None else {"fraction": skip_fraction},
-        "workload": None if trace is None else {"name": "trace", "trace": str(trace)},
+        "workload": None if trace is None else {"name": "trace", "trace": str(trace), "parameters": reading},
     }
     fields = {name: value for name, value in given.items() if value is not None}
     if file is not None and fields:

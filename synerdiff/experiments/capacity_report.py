@@ -12,6 +12,7 @@ from synerdiff.config.capacity import Question, load_question
 from synerdiff.experiments.backends import make_backend
 from synerdiff.experiments.capacity import Answer, Ask, Inquiry, Verdict, best_of, by_size, limits_s, request_table
 from synerdiff.experiments.report import Printed
+from synerdiff.experiments.sources import arrivals
 from synerdiff.experiments.sweep import MANIFEST, write_manifest
 from synerdiff.figures.capacity import capacity_figure
 from synerdiff.figures.style import save
@@ -195,7 +196,7 @@ def _setting(study: Inquiry) -> str:
 
 def _rests_on(study: Inquiry, answers: Sequence[Answer]) -> list[str]:
     question, target = study.question, study.question.target
-    lines = [f"Workload: {_setting(study)}"]
+    lines = [f"Workload: {_setting(study)}", *arrivals(study.sources[0]).read_as]
     if target.quantile is None:
         first = limits_s(study.requests(question.profiles[0]))
         where = (
@@ -219,7 +220,7 @@ def _rests_on(study: Inquiry, answers: Sequence[Answer]) -> list[str]:
     for profile in {answer.profile.name: answer.profile for answer in answers}.values():
         how = {
             "measured": "was measured on its device",
-            "imported": "holds times that others published",
+            "imported": f"holds times that others published{', with estimated slowdowns' if profile.corun else ''}",
             "estimated": "is estimated from data sheets, not measured",
         }.get(profile.provenance, f"is {profile.provenance}")
         lines.append(f"Profile {profile.name} {how}.")

@@ -208,6 +208,7 @@ def _write(grid: Grid, results: Results, search: Sequence[Mapping[str, Any]]) ->
             for (name, share), replicates in grid.sources.items()
         },
         "dropped": results.dropped,
+        "read_as": {name: list(arrivals(replicates[0]).read_as) for (name, _), replicates in grid.sources.items()},
         "batches": results.batches,
         "runs": [row["key"] for row in results.rows],
         "versions": {"synerdiff": __version__, "python": platform.python_version(), **library_versions()},

@@ -318,6 +318,10 @@ def test_the_command_answers_first_and_leaves_with_1_when_nothing_keeps_it(
     assert (world / "o" / "figures" / "capacity.png").stat().st_size > 10_000
     assert cli.main([*ask, "--slo", "p99=1ms", "--gpus", "2", "--out", "none"]) == 1
     assert "2 GPUs do not keep P99 at 0.001 s" in capsys.readouterr().out
+    (world / "f.csv").write_text((world / "t.csv").read_text().replace("arrival_s,steps", "when,steps"))
+    ask = ["capacity", "--trace", "f.csv", "--profile", "p", "--policy", "static", "--jobs", "1", "--slo", "p99=1ms"]
+    assert cli.main([*ask, "--map", "arrival=when:s", "--gpus", "1", "--out", "foreign"]) == 1
+    assert "read as CSV: arrival from when (seconds), steps from steps" in capsys.readouterr().out
 
 
 def test_the_highest_rate_of_a_fleet(world: Path) -> None:
