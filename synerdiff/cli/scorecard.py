@@ -35,8 +35,8 @@ def scorecard(
     from synerdiff.validation import scorecard as card
 
     studies = card.studies(only or ())
-    runs = data if data is not None and data.is_file() else None
-    if runs is not None and studies != ["mlperf"]:
+    runs = card.runs_in(data)
+    if runs == data and runs is not None and studies != ["mlperf"]:
         raise InputError(f"--data {data} is a file, which only --only mlperf takes; give a folder.")
     if out is not None:
         claim_folder(out, "scorecard")

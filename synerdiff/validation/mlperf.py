@@ -118,6 +118,13 @@ class ServerRun:
         ]
 
 
+def runs_in(data: Path | None) -> Path | None:
+    """The table of runs that is meant: ``data`` itself, or the one in that folder; None: the committed one."""
+    if data is None or data.is_file():
+        return data
+    return data / RUNS_FILE.name if (data / RUNS_FILE.name).is_file() else None
+
+
 def read_runs(path: Path = RUNS_FILE) -> list[ServerRun]:
     """The runs of a table; a latency that is not given is not judged. InputError names file and line."""
     latencies = [f"latency_{measure}_s" for measure in SHOWN]

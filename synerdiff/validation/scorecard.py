@@ -19,6 +19,7 @@ from synerdiff.files import read_rows, write_rows
 from synerdiff.profile.adapters import write_adapters
 from synerdiff.profile.folder import write_profile
 from synerdiff.validation.estimator_fit import score_times as score_times
+from synerdiff.validation.mlperf import runs_in as runs_in
 from synerdiff.validation.mlperf import score_mlperf as score_mlperf
 
 KATZ_FILE = "katz_h800_sdxl.csv"
