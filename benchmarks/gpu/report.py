@@ -178,7 +178,7 @@ def gates(results: Results) -> list[Gate]:
         max(gaps, key=lambda name: gaps[name], default=""),
     )
     checks = results.get("validation", {}).get("checks", ()) if real else ()
-    passed = sum(check.get("verdict") == "pass" for check in checks)
+    passed = sum(check.get("verdict") == "passed" for check in checks)
     card = card_of(str(environment.get("device", "")))
     return [
         Gate("guided step (2 rows)", step_ms, 40, "ms"),

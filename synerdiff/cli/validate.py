@@ -43,7 +43,8 @@ def validate(
 ) -> None:
     """Profile cells and run policies in turn, simulate the same, and report every error against stated tolerances.
 
-    Exit code 1 when a tolerance is exceeded. Ctrl-C reports the repeats that are complete.
+    Exit code 1 when a check fails, or when a prediction looked up a cell that was not measured here. Ctrl-C reports the
+    repeats that are complete.
     """
     from synerdiff.validation import errors, report, session
 
@@ -62,7 +63,7 @@ def validate(
         cluster=None,
     )
     loads = (*dict.fromkeys(load or DEFAULT_LOADS), *([session.SATURATION] if saturation else []))
-    plan = session.ValidationPlan(spec, policies, loads, repeats, limits.range_factors)
+    plan = session.ValidationPlan(spec, policies, loads, repeats)
     name = session.require(plan, model)
     claim_folder(out, "validate")
     with session.opened(plan, name, device) as hardware, stop_on_interrupt() as stop:

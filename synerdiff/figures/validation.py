@@ -54,7 +54,9 @@ def prediction_errors(
             place, value = places[row["case"]], 100 * row["error"]
             low, high = (100 * float(np.clip(row[end], -reach, reach)) for end in ("low", "high"))
             judged = row["limit"] == row["limit"]
-            color = "#555555" if not judged else BLUE if abs(row["error"]) <= row["limit"] else ORANGE
+            inside = -row["limit"] <= row["low"] and row["high"] <= row["limit"]
+            outside = row["low"] > row["limit"] or row["high"] < -row["limit"]
+            color = "#555555" if not judged else BLUE if inside else ORANGE if outside else "#999999"
             axis.plot([low, high], [place, place], color=color, linewidth=1)
             axis.plot(value, place, "o", color=color, markersize=3)
         axis.set_xlim(-100 * reach, 100 * reach)
@@ -64,8 +66,8 @@ def prediction_errors(
     axes[0].set_ylim(len(cases) - 0.4, -0.6)
     note = (
         "Off by: measured / predicted - 1. Points: medians over repeats; lines: 95% intervals (order statistics). "
-        "Band: tolerance. Blue: within; "
-        f"orange: beyond; grey: not judged by itself. A line that reaches an edge goes on. {caption}"
+        "Band: tolerance. Blue: all of the interval within; "
+        f"orange: all of it beyond; grey: unclear, or not judged. A line that reaches an edge goes on. {caption}"
     )
     return finish(figure, title, note)
 

@@ -1,16 +1,21 @@
-"""How far predictions were off: metric by metric, median over repeats, with the stage in which they part."""
+"""How far predictions were off: metric by metric over the repeats, with the stage in which they part.
+
+A check is judged by the interval of the error: it passes when all of it lies inside the tolerance, fails when all of
+it lies outside, and is unclear otherwise.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from synerdiff.core import NS_PER_S, InputError, WorkRecord
 from synerdiff.experiments.run import Outcome
 from synerdiff.profile.tables import Profile
-from synerdiff.results.intervals import Interval, percentile_interval
+from synerdiff.results.intervals import Interval, percentile_interval, t_interval
 from synerdiff.validation.session import Observation, Validation, ValidationCase
 
 RELATIVE, POINTS, OF_LATENCY = "relative", "points", "of latency"
@@ -34,29 +39,35 @@ METRICS = {
 a share of the predicted mean latency, because a stage of a few microseconds has no meaningful ratio."""
 
 
+Verdict = Literal["passed", "unclear", "failed"]
+FEWEST_FOR_MEDIAN = 6
+"""Repeats from which on the median has a 95% interval of order statistics."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """Largest errors. ``latency`` applies up to load 0.5; above it the mean latency must lie in the simulated range."""
+    """Largest errors: of stage times, throughput and the mean latency."""
 
     name: str
     stage: float
     throughput: float
     latency: float
-    range_factor: float
-    """The simulated range: all times multiplied by 1 - this and 1 + this."""
-    range_everywhere: bool = False
-    """Judge the mean latency by the range at every load."""
 
-    @property
-    def range_factors(self) -> tuple[float, float]:
-        return 1 - self.range_factor, 1 + self.range_factor
+    def limit(self, metric: str) -> float | None:
+        """Of a metric; None where it is not judged."""
+        limits = {"request_throughput": self.throughput, "request_latency_mean_s": self.latency}
+        return self.stage if metric in ("step_time_s", "decode_time_s") else limits.get(metric)
 
 
-TOLERANCES = {
-    "strict": Tolerance("strict", 0.03, 0.03, 0.05, 0.02),
-    "cpu": Tolerance("cpu", 0.15, 0.15, 0.15, 0.15, range_everywhere=True),
-}
-LOW_LOAD = 0.5
+TOLERANCES = {"strict": Tolerance("strict", 0.03, 0.03, 0.05), "cpu": Tolerance("cpu", 0.15, 0.15, 0.15)}
+JUDGED = ("step_time_s", "decode_time_s", "request_throughput", "request_latency_mean_s")
+
+
+def judged(low: float, high: float, limit: float) -> Verdict:
+    """Of an error whose 95% interval is ``low`` to ``high``, against -limit to +limit."""
+    if -limit <= low and high <= limit:
+        return "passed"
+    return "failed" if low > limit or high < -limit else "unclear"
 
 
 def tolerance_of(name: str) -> Tolerance:
@@ -76,6 +87,13 @@ class MetricError:
     """Median of the repeats' errors with its 95% interval (order statistics); None where none is defined."""
     repeats: tuple[tuple[float, float], ...]
     """(measured, predicted) per repeat."""
+    errors: tuple[float, ...] = ()
+    """Per repeat where one is defined."""
+
+    @property
+    def interval(self) -> Interval | None:
+        """By which a check judges: the median's; of fewer repeats than that needs, Student's of the mean."""
+        return self.error if self.error is None or len(self.errors) >= FEWEST_FOR_MEDIAN else t_interval(self.errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +104,7 @@ class Check:
     what: str
     value: str
     allowed: str
-    passed: bool
+    verdict: Verdict
 
 
 @dataclass(slots=True)
@@ -95,8 +113,6 @@ class CaseErrors:
 
     case: ValidationCase
     metrics: dict[str, MetricError] = field(default_factory=dict)
-    range_s: tuple[float, float] | None = None
-    """The measured mean latency divided by the ends of the simulated range, median over repeats: (low, high)."""
     blame: str = ""
     faults: int = 0
     dispatch_s: dict[str, float] = field(default_factory=dict)
@@ -132,9 +148,8 @@ def case_errors(session: Validation, case: ValidationCase) -> CaseErrors:
             median(p for _, p in known),
             percentile_interval(ratios, 0.5) if ratios else None,
             tuple(known),
+            tuple(ratios),
         )
-    if not case.saturated:
-        errors.range_s = _range(observed)
     errors.blame = _blame(errors)
     for name, values_ns in (("step", "step_ns"), ("chunk", "chunk_ns"), ("decide", "decide_ns")):
         every = [value for one in observed for value in getattr(one.run.dispatch, values_ns)]
@@ -146,47 +161,27 @@ def case_errors(session: Validation, case: ValidationCase) -> CaseErrors:
 def checks(errors: CaseErrors, tolerance: Tolerance) -> list[Check]:
     """The verdicts on one case."""
     case = errors.case
-    verdicts = [
-        _within(case, errors, "step_time_s", tolerance.stage),
-        _within(case, errors, "decode_time_s", tolerance.stage),
-        _within(case, errors, "request_throughput", tolerance.throughput),
-    ]
-    if not case.saturated:
-        if case.load <= LOW_LOAD and not tolerance.range_everywhere:
-            verdicts.append(_within(case, errors, "request_latency_mean_s", tolerance.latency))
-        else:
-            verdicts.append(_in_range(case, errors, tolerance))
-    verdicts.append(Check(case, "faults", str(errors.faults), "none", errors.faults == 0))
-    return verdicts
+    names = [name for name in JUDGED if not (case.saturated and "latency" in name)]
+    verdicts = [_check(errors, name, tolerance) for name in names]
+    faults: Verdict = "failed" if errors.faults else "passed"
+    return [*verdicts, Check(case, "faults", str(errors.faults), "none", faults)]
 
 
-def _within(case: ValidationCase, errors: CaseErrors, key: str, limit: float) -> Check:
-    name = METRICS[key][0]
-    metric = errors.metrics.get(key)
-    if metric is None or metric.error is None:
-        return Check(case, name, "not measured", f"within {limit:.0%}", False)
-    value = metric.error.value
-    return Check(case, name, f"{value:+.1%}", f"within {limit:.0%}", abs(value) <= limit)
+def _check(errors: CaseErrors, key: str, tolerance: Tolerance) -> Check:
+    limit, name = tolerance.limit(key), METRICS[key][0]
+    assert limit is not None
+    metric, allowed = errors.metrics.get(key), f"within {limit:.0%}"
+    if metric is None or (interval := metric.interval) is None:
+        return Check(errors.case, name, "not measured", allowed, "unclear")
+    text = f"{interval.value:+.1%} [{interval.low:+.1%}, {interval.high:+.1%}]"
+    return Check(errors.case, name, text, allowed, judged(interval.low, interval.high, limit))
 
 
-def _in_range(case: ValidationCase, errors: CaseErrors, tolerance: Tolerance) -> Check:
-    assert errors.range_s is not None
-    below, above = errors.range_s
-    allowed = f"in the simulated range for all times -{tolerance.range_factor:.0%} to +{tolerance.range_factor:.0%}"
-    value = f"{below:.3f} of its low end, {above:.3f} of its high end"
-    return Check(case, "mean latency", value, allowed, below >= 1 >= above)
-
-
-def _range(observed: Sequence[Observation]) -> tuple[float, float]:
-    """Measured mean latency over that simulated with all times shorter, and with all times longer."""
-    ratios: tuple[list[float], list[float]] = ([], [])
-    for one in observed:
-        assert one.low is not None
-        assert one.high is not None
-        measured, *ends = (run.summary["request_latency_mean_s"] for run in (one.measured, one.low, one.high))
-        for ratio, end in zip(ratios, sorted(ends), strict=True):
-            ratio.append(measured / end)
-    return median(ratios[0]), median(ratios[1])
+def tally(verdicts: Iterable[Verdict]) -> str:
+    """``12 passed, 3 unclear, 1 failed``."""
+    counts = Counter(verdicts)
+    kinds: tuple[Verdict, ...] = ("passed", "unclear", "failed")
+    return ", ".join(f"{counts[kind]} {kind}" for kind in kinds)
 
 
 def _error(kind: str, measured: float, predicted: float, mean_latency_s: float) -> float | None:

@@ -15,21 +15,33 @@ from synerdiff.figures.validation import prediction_errors, request_scatter
 from synerdiff.files import atomic, write_rows
 from synerdiff.profile.folder import write_profile
 from synerdiff.profile.tables import Profile
-from synerdiff.validation.errors import METRICS, POINTS, CaseErrors, Check, Tolerance, case_errors, checks
+from synerdiff.validation.errors import (
+    JUDGED,
+    METRICS,
+    POINTS,
+    CaseErrors,
+    Check,
+    Tolerance,
+    case_errors,
+    checks,
+    tally,
+)
+from synerdiff.validation.lookups import sentence
 from synerdiff.validation.session import Validation
 
 FIGURES = ("prediction-errors", "requests", "timelines")
 SHOWN_S = 1.0
 SHOWN_STEPS = 25
-JUDGED = ("step_time_s", "decode_time_s", "request_throughput", "request_latency_mean_s")
 PICTURED = (*JUDGED, "request_latency_p99_s")
 
 
 def conclude(out: Path, session: Validation, tolerance: Tolerance, facts: Mapping[str, Any]) -> tuple[str, bool]:
-    """(the report's text, whether every check passed); everything is written into the folder."""
+    """(the report's text, whether no check failed and every cell that was looked up was measured); everything is
+    written into the folder."""
     errors = [case_errors(session, case) for case in session.plan.cases]
     verdicts = [check for case in errors for check in checks(case, tolerance)]
-    return write_report(out, session, errors, verdicts, tolerance, facts), all(check.passed for check in verdicts)
+    text = write_report(out, session, errors, verdicts, tolerance, facts)
+    return text, not session.unmeasured and all(check.verdict != "failed" for check in verdicts)
 
 
 def write_report(
@@ -80,8 +92,6 @@ def as_json(
             "stage_times": tolerance.stage,
             "throughput": tolerance.throughput,
             "mean_latency": tolerance.latency,
-            "range_factors": list(plan.range_factors),
-            "range_at_every_load": tolerance.range_everywhere,
         },
         "cores_busy_with_others": session.load.others,
         "cores_stolen_by_host": session.load.stolen,
@@ -93,11 +103,12 @@ def as_json(
                 "what": check.what,
                 "found": check.value,
                 "allowed": check.allowed,
-                "passed": check.passed,
+                "verdict": check.verdict,
             }
             for check in verdicts
         ],
-        "passed": all(check.passed for check in verdicts),
+        "cells_looked_up": len(session.lookups),
+        "cells_not_measured": sentence(session.unmeasured),
     }
 
 
@@ -129,6 +140,7 @@ def _case_json(one: CaseErrors) -> dict[str, Any]:
             "error": None if error is None else error.value,
             "error_low": None if error is None or math.isinf(error.low) else error.low,
             "error_high": None if error is None or math.isinf(error.high) else error.high,
+            "judged_by": None if (by := metric.interval) is None or math.isinf(by.low) else [by.low, by.high],
             "error_is": METRICS[key][1],
             "repeats": [list(pair) for pair in metric.repeats],
         }
@@ -136,7 +148,6 @@ def _case_json(one: CaseErrors) -> dict[str, Any]:
         "policy": one.case.policy,
         "load": _load_text(one.case.load),
         "metrics": metrics,
-        "of_simulated_range": None if one.range_s is None else list(one.range_s),
         "where": one.blame,
         "faults": one.faults,
         "dispatch_p50_s": one.dispatch_s,
@@ -146,10 +157,8 @@ def _case_json(one: CaseErrors) -> dict[str, Any]:
 def report_text(data: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     limits = data["tolerance"]
-    low, high = limits["range_factors"]
-    where = "at every load" if limits["range_at_every_load"] else "above load 0.5"
-    failed = [check for check in data["checks"] if not check["passed"]]
-    verdict = "passed" if data["passed"] else f"failed ({len(failed)} of {len(data['checks'])} checks)"
+    not_passed = [check for check in data["checks"] if check["verdict"] != "passed"]
+    verdict = tally(check["verdict"] for check in data["checks"])
     lines = [
         f"# Prediction against hardware: {verdict}",
         "",
@@ -159,11 +168,12 @@ def report_text(data: Mapping[str, Any]) -> str:
         "",
         "Errors are measured / predicted - 1 (stages: as a share of the predicted mean latency; lanes and skipping: "
         "points); medians over repeats with 95% intervals. "
-        f"Tolerances '{limits['name']}': stage times {limits['stage_times']:.0%}, "
-        f"throughput {limits['throughput']:.0%}, "
-        + ("" if limits["range_at_every_load"] else f"mean latency up to load 0.5 {limits['mean_latency']:.0%}, ")
-        + f"{where} the mean latency inside what is simulated with all times x {low:g} and x {high:g}.",
+        f"Tolerances '{limits['name']}': stage times {limits['stage_times']:.0%}, throughput "
+        f"{limits['throughput']:.0%}, mean latency {limits['mean_latency']:.0%}. A check passes when the whole 95% "
+        "interval of its error lies inside, fails when all of it lies outside, and is unclear otherwise; with fewer "
+        "than 6 repeats the interval is Student's of the mean.",
         "",
+        *_cells_lines(data),
         _load_text_of(data["cores_busy_with_others"], data["cores_stolen_by_host"])
         + "Against the shipped profile, the cells measured here are: "
         + ", ".join(f"{name.replace('_', ' ')} x {ratio:.2f}" for name, ratio in data["drift"].items())
@@ -174,9 +184,16 @@ def report_text(data: Mapping[str, Any]) -> str:
         lines += _load_table(load, [case for case in data["cases"] if case["load"] == load])
     lines += ["## Where prediction and reality part", ""]
     lines += [f"- {case['policy']}, load {case['load']}: {case['where']}." for case in data["cases"] if case["where"]]
-    lines += ["", "## Checks that failed" if failed else "All checks passed.", ""]
-    lines += [f"- {c['case']}: {c['what']} {c['found']}; allowed: {c['allowed']}." for c in failed]
+    lines += ["", "## Checks that did not pass" if not_passed else "All checks passed.", ""]
+    lines += [f"- {c['verdict']}: {c['case']}: {c['what']} {c['found']}; allowed: {c['allowed']}." for c in not_passed]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _cells_lines(data: Mapping[str, Any]) -> list[str]:
+    if data.get("cells_not_measured"):
+        return [f"**Predictions looked up cells that were not measured here**: {data['cells_not_measured']}.", ""]
+    looked_up = data.get("cells_looked_up")
+    return [f"All {looked_up} cells that predictions looked up were measured here.", ""] if looked_up else []
 
 
 def _load_text_of(others: float | None, stolen: float | None) -> str:
@@ -195,9 +212,6 @@ def _load_table(load: str, cases: Sequence[Mapping[str, Any]]) -> list[str]:
         cells = [_cell(case["metrics"].get(key), key, kind) for case in cases]
         if any(cells):
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    if load != "saturation":
-        parts = ["{:.3f} / {:.3f}".format(*case["of_simulated_range"]) for case in cases]
-        lines.append("| mean latency / low and high end of the range | " + " | ".join(parts) + " |")
     idle = ["{:.2f} / {:.2f}".format(*(1e3 * case["dispatch_p50_s"][k] for k in ("step", "chunk"))) for case in cases]
     lines.append("| lane idle before a step / chunk, ms | " + " | ".join(idle) + " |")
     return [*lines, ""]
@@ -226,22 +240,15 @@ def _draw(
     import pandas as pd
 
     made_on = f"{facts['model']} on {facts['device']}, {session.repeats} repeats."
-    limits = {
-        "step_time_s": tolerance.stage,
-        "decode_time_s": tolerance.stage,
-        "request_throughput": tolerance.throughput,
-    }
     rows = []
     for one in cases:
         for key in PICTURED:
             metric = one.metrics.get(key)
             if metric is None or metric.error is None or (one.case.saturated and "latency" in key):
                 continue
-            limit = limits.get(key, math.nan)
-            if key == "request_latency_mean_s" and one.case.load <= 0.5 and not tolerance.range_everywhere:
-                limit = tolerance.latency
-            error = metric.error
-            rows.append((one.case.label, METRICS[key][0], error.value, error.low, error.high, limit))
+            limit, error = tolerance.limit(key), metric.error
+            band = math.nan if limit is None else limit
+            rows.append((one.case.label, METRICS[key][0], error.value, error.low, error.high, band))
     errors = pd.DataFrame(rows, columns=["case", "metric", "error", "low", "high", "limit"])
     save(prediction_errors(errors, caption=made_on), out, "prediction-errors")
     points = [

@@ -28,12 +28,12 @@ from synerdiff.profile.tables import Profile
 from synerdiff.validation.calibration import (
     Cells,
     CellTimes,
-    all_times_scaled,
     cells_for,
     handed_over,
     refreshed,
     take_pass,
 )
+from synerdiff.validation.lookups import Lookup, measured_cells, watched
 
 
 class BusyCores(NamedTuple):
@@ -100,14 +100,13 @@ class ValidationCase:
 
 @dataclass(frozen=True, slots=True)
 class ValidationPlan:
-    """What is validated. ``range_factors``: by what all times are multiplied for the simulated range."""
+    """What is validated."""
 
     spec: RunSpec
     """What all runs share: requests, skip budget, decode lanes; a case sets policy and arrivals."""
     policies: tuple[str, ...]
     loads: tuple[float, ...]
     repeats: int = FEWEST_REPEATS
-    range_factors: tuple[float, float] = (0.98, 1.02)
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
@@ -132,9 +131,6 @@ class Observation:
     """Its profile is what the policy planned with, in both engines: the cells of all passes that came before."""
     run: RealRun
     predicted: Outcome | None = None
-    low: Outcome | None = None
-    """All times multiplied by the smaller factor."""
-    high: Outcome | None = None
 
     @cached_property
     def measured(self) -> Outcome:
@@ -154,6 +150,8 @@ class Validation:
     passes: list[CellTimes]
     """Some before the first run, one after each run."""
     observations: dict[ValidationCase, list[Observation]] = field(default_factory=dict)
+    lookups: set[Lookup] = field(default_factory=set)
+    """Cells that predictions have looked up."""
     load: BusyCores = UNKNOWN
     """What else kept the machine busy meanwhile."""
 
@@ -161,6 +159,11 @@ class Validation:
     def repeats(self) -> int:
         """Repeats of which every case was run."""
         return min((len(runs) for runs in self.observations.values()), default=0)
+
+    @property
+    def unmeasured(self) -> set[Lookup]:
+        """Cells that predictions have looked up and that no pass has measured."""
+        return self.lookups - measured_cells(self.passes)
 
     @property
     def pooled(self) -> Profile:
@@ -172,12 +175,36 @@ class Validation:
         around = self.passes[max(0, observed.place - PASSES_AROUND) : observed.place + PASSES_AROUND]
         return refreshed(self.profile, around, self.passes)
 
+    def predicted(self, case: ValidationCase, times: Profile, planning: Profile) -> Outcome:
+        """The case simulated with these times; what it looks up is noted."""
+        outcome, lookups = simulated(self.prepared, case, times, planning)
+        self.lookups |= lookups
+        return outcome
+
     def prepared(self, case: ValidationCase, times: Profile, planning: Profile) -> Prepared:
         """The case's run on an engine with these times, under a policy that plans with others."""
         scale = None if case.saturated else self.time_scales[case.load]
         spec = replace(self.plan.spec, profile=times, planning=planning, policy=case.policy, time_scale=scale)
         run = prepare(spec)
         return run.at_once(run.images) if case.saturated else run
+
+
+def simulated(
+    prepared: Callable[[ValidationCase, Profile, Profile], Prepared],
+    case: ValidationCase,
+    times: Profile,
+    planning: Profile,
+) -> tuple[Outcome, set[Lookup]]:
+    """A case simulated with ``times`` under a policy that plans with ``planning``; and the cells it looked up."""
+    watching = watched(times), watched(planning)
+    run = prepared(case, *watching)
+    for one in watching:
+        one.lookups.clear()
+    outcome = execute(run)
+    policy = run.policy()
+    policy.reset(WorkerInfo(times.max_rows, 0, run.spec.decode_gpus, 2), planning)
+    watching[0].note_decode(policy.chunking)
+    return outcome, watching[0].lookups | watching[1].lookups
 
 
 OnProgress = Callable[[int, int, str], None]
@@ -221,7 +248,7 @@ def measure_session(
     Cases take turns in going first. A run that ends early (a hung lane, a broken contract) raises its error.
     """
     profile = prepare(plan.spec).profile
-    cells = _cells(plan, profile, len(hardware.decode))
+    cells = cells_of(plan, profile, len(hardware.decode))
     total = plan.repeats * len(plan.cases) + PASSES_AROUND
     done = 0
 
@@ -268,19 +295,14 @@ def predict(session: Validation, on_progress: OnProgress) -> None:
             observed = session.observations[case][repeat]
             planning = observed.prepared.profile
             times = session.profile_of(observed)
-            observed.predicted = execute(session.prepared(case, times, planning))
-            if not case.saturated:
-                observed.low, observed.high = (
-                    execute(session.prepared(case, all_times_scaled(times, factor), planning))
-                    for factor in plan.range_factors
-                )
+            observed.predicted = session.predicted(case, times, planning)
             done += 1
             on_progress(done, total, f"predicting {case.label}")
 
 
-def _cells(plan: ValidationPlan, profile: Profile, decode_lanes: int) -> Cells:
-    """What the plan's runs can meet: rows up to the largest step of any policy (its batch, when it has one), and the
-    chunkings that the policies launch."""
+def cells_of(plan: ValidationPlan, profile: Profile, decode_lanes: int) -> Cells:
+    """What the plan's runs can meet: rows up to the largest step of any policy (its batch, when it has one), the
+    chunkings that the policies launch, and all that they look up when every case is simulated with this profile."""
     served = prepare(plan.spec).served
     guided = [request.guidance_scale > 1 for request in served]
     info = WorkerInfo(profile.max_rows, 0, (0,) * decode_lanes, 2 if any(guided) else 1)
@@ -291,4 +313,13 @@ def _cells(plan: ValidationPlan, profile: Profile, decode_lanes: int) -> Cells:
         batch = getattr(policy, "batch", 0)
         most = max(most, batch * info.sample_rows if batch else profile.max_rows)
         chunkings.append(policy.chunking)
-    return cells_for(profile, most, chunkings, even_only=plan.spec.budget.fraction_ppm == 0 and all(guided))
+    even_only = plan.spec.budget.fraction_ppm == 0 and all(guided)
+    cells = cells_for(profile, most, chunkings, even_only=even_only)
+    spec = replace(plan.spec, profile=profile)
+    scales = {load: prepare(replace(spec, load=load)).time_scale for load in plan.loads if load != SATURATION}
+    rehearsal = Validation(plan, profile, scales, [])
+    for case in plan.cases:
+        rehearsal.predicted(case, profile, profile)
+    rows = {int(one[-1]) for one in rehearsal.lookups if one[0] != "chunk"}
+    names = [str(one[1]) for one in sorted(rehearsal.lookups, key=str) if one[0] != "step"]
+    return Cells(tuple(sorted({*cells.rows, *rows})), tuple(dict.fromkeys([*cells.chunkings, *names])))

