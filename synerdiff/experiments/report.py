@@ -489,8 +489,15 @@ def _adapters(experiment: Experiment, results: Results) -> Report:
         {name: getattr(case, name) for name in ("name", "system", "gpus", "latency_s", "gpu_seconds")} for case in cases
     ]
     service = str(experiment.workloads[0].parameters.get("service", "A"))
+    caption = (
+        "Load 1 is what as many GPUs sustain without any strategy. GPUs are divided between workers and services for "
+        f"the highest throughput. Adapters as popular as in Katz's production service {service}. "
+        + _caption(experiment, experiment.workloads, results.dropped)
+    )
+    estimated = any(paired.estimated[cell] for cell in paired.values)
+    mapped: dict[str, Draw] = {"strategies": partial(strategy_map, ratios, base, caption, estimated)}
     figures: dict[str, Draw] = {
-        "strategies": partial(strategy_map, ratios, service, experiment.requests, len(experiment.seeds)),
+        **(mapped if len(names) > 1 else {}),
         "strategies-alone": partial(strategy_steps, cases),
         "caches": partial(cache_figure, points),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf, nan
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,43 +34,39 @@ class Case(Protocol):
 
 
 @styled
-def strategy_map(ratios: Sequence[dict[str, Any]], service: str, requests: int, seeds: int) -> Figure:
+def strategy_map(ratios: Sequence[dict[str, Any]], baseline: str, caption: str, estimated: bool = True) -> Figure:
     """One row of maps per set of strategies, one column per number of GPUs: speed-up by load and LoRA share.
 
-    ``ratios``: strategies, gpus, lora_share, load (0: everything arrives at once), speedup. The first set is the
-    baseline and is left out.
+    ``ratios``: strategies, gpus, lora_share, load (0: everything arrives at once), speedup. The baseline is left out;
+    what was not run is blank.
     """
-    names = list(dict.fromkeys(row["strategies"] for row in ratios))[1:]
+    names = list(dict.fromkeys(row["strategies"] for row in ratios if row["strategies"] != baseline))
     gpus = sorted({row["gpus"] for row in ratios})
     shares = sorted({row["lora_share"] for row in ratios})
-    loads = sorted({row["load"] for row in ratios} - {0.0})
+    loads = sorted({row["load"] for row in ratios}, key=lambda load: load or inf)
     table = {(r["strategies"], r["gpus"], r["lora_share"], r["load"]): r["speedup"] for r in ratios}
-    numbers = len(names) * len(gpus) * len(shares) * (len(loads) + 1) <= MOST_NUMBERS
+    numbers = len(names) * len(gpus) * len(shares) * len(loads) <= MOST_NUMBERS
     figure = new_figure((0.17 * len(shares) + 0.6) * len(names) + 1.3)
     grid = figure.subplots(len(names), len(gpus), squeeze=False, sharex=True, sharey=True)
     shades = None
     for axes, name in zip(grid, names, strict=True):
         for axis, count in zip(axes, gpus, strict=True):
-            cells = np.array([[table[name, count, share, load] for load in (*loads, 0.0)] for share in shares])
+            cells = np.array([[table.get((name, count, share, load), nan) for load in loads] for share in shares])
             shades = draw_map(axis, cells, limit=_LIMIT, numbers=numbers)
-            axis.axvline(len(loads) - 0.5, color="#444444", linewidth=1)
-            span = "" if numbers else f": {cells.min():.2g} to {cells.max():.2g}"
-            panel_title(axis, f"{name}\n{count} GPUs{span}" if axis is axes[0] else f"{count} GPUs{span}", True)
-            axis.set_xticks(range(len(loads) + 1), [*(f"{load:g}" for load in loads), "all\nat once"])
+            if not loads[-1]:
+                axis.axvline(len(loads) - 1.5, color="#444444", linewidth=1)
+            span = "" if numbers or np.isnan(cells).all() else f": {np.nanmin(cells):.2g} to {np.nanmax(cells):.2g}"
+            panel_title(axis, f"{name}\n{count} GPUs{span}" if axis is axes[0] else f"{count} GPUs{span}", estimated)
+            axis.set_xticks(range(len(loads)), [f"{load:g}" if load else "all\nat once" for load in loads])
             axis.set_yticks(range(len(shares)), [f"{share:.0%}" for share in shares])
         axes[0].set_ylabel("with LoRAs")
     for axis in grid[-1]:
         axis.set_xlabel("load")
     assert shades is not None
-    map_bar(figure, shades, grid, _LIMIT, "times as fast as inline and synchronous")
-    caption = (
-        f"Mean latency of inline, synchronous serving / that of the set, on as many GPUs and the same arrivals; last "
-        f"column: GPU-seconds per image at saturation, the same way. Load 1 is what the GPUs sustain inline and "
-        f"synchronously. Compiled SDXL on H800, batch 1, shortest queue, {requests} requests x {seeds} seeds, "
-        f"adapters as popular as in Katz's production service {service} (every request has ControlNets), 40 LoRAs "
-        f"cached on each worker's host; GPUs divided between workers and services for the highest throughput."
-    )
-    return finish(figure, "Where each strategy pays", caption)
+    map_bar(figure, shades, grid, _LIMIT, f"times as fast as {baseline}")
+    last = " Last column: GPU-seconds per image at saturation, the same way." if not loads[-1] else ""
+    note = f"Mean latency of {baseline} / that of the set, on as many GPUs and the same arrivals.{last} {caption}"
+    return finish(figure, "Where each strategy pays", note)
 
 
 @styled

@@ -137,9 +137,17 @@ def test_strategies_rest_on_published_times_and_say_so() -> None:
     assert marked_panels(strategy_steps(cases)) == 2
     places = list(product(("inline", "service"), (4, 8), (0.0, 0.5), (0.3, 0.0)))
     ratios = [dict(zip(("strategies", "gpus", "lora_share", "load"), place, strict=True)) for place in places]
-    figure = strategy_map([row | {"speedup": 1.5} for row in ratios], "A", 300, 2)
+    figure = strategy_map([row | {"speedup": 1.5} for row in ratios], "inline", "")
     assert marked_panels(figure) == 2, "the baseline has no panel; two numbers of GPUs"
     assert sum(text.get_text() == "+50%" for axis in figure.axes for text in axis.texts) == 8
+    some = [
+        row | {"speedup": 1.5} for row in ratios if row["load"] and (row["strategies"], row["gpus"]) != ("service", 8)
+    ]
+    figure = strategy_map(some, "inline", "")
+    assert sum(text.get_text() == "+50%" for axis in figure.axes for text in axis.texts) == 2, (
+        "what was not run is blank"
+    )
+    assert all(text.get_text() != "all\nat once" for text in figure.axes[0].get_xticklabels())
 
 
 def test_the_same_data_gives_the_same_bytes(requests: pd.DataFrame, tmp_path: Path) -> None:
