@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import ClassVar
 
 from policies.base import BATCH, Parameter
 from policies.continuous import ContinuousPolicy
 from policies.decode_costs import DecodeCosts
-from policies.step_batch import OrderedBatch, StepModes
+from policies.step_batch import Order, OrderedBatch, StepModes
+from policies.turns import TURN_PARAMETERS, TurnBatch
 from synerdiff.core import PPM, ChunkLaunch, Decision, Mode, Sample, SampleId, View, WorkerInfo
 from synerdiff.profile.tables import Profile
 
@@ -44,6 +46,7 @@ class Auto(ContinuousPolicy):
             "samples",
             "waiting decodes, beyond what fits beside, that hold a step",
         ),
+        *TURN_PARAMETERS,
     )
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
@@ -57,8 +60,10 @@ class Auto(ContinuousPolicy):
         self.costs = DecodeCosts(profile, self.chunking)
         self.sample_rows = worker.sample_rows
         self.delay_per_step_ns = round(self.parameters["size_weight"] * self.costs.step_ns(rows) / self.batch)
-        self.members = self.ordered = OrderedBatch(self.batch, self.place)
+        self.ordered = OrderedBatch(self.batch, self.place)
+        self.members = self.ordered if self.turns is None else self.turns
         self.running_rows = 0
+        self.skips_now = False
         self.placing: dict[int, tuple[int, int]] = {}
         self.skips: dict[tuple[int, int], int] = {}
         self.bound_version = -1
@@ -76,15 +81,26 @@ class Auto(ContinuousPolicy):
         request = sample.request
         return (request.arrival_ns + self.delay_per_step_ns * request.steps * request.images,)
 
+    def taking_turns(self, worker: WorkerInfo, profile: Profile, order: Order | None = None) -> TurnBatch:
+        return super().taking_turns(worker, profile, self.place)
+
+    def rows_of(self, members: Sequence[Sample], rows: int) -> int:
+        return rows - len(self.skipping(members, rows)) if self.skips_now else rows
+
     def decide(self, view: View) -> Decision:
-        self.ordered.arrive(view)
+        turns = self.turns
+        self.skips_now = len(view.waiting) >= self.parameters["skip_queue"]
+        if turns is None:
+            self.ordered.arrive(view)
+        else:
+            turns.hear(view)
         if not view.denoise_free:
             rows = self.running_rows if view.running else 0
             return Decision(chunks=self.beside(view, rows) if view.decoding else ())
         members = self.members
         members.refresh(view)
         step, rows = members.step, members.rows
-        if rows and len(view.waiting) >= self.parameters["skip_queue"]:
+        if rows and self.skips_now:
             step, rows = self.with_skips(rows)
         launches: Launches = ()
         if view.decoding:
@@ -94,6 +110,8 @@ class Auto(ContinuousPolicy):
                 if held:
                     return Decision(chunks=launches + alone)
         self.running_rows = rows
+        if turns is not None and step:
+            turns.launched()
         return Decision(members.admit, (), step, 0, launches)
 
     def beside(self, view: View, rows: int) -> Launches:
@@ -156,8 +174,16 @@ class Auto(ContinuousPolicy):
 
     def with_skips(self, rows: int) -> tuple[StepModes, int]:
         """The step in which the best number of members skip guidance, and its rows."""
-        able: list[tuple[int, int, Sample, Mode]] = []
         members = self.members.members
+        skipping = self.skipping(members, rows)
+        if not skipping:
+            return self.members.step, rows
+        step = [(s.id, skipping[s.id]) if s.id in skipping else s.full for s in members]
+        return tuple(step), rows - len(skipping)
+
+    def skipping(self, members: Sequence[Sample], rows: int) -> dict[SampleId, Mode]:
+        """Which of the members of a step of so many rows skip guidance, and how."""
+        able: list[tuple[int, int, Sample, Mode]] = []
         for place, sample in enumerate(members):
             if sample.skips_left:
                 mode = sample.skip_mode
@@ -165,11 +191,9 @@ class Auto(ContinuousPolicy):
                     able.append((-sample.skips_left * PPM // sample.steps_left, place, sample, mode))
         count = self.best_skips(rows, len(able)) if able else 0
         if not count:
-            return self.members.step, rows
+            return {}
         able.sort()
-        skipping: dict[SampleId, Mode] = {sample.id: mode for _, _, sample, mode in able[:count]}
-        step = [(s.id, skipping[s.id]) if s.id in skipping else s.full for s in members]
-        return tuple(step), rows - count
+        return {sample.id: mode for _, _, sample, mode in able[:count]}
 
     def best_skips(self, rows: int, able: int) -> int:
         """How many of the samples that may skip do: most time saved per skip, ties to more skips; 0 when none saves."""

@@ -7,34 +7,58 @@ that skips guidance uniformly, whatever the load.
 
 from __future__ import annotations
 
-from policies.base import BATCH, BatchedPolicy, decode_alone
+from collections.abc import Sequence
+from typing import ClassVar
+
+from policies.base import BATCH, BatchedPolicy, Parameter, decode_alone
 from policies.decode_costs import CHUNKING, chosen_chunking
-from policies.step_batch import StepBatch, StepModes
+from policies.step_batch import Order, StepBatch, StepModes
+from policies.turns import OLDEST, TURN_PARAMETERS, TurnBatch
 from synerdiff.core import NOTHING, ChunkLaunch, Decision, Mode, Sample, SampleId, View, WorkerInfo
 from synerdiff.profile.tables import Profile
 
 
 class ContinuousPolicy(BatchedPolicy):
-    """What policies with continuous batching share: the members of the coming step."""
+    """What policies with continuous batching share: the members of the coming step, and whose turn it is."""
+
+    turns: TurnBatch | None = None
+    """Where batch keys take turns: the members too."""
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         super().reset(worker, profile)
         self.members = StepBatch(self.batch, self.limits)
+        self.turns = None
+        if self.parameters.get("turn", OLDEST) != OLDEST:
+            self.members = self.turns = self.taking_turns(worker, profile)
+
+    def taking_turns(self, worker: WorkerInfo, profile: Profile, order: Order | None = None) -> TurnBatch:
+        turn, max_wait_s = self.parameters["turn"], self.parameters["turn_max_wait_s"]
+        return TurnBatch(self.batch, self.limits, turn, max_wait_s, profile, worker, self.rows_of, order)
+
+    def rows_of(self, members: Sequence[Sample], rows: int) -> int:
+        """Rows of a step of these members, who take ``rows`` with full guidance."""
+        return rows
 
 
 class ContinuousSerial(ContinuousPolicy):
     """Admits in the decision that launches a step; every decode holds the denoise lane before the next step."""
 
     NAME = "continuous-serial"
+    PARAMETERS: ClassVar[tuple[Parameter, ...]] = (BATCH, *TURN_PARAMETERS)
     MIXES_RESOLUTIONS = True
 
     def decide(self, view: View) -> Decision:
+        turns = self.turns
+        if turns is not None:
+            turns.hear(view)
         if not view.denoise_free:
             return NOTHING
         if view.decoding:
             return decode_alone(view)
         members = self.members
         members.refresh(view)
+        if turns is not None and members.step:
+            turns.launched()
         return Decision(admit=members.admit, step=self.step(members))
 
     def step(self, members: StepBatch) -> StepModes:
@@ -57,6 +81,9 @@ class SkipCfg(ContinuousSerial):
             modes.append(sample.full if mode is None or not behind_schedule(sample) else (sample.id, mode))
         return tuple(modes)
 
+    def rows_of(self, members: Sequence[Sample], rows: int) -> int:
+        return rows - sum([sample.skip_mode is not None and behind_schedule(sample) for sample in members])
+
 
 def behind_schedule(sample: Sample) -> bool:
     """Whether fewer skips are spent than an even spread over the steps after the warm-up asks for by now.
@@ -73,6 +100,7 @@ class ContinuousParallel(ContinuousPolicy):
     """The same admission; each decode runs beside, whole, on the lowest free decode lane. The queue is unbounded."""
 
     NAME = "continuous-parallel"
+    PARAMETERS: ClassVar[tuple[Parameter, ...]] = (BATCH, *TURN_PARAMETERS)
     MIXES_RESOLUTIONS = True
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
@@ -80,6 +108,9 @@ class ContinuousParallel(ContinuousPolicy):
         self.chunk_count = profile.chunk_count(self.chunking)
 
     def decide(self, view: View) -> Decision:
+        turns = self.turns
+        if turns is not None:
+            turns.hear(view)
         launches: tuple[ChunkLaunch, ...] = ()
         if view.decoding:
             free = [lane.index for lane in view.decode_lanes if lane.free]
@@ -92,6 +123,8 @@ class ContinuousParallel(ContinuousPolicy):
             return Decision(chunks=launches)
         members = self.members
         members.refresh(view)
+        if turns is not None and members.step:
+            turns.launched()
         return Decision(admit=members.admit, step=members.step, chunks=launches)
 
 
@@ -103,7 +136,7 @@ class Chunked(ContinuousParallel):
     """
 
     NAME = "chunked"
-    PARAMETERS = (BATCH, CHUNKING)
+    PARAMETERS = (BATCH, CHUNKING, *TURN_PARAMETERS)
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         self.chunking = chosen_chunking(self.parameters["chunking"], profile)
