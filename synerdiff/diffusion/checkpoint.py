@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +19,27 @@ from synerdiff.diffusion.architectures import empty_modules, fill_randomly, know
 from synerdiff.diffusion.conditioning import ClassTokens, ClipText, Condition, PromptEncoder, RandomText, pooled_width
 from synerdiff.diffusion.denoisers.unet import require_fed
 from synerdiff.diffusion.model import DiffusionModel, vae_factor
-from synerdiff.diffusion.schedulers import make_scheduler, make_solver
+from synerdiff.diffusion.schedulers import PROBE_STEPS, make_scheduler, make_solver, require_runs
+from synerdiff.diffusion.solvers import first_line
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENS_WITHOUT_ENCODER = 77
+_PARTS = (
+    "vae",
+    "text_encoder",
+    "tokenizer",
+    "unet",
+    "scheduler",
+    "safety_checker",
+    "feature_extractor",
+    "image_encoder",
+)
+_PIPELINES: Mapping[str, Mapping[str, Any]] = {
+    "StableDiffusionPipeline": dict.fromkeys((*_PARTS, "requires_safety_checker")),
+    "StableDiffusionXLPipeline": dict.fromkeys((*_PARTS, "text_encoder_2", "tokenizer_2", "add_watermarker"))
+    | {"force_zeros_for_empty_prompt": True},
+}
+"""Pipelines whose images are made: what `model_index.json` may hold -> the class's default where it does not."""
 
 
 class LoadedParts(NamedTuple):
@@ -52,7 +71,8 @@ def load_model(
 
     Weights are read from safetensors files only, which hold no code. Raises InputError, one plain sentence, for
     unknown names, unusable folders, networks with inputs that are not fed, an unreachable hub, a missing device, too
-    little memory for the weights, or sides that the model cannot make.
+    little memory for the weights, sides that the model cannot make, or a scheduler or network that fails in a first
+    step and decode of the smallest image.
     """
     name, place = str(name_or_path), find_device(device)
     if dtype is None:
@@ -76,16 +96,24 @@ def load_model(
     if scheduler is not None:
         schedule = make_scheduler(SCHEDULERS.get(scheduler, scheduler), schedule.config)
     sides = parts.resolution if resolution is None else resolution
-    return DiffusionModel(
-        name,
-        parts.unet,
-        parts.vae,
-        make_solver(schedule),
-        parts.prompts,
-        _pair(sides),
-        parts.weights,
-        type(parts.scheduler).__name__,
+    solver, own_scheduler = make_solver(schedule), type(parts.scheduler).__name__
+    model = DiffusionModel(
+        name, parts.unet, parts.vae, solver, parts.prompts, _pair(sides), parts.weights, own_scheduler
     )
+    _require_runs(model, hasattr(schedule, "init_noise_sigma"))
+    return model
+
+
+def _require_runs(model: DiffusionModel, predicts_noise: bool) -> None:
+    """One step and one decode of the smallest image: whatever fails is one InputError before anything is served."""
+    if not predicts_noise:
+        kind = model.solver.scheduler_name
+        raise InputError(f"{model.name} cannot run with the scheduler {kind}, which is not made for UNets; try ddim.")
+    small, side = copy.copy(model), 2 ** (len(model.unet.config.block_out_channels) - 1)
+    small.latent_shape = (1, model.latent_shape[1], side, side)
+    require_runs(model.name, model.solver, small.latent_shape)
+    state = small.start(0, PROBE_STEPS, 1.0)
+    _guarded(lambda *_: (small.step([state]), small.decode(state.latent)), model.name, model.device, model.dtype)
 
 
 def has_random_weights(name: str) -> bool:
@@ -151,8 +179,13 @@ def _read_checkpoint(name: str, device: torch.device, dtype: torch.dtype) -> Loa
     """
     if (Path(name) / "class_tokens.safetensors").is_file():
         return _read_digits(Path(name), "checkpoint", device, dtype)
-    unet, vae, scheduler = _guarded(_read_modules, name, device, dtype)
-    prompts: PromptEncoder | None = _guarded(_read_clip, name, device, dtype)
+    return _guarded(_read_parts, name, device, dtype)  # type: ignore[no-any-return]
+
+
+def _read_parts(name: str, device: torch.device, dtype: torch.dtype) -> LoadedParts:
+    index = _read_index(name)
+    unet, vae, scheduler = _read_modules(name, device, dtype, index)
+    prompts: PromptEncoder | None = _read_clip(name, device, dtype, index)
     if prompts is None:
         width = int(unet.config.cross_attention_dim)
         prompts = RandomText(TOKENS_WITHOUT_ENCODER, width, pooled_width(unet.config), device, dtype)
@@ -185,13 +218,31 @@ def _guarded(read: Any, name: str, device: torch.device, dtype: torch.dtype) -> 
         return read(name, device, dtype)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        place = "folder" if Path(name).is_dir() else "hub model"
-        reason = " ".join(str(error).split()).split(". ")[0].rstrip(".:")
-        raise InputError(f"Cannot load the {place} {name}: {reason}.") from error
+    except Exception as error:  # whatever a wrong configuration or file makes the libraries raise
+        place = "folder" if Path(name).is_dir() else "hub model" if "/" in name else "model"
+        raise InputError(f"Cannot load the {place} {name}: {first_line(error)}.") from error
 
 
-def _read_modules(name: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+def _read_index(name: str) -> Mapping[str, Any]:
+    """What `model_index.json` says, with the defaults of its pipeline's class; empty for a folder without one."""
+    from diffusers import DiffusionPipeline
+
+    if Path(name).is_dir() and not (Path(name) / DiffusionPipeline.config_name).is_file():
+        return {}
+    index: Any = DiffusionPipeline.load_config(name)
+    kind = index.get("_class_name")
+    if kind not in _PIPELINES:
+        raise InputError(f"{name} is a {kind}; served are {' and '.join(_PIPELINES)}.")
+    defaults = _PIPELINES[kind]
+    for option, value in index.items():
+        if not option.startswith("_") and option not in defaults and value not in (None, False, [None, None]):
+            raise InputError(f"{name}: its model_index.json has {option}, which a {kind} does not have; not served.")
+    return dict(defaults) | dict(index)
+
+
+def _read_modules(
+    name: str, device: torch.device, dtype: torch.dtype, index: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[Any, Any, Any]:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 
     unet_config: Any = UNet2DConditionModel.load_config(name, subfolder="unet")
@@ -215,19 +266,20 @@ def _read_modules(name: str, device: torch.device, dtype: torch.dtype) -> tuple[
         vae = vae.float()
     # Any scheduler's load_config reads the file; the class that it names decides what is made of it.
     config: Any = DDIMScheduler.load_config(name, subfolder="scheduler")
-    scheduler = make_scheduler(str(config["_class_name"]), config)
+    # A pipeline makes the class of its index, whatever the scheduler's own file says.
+    kind = (index.get("scheduler") or (None, config["_class_name"]))[1]
+    if index.get("_class_name") == "StableDiffusionPipeline":
+        # This pipeline sets both for the sake of old files; a scheduler without such an option does not see it.
+        config = dict(config) | {"steps_offset": 1, "clip_sample": False}
+    scheduler = make_scheduler(str(kind), config)
     return unet.to(device).eval().requires_grad_(False), vae.to(device).eval().requires_grad_(False), scheduler
 
 
-def _read_clip(name: str, device: torch.device, dtype: torch.dtype) -> ClipText | None:
+def _read_clip(name: str, device: torch.device, dtype: torch.dtype, index: Mapping[str, Any]) -> ClipText | None:
     """One CLIP encoder (Stable Diffusion) or two (SDXL) as `model_index.json` lists them; None when it lists none."""
-    from diffusers import DiffusionPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     classes = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
-    if Path(name).is_dir() and not (Path(name) / DiffusionPipeline.config_name).is_file():
-        return None
-    index: Any = DiffusionPipeline.load_config(name)
     encoders, tokenizers = [], []
     for part, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         kind = (index.get(part) or (None, None))[1]
@@ -236,8 +288,10 @@ def _read_clip(name: str, device: torch.device, dtype: torch.dtype) -> ClipText 
         if kind not in classes:
             raise InputError(f"{name} has a text encoder {kind}; needed: {' or '.join(classes)}.")
         encoder: Any = classes[kind].from_pretrained(name, subfolder=part, dtype=dtype, use_safetensors=True)
+        if getattr(encoder.config, "use_attention_mask", False):
+            raise InputError(f"{name}: its {part} has use_attention_mask, an input that is not fed; not served.")
         encoders.append(encoder.to(device).eval().requires_grad_(False))
         tokenizers.append(CLIPTokenizer.from_pretrained(name, subfolder=tokenizer))
     if not encoders:
         return None
-    return ClipText(encoders, tokenizers, bool(index.get("force_zeros_for_empty_prompt", False)))
+    return ClipText(encoders, tokenizers, bool(index.get("force_zeros_for_empty_prompt")))

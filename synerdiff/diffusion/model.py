@@ -160,7 +160,7 @@ class DiffusionModel:
         own_seed = image_seed(seed, image)
         generator = torch.Generator().manual_seed(own_seed)
         noise = torch.randn(self.latent_shape, generator=generator).to(self.device)
-        progress = self.solver.start(steps, generator)
+        progress = self.solver.start(steps, generator, noise)
         return SampleState(
             seed=own_seed,
             guidance_scale=guidance_scale,

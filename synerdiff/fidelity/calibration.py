@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 import torch
 
+from synerdiff.diffusion import SCHEDULERS
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.solvers import Coefficients, LinearProgress, LinearSolver
 from synerdiff.fidelity.sampling import Sampler, Subject
@@ -41,7 +42,7 @@ class Calibration:
 
 def can_calibrate(model: DiffusionModel) -> bool:
     """Whether the model runs DDIM, Euler or DPM-Solver++ 2M, whose steps are known linear functions of the noise."""
-    return isinstance(model.solver, LinearSolver)
+    return isinstance(model.solver, LinearSolver) and model.solver.scheduler_name in SCHEDULERS.values()
 
 
 def calibrate(sampler: Sampler, steps: int, subjects: Sequence[Subject]) -> Calibration:

@@ -1,5 +1,8 @@
 """Vectorised solvers against diffusers' own schedulers, and whole images against diffusers' own pipelines."""
 
+import inspect
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from synerdiff.core import InputError
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.schedulers import CopiedSolver, make_scheduler, make_solver
 from synerdiff.diffusion.solvers import LinearSolver
@@ -35,6 +39,16 @@ LINEAR = [
     ("DPMSolverMultistepScheduler", {"solver_order": 1}),
     ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "euler_at_final": True}),
     ("DPMSolverMultistepScheduler", {"final_sigmas_type": "sigma_min", "prediction_type": "sample"}),
+    ("TCDScheduler", {"clip_sample": False}),
+    ("TCDScheduler", {"clip_sample": False, "prediction_type": "sample"}),
+    ("LCMScheduler", {"prediction_type": "v_prediction"}),
+    ("LCMScheduler", {"prediction_type": "sample"}),
+    ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_small_log"}),
+    ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_large", "steps_offset": 0}),
+    ("EulerAncestralDiscreteScheduler", {}),
+    ("EulerAncestralDiscreteScheduler", {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    ("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True, "use_karras_sigmas": True}),
 ]
 
 
@@ -43,24 +57,62 @@ def fake_denoiser(inputs: Any, timestep: Any) -> Any:
     return torch.sin(3.0 * inputs + float(timestep) / 300.0)
 
 
+def as_the_pipelines_step(scheduler: Any, noise: Any, steps: int, seed: int) -> tuple[list[float], list[Any]]:
+    """diffusers' own loop: the timesteps, and the latent after each; the scheduler gets what a pipeline gives it."""
+    known, generator = inspect.signature(scheduler.step).parameters, torch.Generator().manual_seed(seed)
+    more = {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in known}
+    scheduler.set_timesteps(steps)
+    latents = [noise * getattr(scheduler, "init_noise_sigma", 1.0)]
+    for t in scheduler.timesteps:
+        scaled = latents[-1]
+        if hasattr(scheduler, "scale_model_input"):
+            scaled = scheduler.scale_model_input(scaled, t)
+        latents.append(scheduler.step(fake_denoiser(scaled, t), t, latents[-1], return_dict=False, **more)[0])
+    return [float(t) for t in scheduler.timesteps], latents[1:]
+
+
 @pytest.mark.parametrize(("name", "options"), LINEAR)
-@pytest.mark.parametrize("steps", [2, 7, 20])
+@pytest.mark.parametrize("steps", [1, 2, 7, 20])
 def test_tables_equal_the_scheduler_itself(name: str, options: Any, steps: int) -> None:
-    scheduler = make_scheduler(name, BASE | options)
     solver = make_solver(make_scheduler(name, BASE | options))
     assert isinstance(solver, LinearSolver)
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    scheduler.set_timesteps(steps)
-    expected = noise * scheduler.init_noise_sigma
-    progress = solver.start(steps, torch.Generator())
+    # No multiple of 16 numbers: torch would draw those in another order at once than one latent after the other.
+    noise = torch.randn(1, 3, 5, 3, generator=torch.Generator().manual_seed(1))
+    timesteps, expected = as_the_pipelines_step(make_scheduler(name, BASE | options), noise, steps, 5)
+    progress = solver.start(steps, torch.Generator().manual_seed(5), noise)
     actual = noise * progress.initial_noise_scale
-    assert list(progress.timesteps) == [float(t) for t in scheduler.timesteps]
-    for index, t in enumerate(scheduler.timesteps):
-        output = fake_denoiser(scheduler.scale_model_input(expected, t), t)
-        expected = scheduler.step(output, t, expected).prev_sample
+    assert list(progress.timesteps) == timesteps
+    for index, t in enumerate(timesteps):
         output = fake_denoiser(solver.denoiser_inputs([progress], [index], actual), t)
         actual = solver.advance([progress], [index], actual, output)
-        assert float((actual - expected).abs().max()) < 1e-4 * max(1.0, float(expected.abs().max())), index
+        wanted = expected[index]
+        assert float((actual - wanted).abs().max()) < 1e-4 * max(1.0, float(wanted.abs().max())), index
+
+
+def test_a_batch_of_noisy_and_plain_steps_gives_each_sample_what_it_gets_alone() -> None:
+    """The one at its last step adds no noise, the others theirs; a step that is repeated adds the same again."""
+    solver = make_solver(make_scheduler("EulerAncestralDiscreteScheduler", BASE))
+    latent = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    progress = [solver.start(steps, torch.Generator().manual_seed(steps), latent) for steps in (3, 5, 8)]
+    done, stacked = [2, 1, 6], torch.cat([latent] * 3)
+    outputs = fake_denoiser(solver.denoiser_inputs(progress, done, stacked), 0)
+    together = solver.advance(progress, done, stacked, outputs)
+    for i in range(3):
+        alone = solver.advance([progress[i]], [done[i]], latent, outputs[i : i + 1])
+        assert torch.allclose(alone, together[i : i + 1], atol=1e-6)
+    assert solver.start(3, torch.Generator()).noise is None, "a schedule that is only looked at draws nothing"  # type: ignore[attr-defined]
+
+
+def test_steps_of_no_length_are_refused_before_a_sample_starts() -> None:
+    options = {"use_karras_sigmas": True, "solver_type": "heun", "final_sigmas_type": "sigma_min"}
+    solver = make_solver(
+        make_scheduler("DPMSolverMultistepScheduler", BASE | options | {"timestep_spacing": "linspace"})
+    )
+    assert len(solver.start(14, torch.Generator()).timesteps) == 14
+    with pytest.raises(
+        InputError, match=r"DPMSolverMultistepScheduler .* cannot make 15 steps: one of them has no length"
+    ):
+        solver.start(15, torch.Generator())
 
 
 @pytest.mark.parametrize(
@@ -70,6 +122,8 @@ def test_tables_equal_the_scheduler_itself(name: str, options: Any, steps: int) 
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
         ("DPMSolverMultistepScheduler", {"solver_order": 3}),
         ("HeunDiscreteScheduler", {}),
+        ("TCDScheduler", {"clip_sample": True}),
+        ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_large_log"}),
     ],
 )
 def test_what_the_tables_cannot_do_runs_as_copies(name: str, options: dict[Any, Any] | dict[str, Any]) -> None:
@@ -78,7 +132,7 @@ def test_what_the_tables_cannot_do_runs_as_copies(name: str, options: dict[Any, 
 
 COPIED = ["HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "LMSDiscreteScheduler"]
 COPIED += ["DEISMultistepScheduler", "KDPM2DiscreteScheduler", "DPMSolverSinglestepScheduler", "DDPMScheduler"]
-COPIED += ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler"]
+COPIED += ["EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DDIMScheduler", "TCDScheduler"]
 
 
 @pytest.mark.parametrize("name", COPIED)
@@ -91,7 +145,8 @@ def test_copies_of_a_scheduler_do_not_disturb_each_other(name: str) -> None:
     expected = []
     for (steps, seed), noise in zip(plans, starts, strict=True):
         scheduler, generator = make_scheduler(name, BASE), torch.Generator().manual_seed(seed)
-        draws = {"generator": generator} if name in ("EulerAncestralDiscreteScheduler", "DDPMScheduler") else {}
+        known = inspect.signature(scheduler.step).parameters
+        draws = {key: value for key, value in (("generator", generator), ("eta", 0.0)) if key in known}
         scheduler.set_timesteps(steps)
         latent = noise * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
@@ -229,6 +284,54 @@ def test_a_checkpoint_folder_makes_the_images_of_its_own_pipeline(
     assert model.decode(state.latent).shape == (1, 3, 64, 64)
 
 
+def edited(folder: Path, file: str, **changes: Any) -> None:
+    """Change a JSON file of a checkpoint; an option that becomes None is taken out."""
+    known = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps({key: value for key, value in known.items() if value is not None}))
+
+
+@pytest.mark.parametrize(
+    ("fixture", "kind", "file", "changes"),
+    [
+        ("sd_folder", StableDiffusionPipeline, "scheduler/scheduler_config.json", {"steps_offset": 0}),
+        ("sd_folder", StableDiffusionPipeline, "scheduler/scheduler_config.json", {"clip_sample": True}),
+        ("sd_folder", StableDiffusionPipeline, "model_index.json", {"scheduler": ["diffusers", "TCDScheduler"]}),
+        ("sdxl_folder", StableDiffusionXLPipeline, "model_index.json", {"force_zeros_for_empty_prompt": None}),
+        ("sdxl_folder", StableDiffusionXLPipeline, "scheduler/scheduler_config.json", {"steps_offset": 0}),
+    ],
+)
+def test_options_that_the_pipeline_changes_or_fills_in_are_served_as_it_serves_them(
+    fixture: str, kind: Any, file: str, changes: dict[str, Any], tmp_path: Path, request: Any
+) -> None:
+    folder = shutil.copytree(request.getfixturevalue(fixture)[0], tmp_path / "copy")
+    edited(folder, file, **changes)
+    pipeline = kind.from_pretrained(folder, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    more = {"generator": torch.Generator().manual_seed(9), "output_type": "latent", "height": 64, "width": 64}
+    expected = pipeline("a cat", num_inference_steps=4, guidance_scale=5.0, **more).images
+    model = load_model(folder)
+    state = model.start(9, 4, 5.0, "a cat")
+    while not state.done:
+        model.step([state])
+    assert float((state.latent - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+def test_other_pipelines_and_options_that_they_have_are_refused_by_name(tmp_path: Path, sd_folder: Any) -> None:
+    folder = shutil.copytree(sd_folder[0], tmp_path / "copy")
+    edited(folder, "model_index.json", controlnet=["diffusers", "ControlNetModel"])
+    with pytest.raises(InputError, match=r"model_index\.json has controlnet, which a StableDiffusionPipeline does not"):
+        load_model(folder)
+    edited(folder, "model_index.json", _class_name="StableDiffusionInpaintPipeline")
+    with pytest.raises(
+        InputError, match="copy is a StableDiffusionInpaintPipeline; served are StableDiffusionPipeline"
+    ):
+        load_model(folder)
+    edited(folder, "model_index.json", _class_name="StableDiffusionPipeline", controlnet=None)
+    edited(folder, "text_encoder/config.json", use_attention_mask=True)
+    with pytest.raises(InputError, match="its text_encoder has use_attention_mask, an input that is not fed"):
+        load_model(folder)
+
+
 class Remembering:
     """A scheduler of the kind that appends to a list made at construction; set_timesteps does not renew it."""
 
@@ -256,3 +359,25 @@ def test_histories_that_a_shallow_copy_would_share_are_separate() -> None:
         latents = solver.advance(progress, [done, done], latents, outputs)
     assert latents.flatten().tolist() == [3.0, 30.0]
     assert solver.start(2, torch.Generator()).scheduler.history == []
+
+
+class Brownian(Remembering):
+    """A scheduler with a noise source of its own, as DPMSolverSDE has one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise_sampler_seed: int | None = None
+
+    def step(self, output: Any, timestep: Any, latents: Any, return_dict: Any) -> Any:
+        assert self.noise_sampler_seed is not None
+        return (latents + torch.randn(1, generator=torch.Generator().manual_seed(self.noise_sampler_seed)),)
+
+
+def test_a_noise_source_of_its_own_gets_the_seed_of_the_sample() -> None:
+    solver = CopiedSolver(Brownian())
+    alone, first, second = (solver.start(1, torch.Generator().manual_seed(seed)) for seed in (7, 7, 8))
+    zero = torch.zeros(2, 1, 1, 1)
+    one = solver.advance([alone], [0], zero[:1], zero[:1])
+    two = solver.advance([first, second], [0, 0], zero, zero)
+    assert torch.equal(one, two[:1])
+    assert not torch.equal(two[:1], two[1:])

@@ -6,6 +6,7 @@ for a ControlNet that runs elsewhere, and each can be timed alone.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,26 +164,43 @@ def _attended(block: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"encoder_hidden_states": tokens} if getattr(block, "has_cross_attention", False) else {}
 
 
-_FED: Mapping[str, tuple[Any, ...]] = {
-    "time_cond_proj_dim": (None,),
-    "class_embed_type": (None,),
-    "num_class_embeds": (None,),
-    "addition_embed_type": (None, "text_time"),
-    "encoder_hid_dim_type": (None,),
-    "attention_type": ("default",),
+_FED: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "UNet": {
+        "time_cond_proj_dim": (None,),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "addition_embed_type": (None, "text_time"),
+        "encoder_hid_dim": (None,),
+        "encoder_hid_dim_type": (None,),
+        "attention_type": ("default",),
+    },
+    "VAE": {"latents_mean": (None,), "latents_std": (None,), "shift_factor": (None, 0)},
 }
-"""Options that give a UNet further inputs -> the values with which it reads only what is fed to it."""
+"""Options that ask for more than a text-to-image step feeds -> the values with which they do not.
+
+All other options of the two classes are served by the class's own forward.
+"""
 
 
 def require_fed(name: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
     """InputError unless a text-to-image step feeds everything that the networks of these configurations read.
 
-    Without this check an input that is left out gives other images than the pipeline's, and no error.
+    Without this check an input that is left out gives other images than the pipeline's, and no error. An option that
+    the installed diffusers does not know would be left out too.
     """
-    for option, allowed in _FED.items():
-        value = unet.get(option, allowed[0])
-        if value not in allowed:
-            raise InputError(f"{name}: its UNet has {option} {value}, an input that is not fed; not served.")
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    for part, network, config in (("UNet", UNet2DConditionModel, unet), ("VAE", AutoencoderKL, vae)):
+        known = inspect.signature(network).parameters
+        for option, value in config.items():
+            if option.startswith("_"):
+                continue
+            if option not in known and value not in (None, False):
+                raise InputError(
+                    f"{name}: its {part} has the option {option}, which diffusers does not know; not served."
+                )
+            if value not in _FED[part].get(option, (value,)):
+                raise InputError(f"{name}: its {part} has {option} {value}, an input that is not fed; not served.")
     width = unet.get("cross_attention_dim", 1280)
     if not isinstance(width, int):
         raise InputError(f"{name}: its UNet has cross_attention_dim {width}; one number is needed.")
@@ -197,5 +215,3 @@ def require_fed(name: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> N
         )
     if writes != latent:
         raise InputError(f"{name}: its UNet predicts {writes} channels for {latent} of its VAE; not served.")
-    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
-        raise InputError(f"{name}: its VAE has latents_mean and latents_std, which are not applied; not served.")
