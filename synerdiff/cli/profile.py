@@ -125,6 +125,8 @@ def table(
     resolution: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH; which one, where the column resolution has several.")
     ] = None,
+    estimate: Estimate = None,
+    contention: Contention = "mid",
     source: SourceText = "",
 ) -> None:
     """A profile from a table of times: kind (step, decode, encode), milliseconds, rows or batch, and resolution.
@@ -133,7 +135,8 @@ def table(
     """
     from profiler import imported
 
-    _write_imported(imported.table_profile(file, out.resolve().name, source, model, resolution, guided), out)
+    found = imported.table_profile(file, out.resolve().name, source, model, resolution, guided)
+    _write_imported(found, out, estimate, contention)
 
 
 @import_app.command()
@@ -157,7 +160,7 @@ def sglang(
 
     size = logs.size_of(resolution)
     times = logs.sglang_times(files, logs.batches_of(batch, len(files)), guided, warm_up)
-    _write_logged(
+    _write_imported(
         logs.engine_profile(times, out.resolve().name, source or "SGLang", model, size), out, estimate, contention
     )
 
@@ -187,21 +190,19 @@ def vllm_omni(
         raise InputError(f"--unit is {unit!r}; allowed are {', '.join(logs.UNITS_NS)}.")
     size = logs.size_of(resolution)
     times = logs.vllm_omni_times(files, size, unit, guided, warm_up)
-    _write_logged(
+    _write_imported(
         logs.engine_profile(times, out.resolve().name, source or "vllm-omni", model, size), out, estimate, contention
     )
 
 
-def _write_logged(found: Profile, out: Path, estimate: str | None, contention: str) -> None:
+def _write_imported(found: Profile, out: Path, estimate: str | None = None, contention: str = "mid") -> None:
     """With what is missing estimated where that is asked for, and with what is to be known about it."""
-    from profiler.engine_logs import filled
+    if estimate is not None:
+        from profiler.engine_logs import filled
 
-    for fact in found.head.notes["said"]:
+        found = filled(found, estimate, contention)
+    for fact in found.head.notes.get("said", ()):
         typer.echo(f"  {fact}")
-    _write_imported(found if estimate is None else filled(found, estimate, contention), out)
-
-
-def _write_imported(found: Profile, out: Path) -> None:
     claim_folder(out, "profile import")
     write_profile(out, found)
     for line in _times(found):

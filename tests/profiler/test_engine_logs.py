@@ -133,6 +133,13 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     lines = ("profile", "import", "vllm-omni", "server.log", *size, "--unguided", "--out", "lines")
     assert main([*lines, "--unit", "ms"]) == 0
     assert load_profile(tmp_path / "lines").step_ns(2) == 8_000_000
+    (tmp_path / "times.csv").write_text("kind,rows,milliseconds,resolution\nstep,2,10,512x512\nstep,80,400,512x512\n")
+    table = ("profile", "import", "table", "times.csv", "--model", "sdxl", "--estimate", "l40s", "--out", "table")
+    assert main(table) == 0
+    assert "decode: estimated for l40s and sdxl" in capsys.readouterr().out
+    assert (
+        load_profile(tmp_path / "table").corun["whole", 0][80] == load_profile(tmp_path / "table").corun["whole", 0][32]
+    )
     assert main([*lines, "--unit", "h"]) == 2
     assert "--unit is 'h'; allowed are s, ms, us, ns" in capsys.readouterr().err
     for wrong, message in ((("--batch", "1,2,3"), "3 numbers for 2 files"), (("--batch", "x"), "from 1 to 4096")):
