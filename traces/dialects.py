@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import random
 import re
-import zoneinfo
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta, timezone, tzinfo
-from decimal import Decimal, InvalidOperation
+from datetime import timedelta
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 
 from synerdiff.core import NS_PER_S, InputError
 from synerdiff.files import Progress, shown
+from traces.cells import EPOCH, UNIT_NAMES, UNITS_NS, bounded_text, decimal_of, moment_ns, whole_text, zone_of
 from traces.columns import (
     COLUMNS,
     GUIDANCE_SCALE,
@@ -42,17 +42,8 @@ from traces.tables import TextTable, listed, open_table
 NAMES: dict[str, tuple[str, ...]] = {
     "arrival": (
         *("arrival_s", "arrival_ms", "arrival_us", "arrival_ns", "arrival", "arrival_time", "arrival_timestamp"),
-        *(
-            "timestamp",
-            "timestamp_s",
-            "timestamp_ms",
-            "timestamp_us",
-            "timestamp_ns",
-            "ts",
-            "time",
-            "time_s",
-            "time_ms",
-        ),
+        *("timestamp", "timestamp_s", "timestamp_ms", "timestamp_us", "timestamp_ns"),
+        *("ts", "time", "time_s", "time_ms"),
         *("created", "created_at", "submitted_at", "sent_at", "received_at", "request_time", "start_time", "datetime"),
     ),
     "steps": ("steps", "num_inference_steps", "inference_steps", "num_steps", "sampling_steps", "step"),
@@ -71,8 +62,6 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """Field -> names, the first one that a file has counts. diffusers, OpenAI, vllm-omni, SGLang, DiffusionDB and ours."""
 
-UNITS_NS = {"s": NS_PER_S, "ms": 1_000_000, "us": 1000, "ns": 1}
-UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
 ORDERS = ("WxH", "HxW")
 _EPOCH_FROM = {"s": Decimal(10**9), "ms": Decimal(10**11), "us": Decimal(10**14), "ns": Decimal(10**17)}
 """Unit -> the least number that is taken for a time since 1970 in it (September 2001, or March 1973)."""
@@ -83,9 +72,7 @@ _POST = {"prompt", "step", "cfg", "sampler", "timestamp"}
 _RECORDS = {"request_id", "arrival_s", "finished_s", "status"}
 _LANGUAGE = re.compile(r"token|input_length|output_length")
 _SIZE = re.compile(r"\s*(\d{1,6})\s*[xX*\u00d7]\s*(\d{1,6})\s*")
-_FRACTION = re.compile(r"[.,](\d+)")
 _MINUTE_NS = 60 * NS_PER_S
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +124,7 @@ def read_shapes(path: Path, steps: int | None = None) -> list[dict[str, object]]
             fields = request_of(0, 0, _fields(where, uses, cells))
         except FieldError as error:
             raise InputError(f"{where}, {table.place} {place}: {error}.") from None
-        share = Decimal(1) if weight is None else _decimal(cells[weight])
+        share = Decimal(1) if weight is None else decimal_of(cells[weight])
         if share is None:
             raise InputError(f"{where}, {table.place} {place}: {table.names[weight or 0]} is not a number.")
         shape = {name: getattr(fields, name) for name in _SHAPE_FIELDS}
@@ -296,7 +283,7 @@ def _mapped(where: str, target: str, text: str, names: Sequence[str]) -> _Use:
             }
             raise InputError(f"--map {target}={text}: after the colon {allowed.get(target, 'nothing')} is needed.")
         return _Use(column, names.index(column), form or _form(target, _plain(column)))
-    constant = _SIZE.fullmatch(column) if target == "size" else target in _NUMERIC and _decimal(column) is not None
+    constant = _SIZE.fullmatch(column) if target == "size" else target in _NUMERIC and decimal_of(column) is not None
     if constant:
         return _Use(column, None, form or ("s" if target in ("arrival", "slo") else "WxH" if target == "size" else ""))
     raise InputError(f"{where}: there is no column '{shown(column)}' for --map {target}; it has {listed(names)}.")
@@ -305,7 +292,9 @@ def _mapped(where: str, target: str, text: str, names: Sequence[str]) -> _Use:
 def _knows(target: str, form: str) -> bool:
     if target == "size":
         return form in ORDERS
-    return form in UNITS_NS or _zone(form) is not None if target == "arrival" else target == "slo" and form in UNITS_NS
+    return (
+        form in UNITS_NS or zone_of(form) is not None if target == "arrival" else target == "slo" and form in UNITS_NS
+    )
 
 
 def _form(target: str, name: str) -> str:
@@ -316,22 +305,10 @@ def _form(target: str, name: str) -> str:
     return unit if target in ("arrival", "slo") and "_" in name and unit in UNITS_NS else ""
 
 
-def _zone(text: str) -> tzinfo | None:
-    match = re.fullmatch(r"([+-])(\d\d):?(\d\d)", text)
-    if match and int(match[2]) < 24 and int(match[3]) < 60:
-        return timezone((1 if match[1] == "+" else -1) * timedelta(hours=int(match[2]), minutes=int(match[3])))
-    if text in ("Z", "UTC"):
-        return UTC
-    try:
-        return zoneinfo.ZoneInfo(text)
-    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-        return None
-
-
 def _read(where: str, table: TextTable, uses: Mapping[str, _Use], posts: bool) -> _Rows:
     rows = _Rows()
     arrival = uses["arrival"]
-    zone = _zone(arrival.form) if arrival.form and arrival.form not in UNITS_NS else None
+    zone = zone_of(arrival.form) if arrival.form and arrival.form not in UNITS_NS else None
     author = (
         [i for i, name in enumerate(table.names) if _plain(name) in ("user", "user_name", "sampler")] if posts else []
     )
@@ -342,10 +319,10 @@ def _read(where: str, table: TextTable, uses: Mapping[str, _Use], posts: bool) -
         rows.count += 1
         try:
             text = arrival.text(cells)
-            number = _decimal(text)
+            number = decimal_of(text)
             when: Decimal | int | None = number
             if number is None:
-                when, zoned = _moment_ns(text, zone)
+                when, zoned = moment_ns(text, zone)
                 rows.zones.add(zoned)
             if numbers is not None and numbers != (number is not None):
                 raise InputError(
@@ -379,48 +356,22 @@ def _read(where: str, table: TextTable, uses: Mapping[str, _Use], posts: bool) -
     return rows
 
 
-def _decimal(text: str) -> Decimal | None:
-    try:
-        value = Decimal(text) if len(text) < 60 and "_" not in text else None
-    except InvalidOperation:
-        return None
-    return value if value is not None and value.is_finite() and abs(value.adjusted()) < 60 else None
-
-
-def _moment_ns(text: str, zone: tzinfo | None) -> tuple[int, bool]:
-    """An ISO 8601 time in nanoseconds since 1970, and whether it has a zone; a time without one is in ``zone``."""
-    if not text:
-        raise FieldError("the arrival is missing")
-    plain = re.sub(r"\s+(?=[+-]\d)", "", re.sub(r"\s*(UTC|GMT)$", "+00:00", text))
-    fraction = _FRACTION.search(plain)
-    try:
-        moment = datetime.fromisoformat(_FRACTION.sub("", plain, count=1))
-    except ValueError:
-        raise FieldError("the arrival is neither a number nor an ISO 8601 time") from None
-    zoned = moment.tzinfo is not None or zone is not None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=zone or UTC)
-    since = moment - _EPOCH
-    whole = (since.days * 86_400 + since.seconds) * NS_PER_S + since.microseconds * 1000
-    return whole + (int(fraction[1][:9].ljust(9, "0")) if fraction else 0), zoned
-
-
 def _fields(where: str, uses: Mapping[str, _Use], cells: Sequence[str]) -> Fields:
     """What follows the arrival; raises FieldError with a reason that many rows may share."""
     texts = {target: use.text(cells) for target, use in uses.items()}
     height, width = _size(where, uses.get("size"), texts)
     seed = texts.get("seed", "")
     parsed = {
-        "steps": _whole("steps", texts["steps"], STEPS),
-        "images": _whole("images", texts.get("images", ""), IMAGES, "1"),
-        "guidance_scale": _bounded("guidance_scale", texts.get("guidance_scale", ""), GUIDANCE_SCALE),
-        "height": _whole("height", height, SIDE_PIXELS, "") if height else "",
-        "width": _whole("width", width, SIDE_PIXELS, "") if width else "",
+        "steps": whole_text("steps", texts["steps"], STEPS),
+        "images": whole_text("images", texts.get("images", ""), IMAGES, "1"),
+        "guidance_scale": bounded_text("guidance_scale", texts.get("guidance_scale", ""), GUIDANCE_SCALE),
+        "height": whole_text("height", height, SIDE_PIXELS, "") if height else "",
+        "width": whole_text("width", width, SIDE_PIXELS, "") if width else "",
         "base_model": texts.get("base_model", ""),
         "loras": texts.get("loras", ""),
         "controlnets": texts.get("controlnets", ""),
         "slo_s": _slo(where, uses["slo"], texts["slo"]) if texts.get("slo") else "",
-        "seed": _whole("seed", "" if seed.startswith("-") else seed, SEED, ""),
+        "seed": whole_text("seed", "" if seed.startswith("-") else seed, SEED, ""),
         "prompt": texts.get("prompt", "").replace("\0", ""),
         "negative_prompt": texts.get("negative_prompt", "").replace("\0", ""),
     }
@@ -449,30 +400,11 @@ def _size(where: str, use: _Use | None, texts: Mapping[str, str]) -> tuple[str, 
     return first, second
 
 
-def _whole(name: str, text: str, allowed: tuple[int, int], absent: str | None = None) -> str:
-    """A whole number, which may be written as 20.0."""
-    if not text and absent is not None:
-        return absent
-    value = _decimal(text)
-    if value is None or value != value.to_integral_value() or not allowed[0] <= value <= allowed[1]:
-        raise FieldError(
-            f"{name} is not a whole number from {allowed[0]} to {allowed[1]}" if text else f"{name} is missing"
-        )
-    return str(int(value))
-
-
-def _bounded(name: str, text: str, allowed: tuple[int, int]) -> str:
-    value = _decimal(text)
-    if text and (value is None or not allowed[0] <= value <= allowed[1]):
-        raise FieldError(f"{name} is not a number from {allowed[0]} to {allowed[1]}")
-    return f"{value:f}" if value is not None else ""
-
-
 def _slo(where: str, use: _Use, text: str) -> str:
     unit = use.form
     if not unit:
         raise InputError(f"{where}: {use.name} has no unit; say which, for example --map slo={use.name}:ms.")
-    value = _decimal(text)
+    value = decimal_of(text)
     if value is None or not 0 < value * UNITS_NS[unit] <= MAX_SLO_S * NS_PER_S:
         raise FieldError("the SLO is not a time above 0")
     return seconds_text(max(1, int((value * UNITS_NS[unit]).to_integral_value())))
@@ -584,6 +516,6 @@ def _shift(arrivals: list[int], zones: set[bool]) -> list[str]:
         return []
     at = f"{seconds_text(first)} s"
     if zones or first >= _EPOCH_FROM["s"] * NS_PER_S:
-        moment = _EPOCH + timedelta(microseconds=first // 1000)
+        moment = EPOCH + timedelta(microseconds=first // 1000)
         at = f"{moment:%Y-%m-%d %H:%M:%S}" + (" UTC" if zones != {False} else " (no zone is given)")
     return [f"shifted: the first request, at {at}, is now at 0"]
