@@ -59,7 +59,7 @@ def profile(
         typer.Option("--adapters", help="Measure adapters.csv of the finished profile in --out: LoRAs, ControlNets."),
     ] = False,
 ) -> None:
-    """Measure steps, decode chunks, both sides' slowdowns when they run together, and overheads.
+    """Measure steps, decode chunks, their slowdowns together and overheads; or import what others measured.
 
     An unfinished measurement goes on where it stopped when the same command is given again.
     """
