@@ -197,7 +197,10 @@ def test_a_broken_policy_is_a_failed_check(
         (["--window", "nan:3"], "--window nan:3: two numbers of seconds are needed"),
         (["--window", "100:200"], "t.csv: no request arrives in the window 100:200 s; "),
         (["--set", "batch"], "--set batch: key=value is needed, for example batch=4."),
-        (["--set", "size=4"], "policy 'continuous-serial' has no parameter 'size'; it has batch."),
+        (
+            ["--set", "size=4"],
+            "policy 'continuous-serial' has no parameter 'size'; it has batch, turn, turn_max_wait_s.",
+        ),
         (
             ["--set", "batch=two"],
             "policy 'continuous-serial': batch is 'two'; allowed is a whole number from 1 to 4096.",
@@ -266,7 +269,7 @@ def test_a_profile_of_another_schema(world: Path, capsys: pytest.CaptureFixture[
     head = world / "p" / "profile.yaml"
     head.write_text(head.read_text().replace("schema_version: 1", "schema_version: 7"))
     assert simulate() == 2
-    assert sentence(capsys) == "p/profile.yaml: schema_version is 7; this version of synerdiff reads 1."
+    assert sentence(capsys) == "p/profile.yaml: schema_version is 7; this version of synerdiff reads 1 and 2."
 
 
 def test_a_profile_without_the_rows_that_a_policy_needs(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
