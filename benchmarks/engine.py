@@ -1,6 +1,6 @@
 """How fast the simulator is: batch-steps per CPU-second, beside a bare SimPy loop in the same run; what decisions take.
 
-    python -m benchmarks.engine [--requests 20000] [--policy continuous-serial ...] [--skip-fraction 0.3]
+    python -m benchmarks.engine [--requests 20000] [--policy continuous-serial ...] [--fleets 8 64]
 
 Prints ratios: on a shared machine absolute times drift, the ratio to the bare loop drifts less. Decisions are timed in
 a run of their own, in CPU time without garbage collection, whose pauses grow with the records that a simulation keeps.
@@ -21,13 +21,15 @@ import simpy
 from policies.base import Policy
 from policies.registry import build_policy
 from simulator import simulate
+from synerdiff.config.cluster import cluster_of
 from synerdiff.core import PPM, Decision, SkipBudget, View
-from synerdiff.experiments.run import Prepared, RunSpec, prepare
+from synerdiff.experiments.run import Prepared, RunSpec, execute, prepare
 from synerdiff.profile.folder import find_profile
 from traces.generate import generate
 
 STEPS = 30
 LOAD = 0.8
+FLEET_REQUESTS = 2000
 
 
 def bare_simpy_events_per_s(events: int = 300_000) -> float:
@@ -72,12 +74,29 @@ def decisions_us(prepared: Prepared) -> tuple[float, float, float]:
     return taken[len(taken) // 2] / 1e3, taken[len(taken) * 999 // 1000] / 1e3, taken[-1] / 1e3
 
 
+def fleet_us(profile: str, workers: int, times: int = 3) -> float:
+    """CPU time of a decision in a fleet, all of the simulation included: the least of so many runs."""
+    requests = tuple(generate("poisson", seed=1, requests=FLEET_REQUESTS, mix="fixed", steps=STEPS))
+    cluster = cluster_of({"workers": [{"denoise_gpu": index} for index in range(workers)]})
+    spec = RunSpec(
+        profile=find_profile(profile), source=requests, policy="continuous-serial", load=LOAD, cluster=cluster
+    )
+    prepared = prepare(spec)
+    taken_us = []
+    for _ in range(times):
+        start = time.process_time()
+        outcome = execute(prepared)
+        taken_us.append((time.process_time() - start) * 1e6 / outcome.result.decisions)
+    return min(taken_us)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, nargs="+", default=[1_000, 20_000, 100_000])
     parser.add_argument("--policy", nargs="+", default=["continuous-serial", "continuous-parallel"])
     parser.add_argument("--profile", default="h200-sdxl-estimated")
     parser.add_argument("--skip-fraction", type=float, default=0.0)
+    parser.add_argument("--fleets", type=int, nargs="*", default=[8, 64], help="workers; the first is the measure")
     arguments = parser.parse_args()
     budget = SkipBudget(round(arguments.skip_fraction * PPM))
     print(f"{STEPS} guided steps, load {LOAD}, {arguments.profile}, Python {sys.version.split()[0]}")
@@ -102,6 +121,9 @@ def main() -> None:
             )
         middle, rare, worst = decisions_us(prepared)
         print(f"{policy:20} a decision takes {middle:.1f} us (median), {rare:.0f} (99.9%), {worst:.0f} (worst)")
+    costs = [fleet_us(arguments.profile, workers) for workers in arguments.fleets]
+    for workers, cost_us in zip(arguments.fleets, costs, strict=True):
+        print(f"{workers:4} workers: {cost_us:5.1f} us a decision, {cost_us / costs[0]:.2f} times the first")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from heapq import heappop, heappush
 from itertools import accumulate
 
 import simpy
@@ -40,6 +41,12 @@ class FleetClock:
         """Per worker: denoising steps of the samples that it was given."""
         self.due_ns = [NEVER] * len(runs)
         """When something can next happen at each worker; it changes only by a round or a new sample."""
+        self.due_heap: list[tuple[int, int]] = []
+        """(instant, worker) of all that are due; an entry that is no longer true is dropped when it comes up."""
+        self.changed: set[int] = set()
+        """Workers whose state is not what the router last saw."""
+        self.ended_of = [0] * len(runs)
+        """Samples that have ended, by worker, as of the last round."""
         self.idle_since_ns: list[int | None] = [0] * len(runs)
         """Since when all that a worker was given has ended and its host is done with it; None while it has not."""
         self.router = self.queue = None
@@ -57,12 +64,12 @@ class FleetClock:
 
     def run(self, environment: simpy.Environment) -> Generator[simpy.Event, None, None]:
         """Sleep until something happens anywhere, and take it all."""
-        due = self.due_ns
-        now_ns = reported = 0
+        now_ns = reported = ended = 0
         stuck = False
         while True:
             self.loop.now_ns = now_ns
-            causes = {index: self.runs[index].take_ends(now_ns) for index, at in enumerate(due) if at <= now_ns}
+            causes = {index: self.runs[index].take_ends(now_ns) for index in self.take_due(now_ns)}
+            self.changed.update(causes)
             if self.queue is None:
                 self.push(now_ns, causes)
             else:
@@ -78,9 +85,11 @@ class FleetClock:
                     self.saw_closed[index] = closed
                     run.rounds.decide(now_ns, now_ns, closed)
                 run.retime(now_ns)
-                due[index] = run.next_ns()
+                self.set_due(index, run.next_ns())
+                ended += run.worker.ended - self.ended_of[index]
+                self.ended_of[index] = run.worker.ended
+            self.changed.update(causes)
             self.note_idle(causes, now_ns)
-            ended = sum([run.worker.ended for run in self.runs])
             if ended == len(self.samples):
                 return
             if self.on_progress is not None and ended >= reported + PROGRESS_EVERY:
@@ -92,9 +101,29 @@ class FleetClock:
                 yield environment.timeout(next_ns - now_ns)
                 now_ns = next_ns
 
+    def set_due(self, index: int, at_ns: int) -> None:
+        """From now on something can next happen at that worker at that instant."""
+        if at_ns != self.due_ns[index]:
+            self.due_ns[index] = at_ns
+            if at_ns != NEVER:
+                heappush(self.due_heap, (at_ns, index))
+
+    def take_due(self, now_ns: int) -> list[int]:
+        """The workers that are due by now, by index; they are due again when they are told so."""
+        heap, due = self.due_heap, list[int]()
+        while heap and heap[0][0] <= now_ns:
+            at_ns, index = heappop(heap)
+            if self.due_ns[index] == at_ns:
+                self.due_ns[index] = NEVER
+                due.append(index)
+        return sorted(due)
+
     def next_ns(self, now_ns: int) -> int:
         """The earliest instant at which something happens anywhere; a stalled worker is refused."""
-        due_ns = min(*self.due_ns, self.loop.due_ns)
+        heap = self.due_heap
+        while heap and self.due_ns[heap[0][1]] != heap[0][0]:
+            heappop(heap)
+        due_ns = min(heap[0][0] if heap else NEVER, self.loop.due_ns)
         if self.queue is not None:
             due_ns = min(due_ns, self.queue.due_ns)
             if self.queue.ready and self.taker(now_ns) is not None:
@@ -134,11 +163,14 @@ class FleetClock:
     def routed(self, request: Request) -> int:
         """The worker that the router chooses."""
         assert self.router is not None
-        for index, (state, run) in enumerate(zip(self.states, self.runs, strict=True)):
+        for index in self.changed:
+            state, run = self.states[index], self.runs[index]
             state.samples = len(run.arrivals) - run.worker.ended
             state.steps_left = self.steps_given[index] - run.worker.steps_settled
-            if request.loras and index in self.planners:
-                state.loras = self.planners[index].loader.known | self.planners[index].files_in_weights
+        self.changed.clear()
+        if request.loras:
+            for index, planner in self.planners.items():
+                self.states[index].loras = planner.loader.known | planner.files_in_weights
         index = self.router.route(request, self.states)
         if type(index) is not int or not 0 <= index < len(self.runs):
             raise InputError(
@@ -153,8 +185,9 @@ class FleetClock:
         self.worker_of[position] = index
         self.steps_given[index] += request.steps * request.images
         self.idle_since_ns[index] = None
+        self.changed.add(index)
         run.arrivals += self.samples[self.first_sample[position] : self.first_sample[position + 1]]
-        self.due_ns[index] = run.next_ns()
+        self.set_due(index, run.next_ns())
         if self.due_ns[index] <= now_ns:
             causes.setdefault(index, -1)
 
