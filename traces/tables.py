@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -168,7 +169,8 @@ def _arguments(line: str) -> dict[str, Any] | None:
     if match is None or len(line) > _LONGEST_CALL:
         return None
     try:
-        call = ast.parse(f"_({match[1]})", mode="eval").body
+        with warnings.catch_warnings(action="ignore"):  # of 1or 2, which is no number and no error to Python
+            call = ast.parse(f"_({match[1]})", mode="eval").body
         assert isinstance(call, ast.Call)
         return {argument.arg: ast.literal_eval(argument.value) for argument in call.keywords if argument.arg}
     except (SyntaxError, ValueError, TypeError, AssertionError, RecursionError, MemoryError):

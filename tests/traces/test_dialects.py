@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from synerdiff.core import NS_PER_S, InputError, Request
 from traces.dialects import Reading, convert_trace, load_trace
@@ -253,6 +255,58 @@ def test_files_of_another_kind_are_told_by_their_content(tmp_path: Path, content
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
         load_trace(path)
+
+
+SHAPES = [
+    'timestamp,prompt,num_inference_steps,size,seed,slo_ms\n1.5,a,20,512x768,3,100\n2,"b, c",30,auto,-1,\n',
+    '{"created": 1700000000, "size": "512x512", "steps": 4, "n": 1}\n{"created": 1700000001, "steps": 5}',
+    "Request(prompt='a', width=512, height=512, num_inference_steps=20, timestamp=1.5)\n",
+    '[{"timestamp": "2024-01-01T00:00:00.123456789+02:00", "steps": 20, "cfg": 7}]',
+    "prompt,seed,step,cfg,sampler,width,height,user_name,timestamp\nx,1,50,7.0,8,512,512,u,2022-08-10 00:01:00+00:00\n",
+]
+JUNK = [
+    "1e999",
+    "\0",
+    "9" * 70,
+    "-",
+    "NaN",
+    '"',
+    "{",
+    "]",
+    ",",
+    "\n",
+    ";",
+    "\t",
+    "9999-12-31",
+    "@nan",
+    "\\ud800",
+    "1_0",
+]
+MAPS = [
+    "",
+    "steps=30",
+    "arrival=0",
+    "arrival=timestamp:ms",
+    "size=WxH",
+    "arrival=timestamp:../etc",
+    "seed=3,steps=1e99",
+]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_damaged_files_are_read_or_refused_in_a_sentence(tmp_path: Path, data: st.DataObject) -> None:
+    text = data.draw(st.sampled_from(SHAPES))
+    for _ in range(data.draw(st.integers(0, 3))):
+        at, length = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, 6))
+        text = text[:at] + data.draw(st.sampled_from(JUNK)) + text[at + length :]
+    try:
+        conversion = converted(tmp_path, text, data.draw(st.sampled_from(MAPS)), data.draw(st.booleans()))
+    except InputError:
+        return
+    target = tmp_path / "out.csv"
+    write_trace(target, conversion.requests)
+    assert read_trace(target) == conversion.requests
 
 
 def test_packed_marked_and_spaced_tables(tmp_path: Path) -> None:
