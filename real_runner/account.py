@@ -10,20 +10,21 @@ import torch
 from synerdiff.core import NS_PER_S
 
 OUT_OF_MEMORY, FAILED, HUNG, STOPPED = "out of memory", "failed", "hung lane", "stopped"
+LOST = "lost lane"
 SERVICE_LOST = "service lost"
 
 
 class LaneHung(RuntimeError):
-    """A lane never came back; the message names it, what it runs and for how long."""
+    """A lane never comes back, hung or lost; the message names it, and what it runs and for how long or why."""
 
 
 class Fault(NamedTuple):
-    """One thing that went wrong; the run goes on after all but a hung lane."""
+    """One thing that went wrong; the run goes on after all but a hung or lost lane."""
 
     time_ns: int
     kind: str
     """``out of memory`` (retried once), ``failed`` (samples that fail alone), ``service lost`` (a process beside the
-    worker), ``hung lane`` or ``stopped``."""
+    worker), ``hung lane``, ``lost lane`` or ``stopped``."""
     samples: tuple[str, ...]
     """``request.image`` of those concerned."""
     detail: str

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from policies.base import Policy
-from real_runner.account import FAILED, STOPPED, Dispatch, Fault
+from real_runner.account import FAILED, LOST, STOPPED, Dispatch, Fault, LaneHung
 from real_runner.adapters.serving import Serving
 from real_runner.execution import GPU, LOOK_EVERY_NS, Execution, OnImage
 from real_runner.hardware import Hardware, chunking_of
@@ -32,6 +32,7 @@ from synerdiff.core import (
     SkipBudget,
     WorkerInfo,
 )
+from synerdiff.device.lanes import LaneLost
 from synerdiff.diffusion.decoder import Chunking
 from synerdiff.engine.policy import PolicyCalls
 from synerdiff.engine.rounds import NEVER, Rounds
@@ -105,12 +106,17 @@ def run_real(
     error: Exception | None = None
     try:
         run.run(stop or threading.Event(), on_progress)
+    except LaneLost as lost:
+        error = run.lost(lost)
     except Exception as raised:  # what was finished until then is not lost
         error = raised
     finally:
         run.cancel.set()
     if error is not None and not hardware.hung:
-        run.execution.drain()
+        try:
+            run.execution.drain()
+        except LaneLost as lost:
+            error = run.lost(lost)
     execution = run.execution
     if serving is not None:
         if not hardware.hung:
@@ -222,6 +228,13 @@ class _Run:
             execution.faults.append(Fault(execution.now_ns(), STOPPED, (), left))
             self.cancel.set()
         execution.drain()
+
+    def lost(self, lane: LaneLost) -> LaneHung:
+        """A lane does not come back: nothing is waited for any more, and its error ends the run."""
+        execution = self.execution
+        execution.hardware.hung = True
+        execution.faults.append(Fault(execution.now_ns(), LOST, (), str(lane)))
+        return LaneHung(f"{lane}; the run was given up, and what was finished until then is written.")
 
     @property
     def stuck(self) -> bool:

@@ -14,12 +14,15 @@ from typing import Any, TypeVar
 
 import torch
 
-from synerdiff.device.lanes import Device, Lane, Work
+from synerdiff.device.lanes import Device, Lane, LaneLost, Work, lane_lost
 
 T = TypeVar("T")
 
 ANCHOR_AGE_NS = 2_000_000_000
 POLL_S = 20e-6
+CLOSE_NS = 50_000
+"""An alignment of the clocks is good when the host's clock was read so shortly before and after the event."""
+ALIGNMENTS = 3
 
 
 def timing_event() -> torch.cuda.Event:
@@ -30,38 +33,57 @@ def timing_event() -> torch.cuda.Event:
 class EventClock:
     """Turns CUDA events into host nanoseconds.
 
-    elapsed_time is a float32 of milliseconds, so its resolution fades with distance (4 us after a minute): the
-    anchor moves to a recent event every two seconds. `anchor` records a new one on an idle device.
+    elapsed_time is a float32 of milliseconds, so its resolution fades with distance (4 us after a minute), and a GPU's
+    clock drifts against the host's by some parts per million. So every two seconds of a run the anchor moves to a new
+    event on a stream of its own, which waits for nothing that runs, between two looks at the host's clock.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._lock = threading.Lock()
+        self.alignments = 0
+        """How often the clocks have been set by each other."""
         self.anchor()
 
     def anchor(self) -> None:
-        """Wait for the device and start again from the host's clock: the two run apart by some parts per million."""
+        """Wait for the device and start again from the host's clock."""
         torch.cuda.synchronize(self._device)
-        event = timing_event()
-        event.record(torch.cuda.current_stream(self._device))
-        event.synchronize()
         with self._lock:
-            self._anchor, self._anchor_ns = event, time.monotonic_ns()
+            self._align()
 
     def host_ns(self, event: torch.cuda.Event) -> int:
         """When a completed event happened, on `time.monotonic_ns`."""
         with self._lock:
             at_ns = self._anchor_ns + int(float(self._anchor.elapsed_time(event)) * 1e6)
             if at_ns - self._anchor_ns > ANCHOR_AGE_NS:
-                self._anchor, self._anchor_ns = event, at_ns
+                self._align()
+                return self._anchor_ns + int(float(self._anchor.elapsed_time(event)) * 1e6)
             return at_ns
+
+    def _align(self) -> None:
+        """A new anchor: of a few tries the one that the host's clock brackets most closely, in the middle of that."""
+        closest_ns = None
+        for _ in range(ALIGNMENTS):
+            event = timing_event()
+            before_ns = time.monotonic_ns()
+            event.record(self._stream)
+            event.synchronize()
+            after_ns = time.monotonic_ns()
+            if closest_ns is None or after_ns - before_ns < closest_ns:
+                closest_ns = after_ns - before_ns
+                self._anchor, self._anchor_ns = event, (before_ns + after_ns) // 2
+            if closest_ns <= CLOSE_NS:
+                break
+        self.alignments += 1
 
 
 class CudaWork(Work[T]):
-    """Work between two events of a stream."""
+    """Work between two events of a stream. Once its lane is lost it counts as done, and whoever asks learns of it."""
 
-    def __init__(self, function: Callable[[], T], device: torch.device, clock: EventClock) -> None:
+    def __init__(self, function: Callable[[], T], device: torch.device, clock: EventClock, lane: str) -> None:
         self._function: Callable[[], T] | None = function
+        self._lane, self._lost = lane, False
         self._clock = clock
         # Streams do not wait for the stream on which a sample's noise or prompt was prepared; this event does.
         self._ready = torch.cuda.current_stream(device).record_event()
@@ -83,12 +105,26 @@ class CudaWork(Work[T]):
                 except BaseException as error:  # out of memory, for one, belongs to whoever asks for the result
                     self._error = error
                 self._end.record(stream)
+        except BaseException as error:  # of the device: whoever waits would otherwise never learn of it
+            self.lose(error)
         finally:
-            # A device that is lost raises here; without this whoever waits would never look, and never learn of it.
             self._launched.set()
 
+    def lose(self, error: BaseException) -> LaneLost:
+        """Its device or its launching thread failed."""
+        lost = error if isinstance(error, LaneLost) else lane_lost(self._lane, error)
+        self._error, self._lost = lost, True
+        self._launched.set()
+        return lost
+
     def done(self) -> bool:
-        return self._launched.is_set() and bool(self._end.query())  # type: ignore[no-untyped-call]
+        if not self._launched.is_set() or self._lost:
+            return self._lost
+        try:
+            return bool(self._end.query())  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            self.lose(error)
+            return True
 
     def release(self) -> None:
         """Let go of the function's tensors; safe only once done, since another stream allocated some of them."""
@@ -96,18 +132,31 @@ class CudaWork(Work[T]):
 
     def result(self) -> T:
         self._launched.wait()
-        self._end.synchronize()
+        if not self._lost:
+            try:
+                self._end.synchronize()
+            except RuntimeError as error:
+                self.lose(error)
         if self._error is not None:
             raise self._error
         return self._value[0]
 
     @property
     def start_ns(self) -> int:
-        return self._clock.host_ns(self._start)
+        return self._host_ns(self._start)
 
     @property
     def end_ns(self) -> int:
-        return self._clock.host_ns(self._end)
+        return self._host_ns(self._end)
+
+    def _host_ns(self, event: torch.cuda.Event) -> int:
+        if self._lost:
+            assert self._error is not None
+            raise self._error
+        try:
+            return self._clock.host_ns(event)
+        except RuntimeError as error:
+            raise self.lose(error) from error
 
 
 class CudaLane(Lane):
@@ -136,7 +185,10 @@ class CudaLane(Lane):
     def submit(self, function: Callable[[], T]) -> Work[T]:
         while self._unfinished and self._unfinished[0].done():
             self._unfinished.popleft().release()
-        work = CudaWork(function, self._device, self._clock)
+        try:
+            work = CudaWork(function, self._device, self._clock, self.name)
+        except RuntimeError as error:
+            raise lane_lost(self.name, error) from error
         self._unfinished.append(work)  # type: ignore[arg-type]
         if self._thread is None:
             work.launch(self.stream)
@@ -152,9 +204,16 @@ class CudaLane(Lane):
         self._unfinished.clear()
 
     def _run(self) -> None:
-        torch.cuda.set_device(self._device)
+        lost = None
+        try:
+            torch.cuda.set_device(self._device)
+        except RuntimeError as error:
+            lost = lane_lost(self.name, error)
         while (work := self._queue.get()) is not None:
-            work.launch(self.stream)
+            if lost is None:
+                work.launch(self.stream)
+            else:
+                work.lose(lost)
 
 
 class CudaDevice(Device):

@@ -22,6 +22,16 @@ from synerdiff.core import InputError
 T = TypeVar("T")
 
 
+class LaneLost(RuntimeError):
+    """A lane whose device or thread failed outside of a piece: what it is given never ends. The message names it."""
+
+
+def lane_lost(lane: str, error: BaseException) -> LaneLost:
+    """From what torch or the system raised; its first line says why."""
+    why = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return LaneLost(f"lane {lane} was lost: {why.rstrip('.')}")
+
+
 class Work(ABC, Generic[T]):
     """One submitted piece. It keeps what its function refers to alive until it has ended."""
 
@@ -31,7 +41,7 @@ class Work(ABC, Generic[T]):
 
     @abstractmethod
     def result(self) -> T:
-        """Wait for the end and return what the function returned, or raise what it raised."""
+        """Wait for the end and return what the function returned, or raise what it raised; LaneLost if none comes."""
 
     @property
     @abstractmethod
@@ -131,12 +141,14 @@ class CpuWork(Work[T]):
         self._done = False
         self._start_ns = self._end_ns = 0
 
-    def run(self) -> None:
-        """Call the function on this thread and wake who waits."""
+    def run(self, lost: LaneLost | None = None) -> None:
+        """Call the function on this thread, unless its lane is ``lost``, and wake who waits."""
         function = self._function
         assert function is not None
         self._start_ns = time.monotonic_ns()
         try:
+            if lost is not None:
+                raise lost
             self._value.append(function())
         except BaseException as error:  # what a function raises belongs to whoever asks for the result
             self._error = error
@@ -158,11 +170,16 @@ class CpuWork(Work[T]):
 
     @property
     def start_ns(self) -> int:
-        return self._start_ns
+        return self._known(self._start_ns)
 
     @property
     def end_ns(self) -> int:
-        return self._end_ns
+        return self._known(self._end_ns)
+
+    def _known(self, at_ns: int) -> int:
+        if isinstance(self._error, LaneLost):
+            raise self._error
+        return at_ns
 
 
 class CpuLane(Lane):
@@ -185,12 +202,16 @@ class CpuLane(Lane):
         self._thread.join()
 
     def _run(self) -> None:
-        # With OpenMP the number of intra-op threads belongs to the calling thread, so each lane sets its own.
-        torch.set_num_threads(1)
-        if self._core is not None and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {self._core})
+        lost = None
+        try:
+            # With OpenMP the number of intra-op threads belongs to the calling thread, so each lane sets its own.
+            torch.set_num_threads(1)
+            if self._core is not None and hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(0, {self._core})
+        except (OSError, RuntimeError) as error:  # a core that was taken away since: who waits must learn of it
+            lost = lane_lost(self.name, error)
         while (work := self._queue.get()) is not None:
-            work.run()
+            work.run(lost)
 
 
 class CpuDevice(Device):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from profiler.machine import device_name, software
+from profiler.machine import device_name, kernels, software
 from real_runner.account import LaneHung
 from real_runner.adapters.beside import serve_under_torchrun
 from real_runner.adapters.serving import Folders
@@ -141,6 +141,7 @@ def _facts(hardware: Hardware, run: RealRun) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "scheduler": model.solver.scheduler_name,
         "software": software(),
+        **kernels(model.unet),
         "warm_up_s": hardware.warm_up_ns / NS_PER_S,
         "max_rows_at_end": run.max_rows,
         "dispatch": run.dispatch.summary(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from policies.registry import POLICIES, build_policy
-from real_runner.account import LaneHung, is_out_of_memory
+from real_runner.account import LOST, LaneHung, is_out_of_memory
 from real_runner.engine import run_real
 from real_runner.hardware import chunking_of, open_hardware
 from synerdiff.core import REUSE, InputError, SkipBudget, loras_from
+from synerdiff.device.lanes import CpuWork, lane_lost
 from synerdiff.diffusion.model import SampleState
 from synerdiff.profile.tables import Profile
 from tests.builders import requests_at
@@ -52,6 +54,37 @@ def run_with(
 
 def statuses(run: Any) -> dict[Any, Any]:
     return {record.request.request_id: record.status for record in run.result.requests}
+
+
+class LosingLane:
+    """Hands on the first pieces; then its lane is lost."""
+
+    def __init__(self, lane: Any, pieces: int) -> None:
+        self.lane, self.left = lane, pieces
+
+    def submit(self, function: Any) -> Any:
+        self.left -= 1
+        if self.left >= 0:
+            return self.lane.submit(function)
+        work: CpuWork[Any] = CpuWork(function, threading.Condition())
+        work.run(lane_lost("denoise", RuntimeError("CUDA error: device lost")))
+        return work
+
+
+@pytest.mark.parametrize("lane", ["denoise", "results"])
+def test_a_lost_lane_ends_the_run_in_a_sentence_and_what_was_finished_is_kept(lane: str) -> None:
+    with digits_hardware() as opened:
+        setattr(opened, lane, LosingLane(getattr(opened, lane), 40 if lane == "denoise" else 3))
+        opened.warm_up(digits_profile().row_buckets or (), chunking_of(digits_profile(), "whole"))
+        getattr(opened, lane).left = 4 if lane == "denoise" else 1
+        run = run_real(burst(5), build_policy("continuous-serial", {"batch": 1}), digits_profile(), opened)
+        assert opened.hung, "closing would wait for it"
+        opened.hung = False
+    assert isinstance(run.error, LaneHung)
+    assert str(run.error).startswith("lane denoise was lost: CUDA error: device lost; the run was given up")
+    assert [fault.kind for fault in run.faults] == [LOST]
+    assert statuses(run)[0] == "done"
+    assert statuses(run)[4] == "unfinished"
 
 
 def test_a_step_without_memory_is_retried_in_halves_and_later_steps_are_smaller(hardware: Any) -> None:
