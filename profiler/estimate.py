@@ -25,6 +25,7 @@ from profiler.durations import FITTED, ForwardMode, Occupancy, forward, joined
 from profiler.operations import decoder, text_encoders, total, unet
 from synerdiff.core import NS_PER_S, PPM, InputError
 from synerdiff.files import number, shown
+from synerdiff.profile.folder import combined
 from synerdiff.profile.tables import Corun, Head, Profile, Spread
 
 ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -137,6 +138,17 @@ def estimate_profile(
         overheads={key: _exactly(value) for key, value in overheads.items()},
         head=_head(gpu, model, (height, width), mode, vae_bits, severity, decode_scale),
     )
+
+
+def estimate_profiles(resolution: str, *given: Any, **fields: Any) -> Profile:
+    """The same with several resolutions, ``512x512,768x1024``, the first one first; the overheads are the first's.
+
+    How they contend with each other is left to their solo times (contract: slowdowns across resolutions).
+    """
+    profiles = [estimate_profile(*given, **fields, resolution=part.strip()) for part in resolution.split(",")]
+    if len(profiles) == 1:
+        return profiles[0]
+    return combined(profiles, f"{profiles[0].name}-and-{len(profiles) - 1}-more")
 
 
 def _exactly(seconds: float) -> Spread:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from profiler.estimate import estimate_profile
+from profiler.estimate import estimate_profiles
 from synerdiff.core import NS_PER_S
 from synerdiff.files import claim_folder
 from synerdiff.profile.folder import write_profile
@@ -22,7 +22,10 @@ def estimate(
     ] = "compiled",
     precision: Annotated[str, typer.Option(help="Of the UNet: bf16, fp16, fp8 or int8.")] = "bf16",
     vae_precision: Annotated[int, typer.Option(help="Bits of the decoder: 16 or 32.")] = 16,
-    resolution: Annotated[str, typer.Option(help="HEIGHTxWIDTH in pixels; the model's own by default.")] = "",
+    resolution: Annotated[
+        str,
+        typer.Option(help="HEIGHTxWIDTH in pixels, several separated by commas; the model's own by default."),
+    ] = "",
     contention: Annotated[
         str,
         typer.Option(
@@ -33,7 +36,8 @@ def estimate(
     decode_scale: Annotated[float, typer.Option(help="Factor on the time of the decode.")] = 1.0,
 ) -> None:
     """Estimate a profile from data sheets and the operations of a model; nothing is measured."""
-    profile = estimate_profile(
+    profile = estimate_profiles(
+        resolution,
         gpu,
         model,
         contention,
@@ -41,7 +45,6 @@ def estimate(
         execution=execution,
         precision=precision,
         vae_bits=vae_precision,
-        resolution=resolution,
     )
     claim_folder(out, "estimate")
     write_profile(out, profile)

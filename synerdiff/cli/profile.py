@@ -12,8 +12,8 @@ from synerdiff.cli.progress import progress
 from synerdiff.core import NS_PER_S, InputError
 from synerdiff.files import claim_folder
 from synerdiff.profile.adapters import QUANTITIES, write_adapters
-from synerdiff.profile.folder import load_profile, write_profile
-from synerdiff.profile.tables import Profile
+from synerdiff.profile.folder import combined, find_profile, load_profile, write_profile
+from synerdiff.profile.tables import Profile, pixels_of
 
 profile_app = typer.Typer(add_completion=False, rich_markup_mode=None)
 import_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Import what others measured.")
@@ -89,6 +89,24 @@ def profile(
     typer.echo(f"{out}: tables, profile.yaml and the picture profile.png, measured in {spent_s:.0f} s")
     if missing := measured.head.notes.get("missing"):
         typer.echo(f"{out}: {lacks(missing)}; the same command goes on from there.")
+
+
+@profile_app.command()
+def combine(
+    folders: Annotated[list[str], typer.Argument(help="Profiles of one model on one device, a resolution each.")],
+    out: Annotated[Path, typer.Option(help="Folder for the profile of all, which is named after it.")],
+) -> None:
+    """Make one profile of several resolutions: the first is what a request without one gets; overheads are its own.
+
+    Example: synerdiff profile combine p512 p1024 --out both
+    """
+    if len(folders) < 2:
+        raise InputError("profile combine: at least two profiles are needed.")
+    whole = combined([load_profile(find_profile(folder)) for folder in folders], out.resolve().name)
+    claim_folder(out, "profile combine")
+    write_profile(out, whole)
+    sizes = ", ".join(map(pixels_of, whole.head.resolutions))
+    typer.echo(f"{out}: {whole.name}, {whole.provenance}, resolutions {sizes}")
 
 
 @import_app.command()

@@ -35,7 +35,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Sizes = Batch | Literal["best"] | Listed[Batch] | None
 Report = Literal["curves", "comparison", "map", "ablation", "adapters"]
 Figure = Literal[
-    "latency-load", "comparison", "throughput-load", "tradeoff", "stages", "lanes", "backlog", "concurrency"
+    "latency-load", "comparison", "throughput-load", "tradeoff", "stages", "lanes", "backlog", "concurrency", "sizes"
 ]
 SATURATION_IMAGES = 400
 DEFAULT_BASELINE = "continuous-serial"

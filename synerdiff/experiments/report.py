@@ -32,6 +32,7 @@ from synerdiff.experiments.compare import (
 from synerdiff.experiments.grid import Grid
 from synerdiff.experiments.layouts import ablation
 from synerdiff.experiments.run import execute, prepare
+from synerdiff.experiments.sources import arrivals
 from synerdiff.experiments.store import ROOT, code_hash, run_file
 from synerdiff.experiments.sweep import Results, claim, read_manifest, run_sweep, write_manifest
 from synerdiff.figures.adapters import cache_figure, strategy_map, strategy_steps
@@ -41,14 +42,16 @@ from synerdiff.figures.load import (
     against_concurrency,
     backlog_over_time,
     latency_against_load,
+    latency_by_size,
     throughput_against_load,
     throughput_against_p99,
 )
 from synerdiff.figures.style import save
 from synerdiff.files import atomic, sha256_of_files
+from synerdiff.profile.tables import pixels_of
 from synerdiff.results.intervals import PairedRatio, paired_log_ratio
-from synerdiff.results.metrics import TAIL_PERCENT, WARMUP_PERCENT
-from synerdiff.results.records import read_table
+from synerdiff.results.metrics import TAIL_PERCENT, WARMUP_PERCENT, measured
+from synerdiff.results.records import REQUEST_COLUMNS, read_table
 
 if TYPE_CHECKING:
     import pandas
@@ -171,6 +174,12 @@ def _curves(experiment: Experiment, results: Results) -> Report:
             "tradeoff": partial(throughput_against_p99, shown, caption=caption),
             "stages": partial(where_the_time_goes, shown, spread, caption=caption),
         }
+        if "sizes" in experiment.figures:
+            by_size = _by_size(results, shown)
+            if len(by_size):
+                baseline = experiment.reference
+                figures["sizes"] = partial(latency_by_size, by_size, baseline=baseline, caption=caption)
+                report.texts["sizes.csv"] = by_size.to_csv(index=False)
         if "lanes" in experiment.figures:
             figures |= {
                 f"lanes-{profile}": partial(_lanes, results, part) for profile, part in shown.groupby("profile")
@@ -200,6 +209,35 @@ def frame_of(rows: Sequence[Row]) -> pandas.DataFrame:
     import pandas
 
     return pandas.DataFrame(rows)
+
+
+def _by_size(results: Results, runs: pandas.DataFrame) -> pandas.DataFrame:
+    """Mean latency of each run's requests by their resolution, at the load nearest the one that is shown."""
+    import pandas
+
+    load = min(runs["load"].unique(), key=lambda load: abs(load - _SHOWN_LOAD))
+    parts = []
+    for run in runs[runs["load"] == load].to_dict("records"):
+        grid_run = results.grid_runs[str(run["key"])]
+        if len({request.size for request in arrivals(grid_run.source).requests}) < 2:
+            continue
+        table = read_table(run_file(results.folder, run["key"]), REQUEST_COLUMNS)[0].to_pandas()
+        table = measured(table)
+        done = table[table["status"] == "done"]
+        sizes = [*zip(done["height"].astype(int), done["width"].astype(int), strict=True)]
+        for size in dict.fromkeys(sizes):
+            latency = done["request_latency_s"].astype(float)[[one == size for one in sizes]]
+            parts.append(
+                {
+                    **{name: run[name] for name in ("profile", "estimated", "workload", "policy", "seed", "load")},
+                    "size": pixels_of(size),
+                    "pixels": size[0] * size[1],
+                    "requests": len(latency),
+                    "request_latency_mean_s": float(latency.mean()),
+                    "request_latency_p99_s": float(latency.quantile(0.99)),
+                }
+            )
+    return pandas.DataFrame(parts)
 
 
 def _lanes(results: Results, runs: pandas.DataFrame) -> Any:
@@ -525,7 +563,8 @@ def _caption(experiment: Experiment, workloads: Sequence[Workload], dropped: Map
         windows = sum(max(1, len(workload.windows)) for workload in workloads if workload.trace is not None)
         texts.append(f"{windows} windows of the trace, stretched in time to the load.")
     texts.append(f"First {WARMUP_PERCENT}% and last {TAIL_PERCENT}% of requests set aside.")
-    if experiment.batch is not None or any(entry.searched for entry in experiment.policies):
+    batches = [experiment.batch, *(entry.batch for entry in experiment.policies)]
+    if any(batch == "best" or isinstance(batch, tuple) for batch in batches):
         texts.append(
             "Each policy at the batch size of least mean latency"
             + (", at saturation of the highest throughput." if experiment.saturation else ".")

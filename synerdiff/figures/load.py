@@ -7,6 +7,7 @@ with a column ``workload`` of several values every (profile, workload) has its o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import log
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,46 @@ def against_concurrency(
     if runs["max_concurrency"].isna().any():
         meaning += " Dotted: the policy's limit, all requests waiting from the start."
     return finish(figure, title, f"{meaning}{_skips(runs)} {caption}")
+
+
+@styled
+def latency_by_size(
+    runs: pd.DataFrame, *, baseline: str, title: str = "Who pays and who gains, by resolution", caption: str = ""
+) -> Figure:
+    """Per profile two panels over the resolutions of one load: mean latency, and its ratio to ``baseline``.
+
+    ``runs``: profile, estimated, policy, seed, size, pixels, request_latency_mean_s, one row per run and resolution.
+    """
+    rows = list(panel_rows(runs))
+    styles = policy_styles(runs["policy"])
+    figure = new_figure(2.4 * len(rows) + 1.0)
+    grid = figure.subplots(len(rows), 2, squeeze=False)
+    for (level, change), (label, group) in zip(grid, rows, strict=True):
+        sizes = group.sort_values("pixels", kind="stable")["size"].drop_duplicates().tolist()
+        value = group.set_index(["policy", "size", "seed"])["request_latency_mean_s"].astype(float).map(log)
+        ratios: list[float] = [1.0]
+        for place, (policy, style) in enumerate(styles.items()):
+            own, base = value[policy], value[baseline]
+            means = np.exp(own.groupby(level="size").mean()).reindex(sizes)
+            looks: Any = {"color": style.color, "marker": style.marker, "linestyle": style.linestyle, "linewidth": 0.8}
+            level.plot(range(len(sizes)), means.to_numpy(float), **looks)
+            if policy != baseline:
+                against = np.exp((own - base).groupby(level="size").mean()).reindex(sizes).to_numpy(float)
+                ratios += against.tolist()
+                x = np.arange(len(sizes)) + 0.12 * (place - (len(styles) - 1) / 2)
+                change.plot(x, against, style.marker, color=style.color)
+        plain_log_ticks(level)
+        level.set_ylabel("mean latency (s)")
+        panel_title(level, label, bool(group["estimated"].any()))
+        ratio_axis(change, "y", ratios, "change", 8)
+        change.axhline(1, color="#222222", linewidth=0.8, zorder=1)
+        panel_title(change, f"against {baseline}", bool(group["estimated"].any()))
+        for axis in (level, change):
+            axis.set_xticks(range(len(sizes)), sizes)
+            axis.grid(visible=False, axis="x")
+    policy_legend(figure, styles)
+    load = runs["load"].iloc[0]
+    return finish(figure, title, f"Geometric means over runs on the same arrivals, load {load:g}. {caption}")
 
 
 @styled

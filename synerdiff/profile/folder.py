@@ -85,9 +85,7 @@ def load_profile(folder: Path) -> Profile:
         raise InputError(f"{folder}: steps.csv and chunks.csv must have the same resolutions; {_text(size)} is in one.")
     chunks = {size: _read_chunks(folder / "chunks.csv", rows) for size, rows in chunks_of.items()}
     for size in sizes[1:]:
-        if {name: len(cut) for name, cut in chunks[size].items()} != {
-            n: len(cut) for n, cut in chunks[sizes[0]].items()
-        }:
+        if _lengths(chunks[size]) != _lengths(chunks[sizes[0]]):
             raise InputError(
                 f"{folder / 'chunks.csv'}: {_text(size)} has other chunkings than {_text(sizes[0])}; a chunking has "
                 "equally many chunks at every resolution."
@@ -116,6 +114,45 @@ def load_profile(folder: Path) -> Profile:
     others = {size: profile for size, profile in profiles.items() if size is not None}
     across = {(u, v): cells for (u, v), cells in corun.items() if u is not None and v is not None}
     return replace(first, head=facts, others=others, across=across)
+
+
+def combined(profiles: Sequence[Profile], name: str) -> Profile:
+    """One profile of the resolutions of several, the first one first; overheads and the head are the first's.
+
+    How they contend with each other is left to solo times (contract: slowdowns across resolutions). InputError for
+    profiles of other models, other chunkings, several resolutions, and a resolution that two have.
+    """
+    first = profiles[0]
+    own: dict[Size, Profile] = {}
+    for profile in profiles:
+        size = profile.head.size
+        if size is None or profile.others:
+            what = "does not name its resolution" if size is None else "has several resolutions already"
+            raise InputError(f"profile '{profile.name}' {what}, so it cannot be combined with others.")
+        if size in own:
+            raise InputError(f"profiles '{own[size].name}' and '{profile.name}' are both of {pixels_of(size)}.")
+        if profile.head.model != first.head.model or profile.head.device != first.head.device:
+            raise InputError(f"profiles '{first.name}' and '{profile.name}' are not of one model on one device.")
+        if _lengths(profile.chunks) != _lengths(first.chunks):
+            raise InputError(
+                f"profiles '{first.name}' and '{profile.name}' cut decodes differently; a chunking has equally many "
+                "chunks at every resolution."
+            )
+        own[size] = profile
+    provenance = max((profile.provenance for profile in profiles), key=PROVENANCES.index)
+    others = {
+        size: replace(
+            profile, name=name, provenance=provenance, overheads=first.overheads, step_launch=first.step_launch
+        )
+        for size, profile in own.items()
+        if profile is not first
+    }
+    head = first.head.model_copy(update={"resolutions": tuple(own)})
+    return replace(first, name=name, provenance=provenance, head=head, others=others)
+
+
+def _lengths(chunks: Mapping[str, Sequence[Spread]]) -> dict[str, int]:
+    return {name: len(cut) for name, cut in chunks.items()}
 
 
 def _text(size: Size | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from profiler.estimate import estimate_profiles
 from synerdiff import cli
 from synerdiff.config.experiment import load_experiment
 from synerdiff.core import InputError, SkipBudget
@@ -134,6 +136,28 @@ def test_a_closed_loop_ends_at_the_policys_limit(world: Path) -> None:
 def test_what_a_closed_loop_excludes_is_said(world: Path, changes: list[tuple[str, str]], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         small(world, ("name: small", "name: small\nmax_concurrency: 4"), *changes)
+
+
+def test_latency_is_told_by_resolution(world: Path) -> None:
+    write_profile(world / "p", estimate_profiles("512x512,1024x1024", "h200", "sdxl"))
+    shapes = "shapes: [{steps: 4, height: 512, width: 512}, {steps: 4, height: 1024, width: 1024}]"
+    grid = small(
+        world,
+        ("mix: fixed, steps: 4, images: 2", shapes),
+        ("figures: []", "figures: [sizes]"),
+        ("loads: [0.5, 0.9]", "loads: [0.3, 0.8]"),
+    )
+    publish(grid.experiment, swept(grid))
+    with (world / "out" / "sizes.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["policy"], row["size"], row["seed"], row["load"]) for row in rows} == {
+        (policy, size, seed, "0.8")
+        for policy in ("continuous-serial", "hurried")
+        for size in ("512x512", "1024x1024")
+        for seed in "12"
+    }
+    assert sum(int(row["requests"]) for row in rows if row["policy"] == "hurried" and row["seed"] == "1") == 26
+    assert (world / "out" / "figures" / "sizes.png").is_file()
 
 
 def test_policies_see_the_same_arrivals_and_loads_only_stretch_them(world: Path) -> None:

@@ -25,6 +25,7 @@ from synerdiff.figures.load import (
     against_concurrency,
     backlog_over_time,
     latency_against_load,
+    latency_by_size,
     panel_rows,
     saturated,
     throughput_against_load,
@@ -206,6 +207,22 @@ def test_a_closed_loop_is_drawn_up_to_each_policys_limit(runs: pd.DataFrame) -> 
     lines = [np.asarray(line.get_ydata(), float).tolist() for line in first.get_lines()]
     assert [0.125, 1.0] in lines
     assert [1.5, 1.5] in lines
+
+
+def test_latency_by_size_is_paired_by_seed(runs: pd.DataFrame) -> None:
+    sizes = [("64x64", 4096, 1.0), ("128x64", 8192, 3.0)]
+    parts = [
+        runs.assign(size=name, pixels=pixels, request_latency_mean_s=runs["request_latency_mean_s"] * factor)
+        for name, pixels, factor in sizes
+    ]
+    frame = pd.concat(parts)
+    frame.loc[frame["policy"] == "load-skip", "request_latency_mean_s"] *= 0.5
+    frame = frame[(frame["profile"] == "gpu-a") & (frame["load"] == 0.5)]
+    figure = latency_by_size(frame, baseline="static")
+    level, change = figure.axes[:2]
+    assert [tick.get_text() for tick in level.get_xticklabels()] == ["64x64", "128x64"]
+    drawn = [np.asarray(line.get_ydata(), float).tolist() for line in change.get_lines()]
+    assert [0.5, 0.5] in [[round(value, 9) for value in line] for line in drawn]
 
 
 def test_workloads_have_panels_of_their_own(runs: pd.DataFrame) -> None:

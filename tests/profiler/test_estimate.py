@@ -293,3 +293,15 @@ def test_a_measured_profile_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds profile\\.yaml, which 'estimate' did not write"):
         estimate("h200", "sdxl", tmp_path)
     assert (tmp_path / "profile.yaml").read_text() == "provenance: measured\n"
+
+
+def test_several_resolutions_are_those_of_each_alone() -> None:
+    profile = est.estimate_profiles("512x512, 768x1024", "h200", "sdxl", execution="engine")
+    alone = est.estimate_profile("h200", "sdxl", execution="engine", resolution="768x1024")
+    assert profile.head.resolutions == ((512, 512), (768, 1024))
+    assert profile.at(768, 1024).steps == alone.steps
+    assert profile.at(768, 1024).corun == alone.corun
+    assert profile.at(768, 1024).overheads == profile.overheads
+    assert est.estimate_profiles("", "h200", "sdxl") == est.estimate_profile("h200", "sdxl")
+    with pytest.raises(InputError, match="are both of 512x512"):
+        est.estimate_profiles("512x512,512x512", "h200", "sdxl")

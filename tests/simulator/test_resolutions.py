@@ -240,3 +240,21 @@ def test_the_command_reads_both_and_counts_what_was_not_measured(tmp_path: Path)
     assert run["resolutions"] == ["512x512", "768x1024"]
     assert run["slowdowns_by_solo_time"] > 0
     assert set(read_requests(out)["height"]) == {512, 768}
+
+
+def test_profiles_of_one_resolution_each_are_combined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, size in (("p", SMALL), ("q", LARGE)):
+        write_profile(tmp_path / name, replace(affine_profile(), head=Head(resolutions=(size,))))
+    folders = [str(tmp_path / "p"), str(tmp_path / "q")]
+    assert cli.main(["profile", "combine", *folders, "--out", str(tmp_path / "both")]) == 0
+    both = load_profile(tmp_path / "both")
+    assert both.name == "both"
+    assert list(both.sizes) == [SMALL, LARGE]
+    assert "both, measured, resolutions 512x512, 768x1024" in capsys.readouterr().out
+    for wrong, sentence in (
+        ([folders[0], folders[0]], "are both of 512x512."),
+        ([folders[0], str(tmp_path / "both")], "profile 'both' has several resolutions already"),
+        (folders[:1], "at least two profiles are needed."),
+    ):
+        assert cli.main(["profile", "combine", *wrong, "--out", str(tmp_path / "none")]) == 2
+        assert sentence in capsys.readouterr().err
