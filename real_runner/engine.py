@@ -22,6 +22,7 @@ from real_runner.pieces import Image
 from synerdiff.core import (
     NO_SKIPS,
     NS_PER_S,
+    ContractError,
     Decision,
     InputError,
     LaneView,
@@ -118,6 +119,11 @@ def run_real(
         except LaneLost as lost:
             error = run.lost(lost)
     execution = run.execution
+    if not hardware.hung and not isinstance(error, InputError | ContractError):
+        try:
+            run.worker.require_unwritten(run.execution.now_ns())
+        except ContractError as written:
+            error = written
     if serving is not None:
         if not hardware.hung:
             serving.finish()
@@ -182,6 +188,7 @@ class _Run:
         chunks = [hardware.chunk_functions(lane, cut) for lane in range(len(hardware.decode))]
         gpu = GPU if serving is None else serving.gpu
         self.worker = Worker(samples, policy.name, len(cut), profile.max_rows, (gpu,) * len(hardware.decode))
+        self.worker.guarded = policy.foreign
         # When a step with adapters ends cannot be told from the profile's times of plain steps.
         lead_ns = profile.overhead_ns("decision_lead") if serving is None else 0
         self.rounds = Rounds(self.worker, policy, self, lead_ns)

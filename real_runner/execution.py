@@ -241,6 +241,8 @@ class Execution:
                 self.faults.append(Fault(sample.finished_ns, FAILED, (sample.name,), detail))
             elif self.on_image is not None:
                 self.on_image(sample, image.state, picture.image)
+            if self.worker.guarded:
+                self.worker.guard.end(sample)
 
     def drain(self) -> None:
         """Let what runs end and start nothing new."""

@@ -26,6 +26,7 @@ from synerdiff.config.cluster import Cluster, WorkerEntry
 from synerdiff.core import (
     NO_SKIPS,
     NS_PER_S,
+    ContractError,
     InputError,
     Request,
     RunResult,
@@ -110,11 +111,11 @@ def simulate(
     info = WorkerInfo(profile.most_rows, DENOISE_GPU, decode_gpus, _sample_rows(samples))
     if max_concurrency is None:
         run = WorkerRun(policy, profile, info, samples, samples, dispersion_seed)
-        end_ns = _play(lambda environment: run.run(environment, on_progress))
+        end_ns = _play(lambda environment: run.run(environment, on_progress), [run])
         return _result(requests, samples, run.records, end_ns, [run])
     loop = ClosedLoop(requests, samples, max_concurrency, profile.overhead_ns("text_encode"))
     run = WorkerRun(policy, profile, info, samples, [], dispersion_seed)
-    end_ns = _play(lambda environment: run.run(environment, on_progress, loop))
+    end_ns = _play(lambda environment: run.run(environment, on_progress, loop), [run])
     return _result(loop.requests, samples, run.records, end_ns, [run])
 
 
@@ -160,7 +161,7 @@ def simulate_cluster(
         runs.append(run)
     loop = ClosedLoop(requests, samples, max_concurrency, profile.overhead_ns("text_encode"))
     fleet = FleetClock(loop, samples, runs, planners, router or RoundRobin(), on_progress)
-    end_ns = _play(fleet.run)
+    end_ns = _play(fleet.run, runs)
     records: list[WorkRecord] = []
     for index, run in enumerate(runs):
         records += run.records + (planners[index].loader.records if planners else [])
@@ -222,13 +223,25 @@ def _require(
     return loras is not None or controlnets is not None or two_gpus
 
 
-def _play(process: Callable[[simpy.Environment], Generator[simpy.Event, None, None]]) -> int:
-    """Run a process to its end; the instant at which it ended."""
+def _play(process: Callable[[simpy.Environment], Generator[simpy.Event, None, None]], runs: Sequence[WorkerRun]) -> int:
+    """Run a process to its end; the instant at which it ended. ContractError when a policy wrote what it may read."""
     environment = simpy.Environment()
     environment.process(process(environment))
-    with rare_collections():
-        environment.run()
+    try:
+        with rare_collections():
+            environment.run()
+    except (InputError, ContractError):
+        raise
+    except Exception:  # what a policy has written may break anything
+        _require_unwritten(runs, int(environment.now))
+        raise
+    _require_unwritten(runs, int(environment.now))
     return int(environment.now)
+
+
+def _require_unwritten(runs: Sequence[WorkerRun], now_ns: int) -> None:
+    for run in runs:
+        run.worker.require_unwritten(now_ns)
 
 
 def _result(

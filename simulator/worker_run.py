@@ -56,6 +56,7 @@ class WorkerRun:
             profile.overhead_ns("sample_host"),
         )
         self.worker.max_rows_of = {size: one.max_rows for size, one in profile.sizes.items()}
+        self.worker.guarded = calls.foreign
         self.rounds = Rounds(self.worker, calls, self, profile.overhead_ns("decision_lead"))
         self.arrivals = arrivals
         self.entered = 0

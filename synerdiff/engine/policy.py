@@ -31,12 +31,14 @@ _MOST_FRAMES = 6
 class PolicyCalls:
     """A policy as engines call it. ``chunking`` is known, and fixed, after `reset`."""
 
-    __slots__ = ("_policy", "chunking", "name")
+    __slots__ = ("_policy", "chunking", "foreign", "name")
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
         self.name = str(getattr(policy, "NAME", "") or type(policy).__name__)
         self.chunking = "whole"
+        self.foreign = not _ours(policy)
+        """A user's policy, not one of ours."""
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         """Raises ContractError, and InputError as the policy does."""
@@ -75,6 +77,12 @@ class PolicyCalls:
     def error(self, now_ns: int, reason: str) -> ContractError:
         """The error that the policy broke the contract at that time."""
         return ContractError(f"policy '{self.name}' at {now_ns / NS_PER_S:.9f} s: {reason}.")
+
+
+def _ours(policy: object) -> bool:
+    """Whether the policy is one of ours, and what it wraps too."""
+    own = type(policy).__module__.startswith(("policies.", "synerdiff."))
+    return own and (not hasattr(policy, "inner") or _ours(policy.inner))
 
 
 def _failure(hook: str, error: BaseException) -> str:

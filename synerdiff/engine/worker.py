@@ -28,6 +28,7 @@ from synerdiff.core import (
     SampleId,
     View,
 )
+from synerdiff.engine.guard import Guard
 
 IDLE_DECISIONS = 10_000
 """So many decisions in a row that bring nothing forward are an error (contract, rule 24)."""
@@ -102,6 +103,13 @@ class Worker:
         """Told of each of them, as it ends."""
         self.steps_settled = 0
         """Denoising steps that its samples have taken, and those that rejected ones will not take."""
+        self.guard = Guard(len(decode_gpus))
+        self.guarded = True
+        """Whether the policy is a user's: ours are known to write nothing."""
+        self._max_rows = max_rows
+        self._running: tuple[SampleId, ...] = ()
+        self._denoise_free = True
+        self._closed = False
         self._idle_decisions = 0
         """Decisions in a row that started, admitted, rejected and ended nothing."""
         self._last_step: tuple[tuple[tuple[SampleId, Mode], ...], Step] | None = None
@@ -115,7 +123,7 @@ class Worker:
         view.waiting = self.waiting.values()
         view.active = self.active.values()
         view.decoding = self.decoding.values()
-        view.decode_lanes = self.lanes
+        view.decode_lanes = tuple(self.lanes)
         view.running = ()
         view.denoise_free = True
         view.max_rows = max_rows
@@ -129,6 +137,8 @@ class Worker:
     def enter(self, sample: Sample) -> None:
         """A sample joins waiting."""
         sample.phase = WAITING
+        if self.guarded:
+            self.guard.enter(sample)
         self.waiting[sample.id] = sample
         self._arrived.append(sample)
 
@@ -147,16 +157,18 @@ class Worker:
                     sample.skip_run = 0
                 else:
                     self._spend_skip(sample, index)
-            if index + 1 == sample.steps:
+            if index + 1 >= sample.steps:
                 sample.phase = DECODING
                 del self.active[sample.id]
                 self.decoding[sample.id] = sample
                 step.freed.append(sample)
                 self._last_step = None
         self._step_done.extend(step.samples)
+        if self.guarded:
+            self.guard.steps += len(step.samples)
 
-    @staticmethod
-    def _spend_skip(sample: Sample, index: int) -> None:
+    def _spend_skip(self, sample: Sample, index: int) -> None:
+        self.guard.skips += 1
         sample.skips_spent += 1
         sample.skips_left -= 1
         sample.skip_run += 1
@@ -172,7 +184,11 @@ class Worker:
             self.show_step_done()
         for sample in step.freed:
             sample.denoised_ns = now_ns
+            if self.guarded:
+                self.guard.denoised_ns[sample.id] = now_ns
         self.steps_settled += len(step.samples)
+        if self.guarded and self.guard.steps > self.guard.steps_given:
+            self.require_unwritten(now_ns)
         self.step = None
         return step
 
@@ -187,6 +203,14 @@ class Worker:
     def end_chunk(self, lane: LaneView, now_ns: int) -> bool:
         """The lane's running chunk ends. True when the next chunk of the same launch follows by itself."""
         sample = lane.sample
+        guard = self.guard
+        guard.chunks += 1
+        if self.guarded and (
+            sample is None
+            or sample is not guard.held[lane.index]
+            or guard.chunks > self.chunk_count * len(guard.entered)
+        ):
+            self.require_unwritten(now_ns)
         assert sample is not None
         sample.chunks_done += 1
         lane.chunks_left -= 1
@@ -195,7 +219,7 @@ class Worker:
             return True
         if lane is self.exclusive_lane:
             self.exclusive_lane = None
-        lane.sample = None
+        lane.sample = guard.held[lane.index] = None
         sample.launched = False
         if sample.chunks_done == self.chunk_count:
             self.held_until_ns = max(now_ns, self.held_until_ns) + self.sample_host_ns
@@ -208,7 +232,7 @@ class Worker:
         """A sample fails alone, and a decode lane that it holds is free again. It must be in no step."""
         for lane in self.lanes:
             if lane.sample is sample:
-                lane.sample = None
+                lane.sample = self.guard.held[lane.index] = None
                 lane.chunks_left = 0
                 sample.launched = False
                 if lane is self.exclusive_lane:
@@ -220,6 +244,8 @@ class Worker:
 
     def _end(self, sample: Sample, phase: Phase) -> None:
         sample.phase = phase
+        if self.guarded:
+            self.guard.end(sample)
         self.ended += 1
         self._gone.append((sample, str(phase)))
         if self.on_end is not None:
@@ -238,10 +264,27 @@ class Worker:
         step = self.step
         shown = self.next_step if step is None or step.shown_done else step
         view.now_ns = now_ns
-        view.closed = closed
-        view.running = () if shown is None else shown.ids
-        view.denoise_free = shown is None and self.exclusive_lane is None
+        view.closed = self._closed = closed
+        view.running = self._running = () if shown is None else shown.ids
+        view.denoise_free = self._denoise_free = shown is None and self.exclusive_lane is None
         return view
+
+    def require_unwritten(self, now_ns: int) -> None:
+        """ContractError when the policy has written to a sample or a lane; called before records are made."""
+        if not self.guarded:
+            return
+        view = self.view
+        try:
+            what = self.guard.anything(self.samples, self.lanes, self.chunk_count)
+            places = (view.waiting, view.active, view.decoding)
+            for place, mine in zip(places, (self.waiting, self.active, self.decoding), strict=True):
+                if what is None and [*place] != [*mine.values()]:
+                    what = "its view"
+        except Exception as error:
+            what = f"a sample, a lane or its view ({type(error).__name__})"
+        if what is not None:
+            self.guard.restore(self.samples)
+            self._refuse(now_ns, f"it wrote {what}, which it may only read")
 
     def apply(self, decision: Decision, now_ns: int) -> tuple[bool, list[LaneView]]:
         """Check a decision and carry it out.
@@ -249,6 +292,15 @@ class Worker:
         Returns whether a step starts now (it is then ``self.step``), and the lanes whose launch starts now. The rest
         is committed: it starts with ``start_committed`` when the running step really ends. Raises ContractError.
         """
+        view = self.view
+        if self.guarded and (
+            view.now_ns != now_ns
+            or view.running is not self._running
+            or view.denoise_free is not self._denoise_free
+            or view.closed is not self._closed
+            or view.max_rows > self._max_rows
+        ):
+            self._refuse(now_ns, "it wrote to the view, which it may only read")
         if decision is NOTHING:
             self._count_idle(now_ns)
             self._forget_news()
@@ -269,6 +321,8 @@ class Worker:
             del self.waiting[sample_id]
             sample.phase = ACTIVE
             sample.admitted_ns = now_ns
+            if self.guarded:
+                self.guard.admitted_ns[sample_id] = now_ns
             self.active[sample_id] = sample
         for sample_id in reject:
             sample = self._sample(sample_id, self.waiting, WAITING, "rejected", now_ns)
@@ -322,7 +376,7 @@ class Worker:
             self._refuse(now_ns, f"{IDLE_DECISIONS} decisions in a row started, admitted, rejected and ended nothing")
 
     def _make_step(self, batch: tuple[tuple[SampleId, Mode], ...], pad_rows: int, now_ns: int) -> Step:
-        if not self.view.denoise_free:
+        if not self._denoise_free:
             self._refuse(now_ns, "a step was decided while the denoise lane is busy or held")
         # The same members take most steps: what is known of them holds while they are the same.
         if self._last_step is not None and self._last_step[0] is batch and not pad_rows:
@@ -400,7 +454,7 @@ class Worker:
             if busy or (self.step is not None and not self.step.shown_done):
                 self._refuse(now_ns, "an exclusive launch needs the denoise lane idle")
             self.exclusive_lane = lane
-        lane.sample = sample
+        lane.sample = self.guard.held[launch.lane] = sample
         lane.chunks_left = launch.chunks
         lane.exclusive = launch.exclusive
         lane.forced = launch.forced
