@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +16,38 @@ from synerdiff.core import InputError
 from synerdiff.files import atomic
 
 _PREFIX = "unet."
+_PEFT, _KOHYA = "base_model.model.", "lora_unet_"
 _HALVES = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down",
+    ".lora_B.default.weight": "up",
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
+    ".lora_down.weight": "down",
+    ".lora_up.weight": "up",
     ".alpha": "alpha",
 }
-"""How diffusers writes the two matrices of a layer: peft's names, and those of its older versions."""
+"""How the two matrices of a layer are called: by diffusers and peft, by diffusers' older versions, by kohya."""
+_DORA = (".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+_WORDS = re.compile(
+    "down_blocks|up_blocks|mid_block|transformer_blocks|to_(?:q|k|v|out)|proj_(?:in|out)|time_emb_proj|conv_(?:in|out|shortcut)"
+    "|(?:time|add)_embedding|linear_[12]|[a-z0-9]+"
+)
+"""A UNet's module names: kohya joins them by underscores, which some of them have themselves."""
+_ORIGINAL = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+"""Names in Stability AI's own code, which kohya's SDXL files have -> diffusers' names."""
 _METADATA = "lora_adapter_metadata"
 
 
@@ -73,10 +98,11 @@ class LoraFile:
 
 
 def read_lora(path: str | Path, folder: str | Path) -> LoraFile:
-    """Read a LoRA for a UNet as diffusers saves it (`save_lora_adapter`, `save_lora_weights`) into host memory.
+    """Read a LoRA for a UNet into host memory, under the names of diffusers, peft or kohya.
 
     `path`: inside `folder`, absolute or relative to it; links are followed before that is checked. Only safetensors,
-    which hold no code. alpha comes from the file's `alpha` keys, else from its metadata, else it is the rank.
+    which hold no code. alpha comes from the file's `alpha` keys, else from its metadata (`alpha_pattern`, then
+    `lora_alpha`) or peft's adapter_config.json beside it, else it is the rank.
     Raises InputError, one sentence with the file and the layer, for anything else.
     """
     allowed = Path(folder).resolve()
@@ -93,7 +119,8 @@ def read_lora(path: str | Path, folder: str | Path) -> LoraFile:
         module, part = _layer_of(file, key)
         if part in parts.setdefault(module, {}):
             raise InputError(f"{file}: the layer {module} has two {part} tensors.")
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+        number = tensor.is_floating_point() or part == "alpha"
+        if not number or not bool(tensor.isfinite().all()):
             raise InputError(f"{file}: the {part} tensor of layer {module} holds values that are not finite numbers.")
         parts[module][part] = tensor
     if not parts:
@@ -146,33 +173,78 @@ def _read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def _layer_of(file: Path, key: str) -> tuple[str, str]:
+    """The layer's module path inside the UNet and which part of it this tensor is."""
     for ending, part in _HALVES.items():
         if key.endswith(ending):
-            module = key.removesuffix(ending).removeprefix(_PREFIX)
-            if module.startswith("text_encoder"):
+            module = key.removesuffix(ending).removeprefix(_PEFT).removeprefix(_PREFIX)
+            if module.startswith(("text_encoder", "text_model", "lora_te")):
                 raise InputError(f"{file}: the layer {module} is one of a text encoder; only a UNet's can be merged.")
-            return module, part
+            return (_from_kohya(module.removeprefix(_KOHYA)) if module.startswith(_KOHYA) else module), part
+    if key.endswith(_DORA):
+        raise InputError(f"{file}: the tensor {key} is one of a DoRA, which cannot be merged here.")
     raise InputError(
-        f"{file}: the tensor {key} is none of those that diffusers writes; each must be "
-        "unet.<layer>.lora_A.weight, unet.<layer>.lora_B.weight or unet.<layer>.alpha."
+        f"{file}: the tensor {key} is none of a LoRA's; each must be <layer>.lora_A.weight, <layer>.lora_B.weight or "
+        "<layer>.alpha with unet. or base_model.model. before it, or lora_unet_<layer> with .lora_down.weight, "
+        ".lora_up.weight or .alpha."
     )
 
 
+def _from_kohya(name: str) -> str:
+    """`down_blocks_0_attentions_1_proj_in` or `input_blocks_2_1_proj_in` -> `down_blocks.0.attentions.1.proj_in`.
+
+    Numbered blocks hold two layers and what resizes them, as in every public UNet; a name that is none stays as it is.
+    """
+    name = _ORIGINAL.get(name, name)
+    if found := re.fullmatch(r"(in|out)put_blocks_(\d+)_(\d)_(.+)", name):
+        side, number, part, rest = found.groups()
+        block, layer = divmod(int(number) - (side == "in"), 3)
+        where = f"{'down' if side == 'in' else 'up'}_blocks_{block}"
+        if rest in ("op", "conv"):
+            name = f"{where}_{'down' if side == 'in' else 'up'}samplers_0_conv"
+        else:
+            name = f"{where}_{'attentions' if int(part) else 'resnets'}_{layer}_{_ORIGINAL.get(rest, rest)}"
+    elif found := re.fullmatch(r"middle_block_([012])_(.+)", name):
+        where = ("resnets_0", "attentions_0", "resnets_1")[int(found[1])]
+        name = f"mid_block_{where}_{_ORIGINAL.get(found[2], found[2])}"
+    words: list[str] = _WORDS.findall(name)
+    return ".".join(words) if "_".join(words) == name else name
+
+
 def _config_of(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """peft's settings as diffusers keeps them: of the UNet where the file may hold several parts."""
-    if _METADATA not in metadata:
+    """peft's settings as diffusers keeps them, of the UNet where the file may hold several parts, or as peft does."""
+    beside = file.with_name("adapter_config.json")
+    if _METADATA in metadata:
+        text, where = metadata[_METADATA], f"its {_METADATA}"
+    elif file.name == "adapter_model.safetensors" and beside.is_file():
+        text, where = beside.read_text(encoding="utf-8", errors="replace"), beside.name
+    else:
         return {}
     try:
-        config = json.loads(metadata[_METADATA])
-    except ValueError:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise InputError(f"{file}: its {_METADATA} is not a JSON object.")
+        raise InputError(f"{file}: {where} is not a JSON object.")
     config = {key.removeprefix(_PREFIX): value for key, value in config.items()}
-    for option in ("use_rslora", "use_dora", "lora_bias", "alpha_pattern"):
+    for option in ("use_rslora", "use_dora", "lora_bias"):
         if config.get(option):
             raise InputError(f"{file}: it was made with {option}, which cannot be merged here.")
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", key) for key in patterns):
+        raise InputError(f"{file}: the alpha_pattern of {where} must map names of layers to numbers.")
     return config
+
+
+def _alpha_of(file: Path, module: str, rank: int, config: Mapping[str, Any]) -> float:
+    """By peft's settings: the first entry of `alpha_pattern` that names the layer or its end, else `lora_alpha`."""
+    alpha = config.get("lora_alpha", rank)
+    for name, value in (config.get("alpha_pattern") or {}).items():
+        if f".{module}".endswith(f".{name}"):
+            alpha = value
+            break
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise InputError(f"{file}: the alpha of layer {module} in its settings must be a number, not {alpha!r}.")
+    return float(alpha)
 
 
 def _layer(file: Path, module: str, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> LoraLayer:
@@ -195,7 +267,5 @@ def _layer(file: Path, module: str, parts: Mapping[str, torch.Tensor], config: M
             raise InputError(f"{file}: the alpha of layer {module} must be one number, not {parts['alpha'].numel()}.")
         alpha = float(parts["alpha"])
     else:
-        alpha = config.get("lora_alpha", rank)
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-            raise InputError(f"{file}: the lora_alpha of its {_METADATA} must be a number, not {alpha!r}.")
-    return LoraLayer(down, up, float(alpha) / rank)
+        alpha = _alpha_of(file, module, rank, config)
+    return LoraLayer(down, up, alpha / rank)

@@ -65,3 +65,17 @@ def test_captured_steps_equal_eager_ones() -> None:
         ends.append(states)
     for one, other in zip(*ends, strict=True):
         assert float((one.latent - other.latent).abs().max()) < 1e-5
+
+
+def test_a_scheduler_with_a_history_keeps_it_while_the_graph_replays() -> None:
+    """In float32 an unguided step's outputs are the graph's own buffer, which PNDM would find overwritten."""
+    ends = []
+    for captured in (False, True):
+        model = load_model("digits", scheduler="PNDMScheduler")
+        if captured:
+            capture_denoiser(model, (1,), STREAM, pool=())  # type: ignore[arg-type]
+        state = model.start(1, 6, 1.0)
+        while not state.done:
+            model.step([state])
+        ends.append(state.latent)
+    assert torch.allclose(*ends, atol=1e-5)

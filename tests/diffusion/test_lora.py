@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from synerdiff.core import InputError
+from synerdiff.diffusion.architectures import empty_modules, read_architecture
 from synerdiff.diffusion.checkpoint import load_model
-from synerdiff.diffusion.lora import LoraFile, LoraLayer, random_lora, read_lora, save_lora
+from synerdiff.diffusion.lora import LoraFile, LoraLayer, _from_kohya, random_lora, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
 
 torch.set_num_threads(1)
@@ -216,6 +217,86 @@ def test_older_names_of_diffusers_are_read(tmp_path: Path) -> None:
     assert read.scaling == 1.0  # no alpha anywhere: the rank
 
 
+def kohya_name(module: str) -> str:
+    return "lora_unet_" + module.replace(".", "_")
+
+
+@pytest.mark.parametrize("style", ["kohya", "peft", "peft adapter", "metadata", "adapter_config"])
+def test_foreign_names_and_alphas_merge_as_by_hand(tmp_path: Path, style: str) -> None:
+    """Layers of ranks 2 and 4 and alphas 3 and 8, which the file, its metadata or the file beside it says."""
+    unet, tensors, alphas = load_model("tiny-sd").unet, {}, {LINEAR: 3, CONV: 8, POINTWISE: 8}
+    before, ranks = weights_of(unet), {LINEAR: 2, CONV: 4, POINTWISE: 4}
+    expected = {}
+    for i, (module, rank) in enumerate(ranks.items()):
+        weight = unet.get_submodule(module).weight
+        down = 0.3 * drawn(rank, *weight.shape[1:], seed=i)
+        up = 0.3 * drawn(weight.shape[0], rank, *[1] * (weight.dim() - 2), seed=i + 50)
+        change = (up.double().flatten(1) @ down.double().flatten(1)).view(weight.shape) * alphas[module] / rank
+        expected[f"{module}.weight"] = before[f"{module}.weight"].double() + 0.5 * change
+        if style == "kohya":
+            name, halves = kohya_name(module), ("lora_down", "lora_up")
+            tensors[f"{name}.alpha"] = torch.tensor(alphas[module])
+        else:
+            name = f"unet.{module}" if style == "metadata" else f"base_model.model.{module}"
+            halves = ("lora_A.default", "lora_B.default") if style == "peft adapter" else ("lora_A", "lora_B")
+        if style.startswith("peft"):
+            tensors[f"{name}.alpha"] = torch.tensor(float(alphas[module]))
+        tensors |= {f"{name}.{halves[0]}.weight": down, f"{name}.{halves[1]}.weight": up}
+    settings = {"r": 4, "lora_alpha": 8, "rank_pattern": {LINEAR: 2}, "alpha_pattern": {"attn1.to_q": 3, "q": 99}}
+    metadata = None
+    if style == "metadata":
+        metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in settings.items()})}
+    if style == "adapter_config":
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata=metadata)
+    MergedWeights(unet).merge(read_lora("adapter_model.safetensors", tmp_path), 0.5)
+    for name, weight in unet.state_dict().items():
+        assert torch.allclose(weight.double(), expected.get(name, before[name].double()), atol=1e-6), name
+    assert not torch.equal(unet.get_submodule(LINEAR).weight, before[f"{LINEAR}.weight"])
+
+
+def test_every_layer_of_sdxl_is_found_by_its_kohya_name() -> None:
+    unet, _ = empty_modules(read_architecture("sdxl"))
+    modules = [name for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+    assert len(modules) > 700
+    assert [name for name in modules if _from_kohya(name.replace(".", "_")) != name] == []
+
+
+@pytest.mark.parametrize(
+    ("original", "module"),
+    [
+        ("input_blocks_0_0", "conv_in"),
+        ("input_blocks_1_0_in_layers_2", "down_blocks.0.resnets.0.conv1"),
+        ("input_blocks_3_0_op", "down_blocks.0.downsamplers.0.conv"),
+        ("input_blocks_4_0_skip_connection", "down_blocks.1.resnets.0.conv_shortcut"),
+        (
+            "input_blocks_5_1_transformer_blocks_1_attn2_to_out_0",
+            "down_blocks.1.attentions.1.transformer_blocks.1.attn2.to_out.0",
+        ),
+        ("input_blocks_8_1_proj_in", "down_blocks.2.attentions.1.proj_in"),
+        ("middle_block_0_out_layers_3", "mid_block.resnets.0.conv2"),
+        (
+            "middle_block_1_transformer_blocks_9_ff_net_0_proj",
+            "mid_block.attentions.0.transformer_blocks.9.ff.net.0.proj",
+        ),
+        ("middle_block_2_emb_layers_1", "mid_block.resnets.1.time_emb_proj"),
+        (
+            "output_blocks_0_1_transformer_blocks_0_attn1_to_k",
+            "up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k",
+        ),
+        ("output_blocks_2_2_conv", "up_blocks.0.upsamplers.0.conv"),
+        ("output_blocks_8_0_emb_layers_1", "up_blocks.2.resnets.2.time_emb_proj"),
+        ("time_embed_2", "time_embedding.linear_2"),
+        ("label_emb_0_0", "add_embedding.linear_1"),
+        ("out_2", "conv_out"),
+    ],
+)
+def test_names_of_the_original_sdxl_code_are_diffusers_layers(original: str, module: str) -> None:
+    """As kohya's SDXL files have them."""
+    assert _from_kohya(original) == module
+    empty_modules(read_architecture("sdxl"))[0].get_submodule(module)
+
+
 def test_images_change_with_a_lora_and_come_back(tmp_path: Path) -> None:
     model = load_model("digits")
     lora, merged, latents = lora_of(model.unet, "one", 1), MergedWeights(model.unet), []
@@ -283,6 +364,19 @@ def written(folder: Path, change: Any, metadata: Any = None) -> Any:
             lambda t: t.update({"text_encoder.q_proj.lora_A.weight": torch.ones(2, 2)}),
             r"text_encoder\.q_proj is one of a text encoder",
         ),
+        (
+            lambda t: t.update({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 2)}),
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1 is one of a text encoder",
+        ),
+        (lambda t: t.update({"lora_unet_x.dora_scale": torch.ones(2)}), r"lora_unet_x\.dora_scale is one of a DoRA"),
+        (
+            lambda t: t.update({f"unet.{LINEAR}.lora_magnitude_vector": torch.ones(2)}),
+            r"lora_magnitude_vector is one of a DoRA",
+        ),
+        (
+            lambda t: t.update({f"lora_unet_{LINEAR.replace('.', '_')}.lora_up.weight": torch.ones(32, 3)}),
+            rf"the layer {LINEAR} has two up",
+        ),
         (lambda t: t.pop(f"unet.{LINEAR}.lora_B.weight"), rf"the layer {LINEAR} has no up matrix"),
         (lambda t: t.pop(f"unet.{LINEAR}.lora_A.weight"), rf"the layer {LINEAR} has no down matrix"),
         (lambda t: t.update({f"{LINEAR}.lora_A.weight": torch.ones(2, 2)}), rf"the layer {LINEAR} has two down"),
@@ -312,8 +406,14 @@ def test_wrong_layers_are_named(folder: Path, change: Any, message: str) -> None
         ("{", "is not a JSON object"),
         ("[1]", "is not a JSON object"),
         (json.dumps({"use_dora": True}), "made with use_dora"),
-        (json.dumps({"unet.alpha_pattern": {"x": 2}}), "made with alpha_pattern"),
-        (json.dumps({"lora_alpha": "much"}), "lora_alpha of its lora_adapter_metadata must be a number, not 'much'"),
+        (
+            json.dumps({"unet.alpha_pattern": {"(a+)+$": 2}}),
+            "alpha_pattern of its lora_adapter_metadata must map names",
+        ),
+        (json.dumps({"unet.alpha_pattern": [1]}), "alpha_pattern of its lora_adapter_metadata must map names"),
+        (json.dumps({"unet.alpha_pattern": {"to_q": True}}), "alpha of layer .*to_q in its settings must be a number"),
+        (json.dumps({"lora_alpha": "much"}), "in its settings must be a number, not 'much'"),
+        ('{"lora_alpha": NaN}', "in its settings must be a number, not nan"),
     ],
 )
 def test_settings_that_cannot_be_merged_are_refused(folder: Path, metadata: Any, message: str) -> None:
