@@ -202,11 +202,9 @@ class Execution:
         return min(running.work.start_ns - self.zero_ns, end_ns), end_ns
 
     def _lower_max_rows(self, content: StepPiece, rows: int, end_ns: int) -> None:
-        """Half the rows that did not fit, at the next smaller bucket, but never less than one sample needs."""
-        buckets = self.profile.row_buckets or range(1, rows + 1)
-        half = self.profile.bucket(rows) // 2
+        """From now on at most the rows that fitted when this step was halved, but never less than one sample needs."""
         view = self.worker.view
-        view.max_rows = min(view.max_rows, max([self.sample_rows, *(size for size in buckets if size <= half)]))
+        view.max_rows = min(view.max_rows, max(self.sample_rows, content.fitted_rows))
         names = tuple(image.sample.name for image in content.images)
         detail = f"a step of {rows} rows; at most {view.max_rows} from now on ({content.out_of_memory})"
         self.faults.append(Fault(end_ns, OUT_OF_MEMORY, names, detail))

@@ -35,12 +35,14 @@ class Image:
 
 
 class StepPiece:
-    """One denoiser step. A step that finds no memory is retried once, in halves; a sample that raises fails alone."""
+    """One denoiser step. Without memory it is halved down to one sample, tried twice; one that raises fails alone."""
 
     def __init__(self, model: DiffusionModel, images: Sequence[Image], modes: Sequence[Mode], pad_rows: int) -> None:
         self.model, self.images, self.modes, self.pad_rows = model, images, modes, pad_rows
         self.out_of_memory = ""
         """What the first attempt said when memory ran out."""
+        self.fitted_rows = 0
+        """The most rows that fitted after memory ran out; 0: none did."""
         self.forward_began: Callable[[], int] | None = None
         """When the denoiser's own forward began, in ns on the monotonic clock, where something went before it."""
         self._flags: list[tuple[Image, torch.Tensor]] = []
@@ -48,7 +50,7 @@ class StepPiece:
     def run(self) -> None:
         """On the lane."""
         batch = [(image, mode) for image, mode in zip(self.images, self.modes, strict=True) if not image.failure]
-        self._step(batch, self.pad_rows, may_halve=True)
+        self._step(batch, self.pad_rows)
         for image, _ in batch:
             if image.state.done and not image.failure:
                 self._flags.append((image, finite_flag(image.state.latent)))
@@ -63,11 +65,13 @@ class StepPiece:
         """All samples of the batch by one step; none of them when it raises."""
         self.model.step([image.state for image, _ in batch], [mode for _, mode in batch], pad_rows)
 
-    def _step(self, batch: list[tuple[Image, Mode]], pad_rows: int, may_halve: bool) -> None:
+    def _step(self, batch: list[tuple[Image, Mode]], pad_rows: int, is_retry: bool = False) -> None:
         if not batch:
             return
         try:
             self.advance(batch, pad_rows)
+            if is_retry:
+                self.fitted_rows = max(self.fitted_rows, self.model.rows([mode for _, mode in batch], pad_rows))
             return
         except Exception as raised:  # whatever it is, it concerns these samples and not the run
             # The traceback would keep the failed attempt's tensors alive during the retry.
@@ -75,15 +79,15 @@ class StepPiece:
         no_memory = is_out_of_memory(error)
         # A scheduler copied per sample may have moved before the error, so its step cannot be repeated.
         repeatable = all(isinstance(image.state.progress, LinearProgress) for image, _ in batch)
-        if no_memory and may_halve and repeatable:
-            self.out_of_memory = one_line(error)
+        if no_memory and repeatable and (len(batch) > 1 or not is_retry):
+            self.out_of_memory = self.out_of_memory or one_line(error)
             free_memory(self.model.device)
             middle = (len(batch) + 1) // 2
             for half in (batch[:middle], batch[middle:]):
-                self._step(half, 0, may_halve=False)
+                self._step(half, 0, is_retry=True)
         elif not no_memory and len(batch) > 1 and repeatable:
             for one in batch:
-                self._step([one], 0, may_halve)
+                self._step([one], 0, is_retry)
         else:
             for image, _ in batch:
                 image.failure = one_line(error)

@@ -114,6 +114,22 @@ def test_a_step_without_memory_is_retried_in_halves_and_later_steps_are_smaller(
         assert float((latent - alone.latent).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize(("largest_rows", "learned"), [(7, 4), (2, 2)])
+def test_halves_without_memory_are_halved_again_down_to_one_sample(
+    hardware: Any, largest_rows: int, learned: int
+) -> None:
+    """16 rows, then 8, then 4 (then 2): nothing fails, and later steps have what fitted."""
+    faults = Faults()
+    faults.largest_rows = largest_rows
+    run = run_with(hardware, faults, requests_at(*[0] * 8, steps=2, guidance_scale=4.0), "static")
+    assert set(statuses(run).values()) == {"done"}
+    assert [fault.kind for fault in run.faults] == ["out of memory"]
+    assert f"a step of 16 rows; at most {learned} from now on (CUDA out of memory at 16 rows)" in run.faults[0].detail
+    assert run.max_rows == learned
+    steps = [record for record in run.result.work if record.kind == "step"]
+    assert [record.rows for record in steps[1:]] == [learned] * (16 // learned)
+
+
 def test_a_sample_that_never_finds_memory_fails_after_one_retry(hardware: Any) -> None:
     faults = Faults()
     faults.never_enough_memory = {1}
