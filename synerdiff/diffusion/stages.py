@@ -7,6 +7,7 @@ of their own. Captures use `capture_error_mode="thread_local"`: another lane's t
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -70,8 +71,12 @@ class CapturedFunction(Generic[T]):
         examples: Sequence[torch.Tensor],
         stream: torch.cuda.Stream,
         pool: Any,
+        chained: bool = False,
     ) -> None:
-        self._inputs = [example.clone(memory_format=torch.contiguous_format) for example in examples]
+        """`chained`: the examples are themselves the buffers that it reads, those of a function captured before."""
+        self._inputs = list(examples)
+        if not chained:
+            self._inputs = [example.clone(memory_format=torch.contiguous_format) for example in examples]
         # Warm-up on the capture stream: libraries choose their kernels and allocate workspaces outside the capture.
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):
@@ -80,16 +85,41 @@ class CapturedFunction(Generic[T]):
         stream.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._output = function(*self._inputs)
+            self.output = function(*self._inputs)
 
     # The buffers are inference tensors, which only inference mode may write to, and a chunk's caller is not in it.
     @torch.inference_mode()
     def __call__(self, *arguments: torch.Tensor) -> T:
         """Copy the arguments into the captured buffers and replay, all on the current stream."""
         for buffer, argument in zip(self._inputs, arguments, strict=True):
-            buffer.copy_(argument, non_blocking=True)
+            if argument is not buffer:
+                buffer.copy_(argument, non_blocking=True)
         self._graph.replay()
-        return self._output
+        return self.output
+
+
+class CapturedChunk:
+    """A chunk that reads the buffer which the one before it, on the same lane, has written.
+
+    What it returns is a copy, which outlives another decode's chunks in between (and, at the end, the next decode).
+    Only a decode that was interrupted copies its own back.
+    """
+
+    def __init__(self, graph: CapturedFunction[torch.Tensor], before: CapturedChunk | None) -> None:
+        self.graph, self._before = graph, before
+        self._latest: weakref.ref[torch.Tensor] | None = None
+        """The copy of what the buffer holds."""
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        before = self._before
+        if before is not None:
+            if before._latest is not None and before._latest() is hidden:
+                hidden = before.graph.output
+            else:
+                before._latest = None
+        copy = self.graph(hidden).clone()
+        self._latest = weakref.ref(copy)
+        return copy
 
 
 class GraphedDenoiser:
@@ -133,20 +163,13 @@ def capture_chunks(
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], ...]:
     """The chunks of one sample's decode as graphs, for one decode lane (each lane captures its own).
 
-    What a chunk returns is a copy of the graph's buffer, so that another sample's decode may run in between.
+    A chunk is captured on the buffer that the one before it writes.
     """
     pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    hidden = torch.zeros(model.latent_shape, device=model.device)
-    captured: list[Callable[[torch.Tensor], torch.Tensor]] = []
+    latent = torch.zeros(model.latent_shape, device=model.device)
+    captured: list[CapturedChunk] = []
     for chunk in model.chunks(chunking):
-        graph = CapturedFunction(chunk, [hidden], stream, pool)
-
-        def run(tensor: torch.Tensor, graph: CapturedFunction[torch.Tensor] = graph) -> torch.Tensor:
-            return graph(tensor).clone()
-
-        captured.append(run)
-        # Shapes are all that the next capture needs; running the chunk eagerly gives them.
-        with torch.cuda.stream(stream):
-            hidden = chunk(hidden)
-        stream.synchronize()
+        before = captured[-1] if captured else None
+        example = latent if before is None else before.graph.output
+        captured.append(CapturedChunk(CapturedFunction(chunk, [example], stream, pool, before is not None), before))
     return tuple(captured)

@@ -22,9 +22,9 @@ STREAM = SimpleNamespace(device="cpu", wait_stream=lambda other: None, synchroni
 class Replaying(stages.CapturedFunction[Any]):
     """Replays into the output that the capture made, as a graph does."""
 
-    def __init__(self, function: Any, examples: Any, stream: Any, pool: Any) -> None:
-        super().__init__(function, examples, stream, pool)
-        self._graph.replay = lambda: self._output.copy_(function(*self._inputs))  # type: ignore[method-assign]
+    def __init__(self, function: Any, examples: Any, stream: Any, pool: Any, chained: bool = False) -> None:
+        super().__init__(function, examples, stream, pool, chained)
+        self._graph.replay = lambda: self.output.copy_(function(*self._inputs))  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,32 @@ def test_captured_chunks_are_called_outside_inference_mode_and_keep_their_result
         assert torch.equal(image, model.decode(latent)), "another decode that runs in between overwrites nothing"
 
 
+def test_a_decode_that_is_not_interrupted_copies_nothing_between_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model("digits")
+    chunks = capture_chunks(model, Chunking("c3", (4, 9)), STREAM, pool=())  # type: ignore[arg-type]
+    given: list[bool] = []
+    call = stages.CapturedFunction.__call__
+
+    def watched(self: Any, hidden: Any) -> Any:
+        given.append(hidden is self._inputs[0])
+        return call(self, hidden)
+
+    monkeypatch.setattr(stages.CapturedFunction, "__call__", watched)
+    one, other = (model.start(seed, 2).latent for seed in (1, 2))
+    hidden = one
+    for chunk in chunks:
+        hidden = chunk(hidden)
+    assert given == [False, True, True]
+    assert torch.equal(hidden, model.decode(one))
+    given.clear()
+    first = chunks[0](one)
+    late = chunks[0](other)
+    image = chunks[2](chunks[1](first))
+    assert torch.equal(image, model.decode(one))
+    assert torch.equal(chunks[2](chunks[1](late)), model.decode(other)), "its buffer held the other's by then"
+    assert given == [False, False, False, True, False, True]
+
+
 def test_captured_steps_equal_eager_ones() -> None:
     eager, captured = load_model("digits"), load_model("digits")
     capture_denoiser(captured, (2, 4, 8), STREAM, pool=())  # type: ignore[arg-type]
@@ -78,4 +104,4 @@ def test_a_scheduler_with_a_history_keeps_it_while_the_graph_replays() -> None:
         while not state.done:
             model.step([state])
         ends.append(state.latent)
-    assert torch.allclose(*ends, atol=1e-5)
+    assert torch.allclose(ends[0], ends[1], atol=1e-5)
