@@ -61,16 +61,16 @@ class DecodeCosts:
 
     def step_ns(self, rows: int) -> int:
         """T(rows) with its dispatch."""
-        found = self._step.get(rows)
-        if found is None:
-            found = self._step[rows] = self._profile.step_ns(rows) + self._step_dispatch_ns
-        return found
+        step_ns = self._step.get(rows)
+        if step_ns is None:
+            step_ns = self._step[rows] = self._profile.step_ns(rows) + self._step_dispatch_ns
+        return step_ns
 
     def beside(self, rows: int) -> Beside:
-        found = self._beside.get(rows)
-        if found is None:
-            found = self._beside[rows] = self._find_beside(rows)
-        return found
+        beside = self._beside.get(rows)
+        if beside is None:
+            beside = self._beside[rows] = self._find_beside(rows)
+        return beside
 
     def _find_beside(self, rows: int) -> Beside:
         wall, progress, lost = [], [], []
@@ -86,10 +86,10 @@ class DecodeCosts:
     def overlap_pays(self, rows: int, first: int) -> bool:
         """Whether sum(delta) <= sum(c) over the chunks from ``first`` on, beside steps of that many rows; exact."""
         key = (rows, first)
-        found = self._pays.get(key)
-        if found is None:
-            found = self._pays[key] = self._find_pays(rows, first)
-        return found
+        pays = self._pays.get(key)
+        if pays is None:
+            pays = self._pays[key] = self._find_pays(rows, first)
+        return pays
 
     def _find_pays(self, rows: int, first: int) -> bool:
         lost = Fraction(0)

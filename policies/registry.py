@@ -55,35 +55,35 @@ def policy_class(name: str, base_folder: Path | None = None) -> type[Any]:
     except (Exception, SystemExit) as error:
         what = f"it exits with {error}" if isinstance(error, SystemExit) else error
         raise InputError(f"policy '{name}': the module {module_name} cannot be imported ({what}).") from None
-    found = getattr(module, class_name, None)
-    if not inspect.isclass(found):
+    named = getattr(module, class_name, None)
+    if not inspect.isclass(named):
         raise InputError(f"policy '{name}': the module {module_name} has no class {class_name}.")
     for method in ("reset", "decide"):
-        if not callable(getattr(found, method, None)):
+        if not callable(getattr(named, method, None)):
             raise InputError(f"policy '{name}': the class {class_name} has no method {method}, so it is not a policy.")
-    return found
+    return named
 
 
 def policy_parameters(name: str, base_folder: Path | None = None) -> tuple[Parameter, ...]:
     """The declared parameters of a policy; those of an undeclared class are its keyword arguments with a default."""
-    found = policy_class(name, base_folder)
-    declared = getattr(found, "PARAMETERS", None)
+    policy = policy_class(name, base_folder)
+    declared = getattr(policy, "PARAMETERS", None)
     if declared is not None:
         if not (isinstance(declared, tuple | list) and all(isinstance(entry, Parameter) for entry in declared)):
             raise InputError(f"policy '{name}': its PARAMETERS are {declared!r}; a tuple of Parameter is needed.")
         return tuple(declared)
     kinds = (bool, int, float, str)
-    arguments = inspect.signature(found).parameters.values()
+    arguments = inspect.signature(policy).parameters.values()
     return tuple([Parameter(a.name, type(a.default), a.default) for a in arguments if type(a.default) in kinds])
 
 
 def build_policy(name: str, parameters: dict[str, Any] | None = None, base_folder: Path | None = None) -> Policy:
     """A fresh policy object. Unknown names and parameters, wrong types and values are InputErrors."""
-    found = policy_class(name, base_folder)
+    kind = policy_class(name, base_folder)
     given = parameters or {}
     checked_parameters(name, policy_parameters(name, base_folder), given)
     try:
-        policy: Policy = found(**given)
+        policy: Policy = kind(**given)
         if not isinstance(getattr(policy, "chunking", None), str):
             policy.chunking = "whole"
     except InputError:

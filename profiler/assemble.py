@@ -98,17 +98,17 @@ class MeasuringPlan:
     def missing(self, tables: Tables) -> dict[str, Any]:
         """What a finished measurement would have and this one lacks, for profile.yaml; empty when it is finished."""
         skipped, corun = tables.get("skipped", {}), tables.get("corun", {})
-        found: dict[str, Any] = {}
+        missing: dict[str, Any] = {}
         if lacking := [cell.key for cell in self.cells if cell.key not in corun and cell.key not in skipped]:
-            found["not_measured"] = lacking
+            missing["not_measured"] = lacking
         if skipped:
-            found["not_settled"] = dict(skipped)
+            missing["not_settled"] = dict(skipped)
         if left := [cut.name for cut in self.chunkings if cut not in self.complete(corun)[1]]:
-            found["chunkings_left_out"] = left
+            missing["chunkings_left_out"] = left
         again = tables.get(f"visit {VISITS}", {})
         if once := sum(cell.key in corun and cell.key not in again for cell in self.cells):
-            found["pairs_visited_less_than_twice"] = once
-        return found
+            missing["pairs_visited_less_than_twice"] = once
+        return missing
 
 
 def _longest(cut: Chunking, atoms_ns: Sequence[int]) -> int:
@@ -164,9 +164,9 @@ def _table_place(chunkings: Sequence[Chunking]) -> Callable[[tuple[str, int]], t
 def _overhead(name: str, solo: Mapping[str, Any]) -> Spread:
     if f"overhead {name}" not in solo:
         return Spread(0, 0, 0, 0)
-    found = spread_of(solo[f"overhead {name}"][0])
+    spread = spread_of(solo[f"overhead {name}"][0])
     # A launch that comes too late costs more than one that comes early: nine in ten shall be in time.
-    return Spread(found.p90, found.p10, found.p90, found.n) if name == "decision_lead" else found
+    return Spread(spread.p90, spread.p10, spread.p90, spread.n) if name == "decision_lead" else spread
 
 
 def _launch(rows: int, solo: Mapping[str, Any]) -> Spread:
@@ -252,15 +252,15 @@ def kappa(profile: Profile, rows: Iterable[int]) -> dict[str, dict[int, dict[str
     Below 1 chunks contend less than a whole decode, and chunking alone raises throughput.
     """
     rows = list(rows)
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    ratios: dict[str, dict[int, dict[str, float]]] = {}
     for chunking in profile.chunkings:
         if chunking == "whole":
             continue
-        found[chunking] = {}
+        ratios[chunking] = {}
         for r in rows:
             cut, whole = decode_slowdowns(profile, chunking, r), decode_slowdowns(profile, "whole", r)
-            found[chunking][r] = {"step": round(cut[0] / whole[0], 4), "chunk": round(cut[1] / whole[1], 4)}
-    return found
+            ratios[chunking][r] = {"step": round(cut[0] / whole[0], 4), "chunk": round(cut[1] / whole[1], 4)}
+    return ratios
 
 
 def held_out_error(profile: Profile) -> dict[str, dict[str, float]]:

@@ -220,8 +220,8 @@ class _Session:
             if solo and time.monotonic() > self._until_s:
                 return
             for name, columns in take_round(samplers).items():
-                kept = solo.setdefault(name, [[] for _ in columns])
-                for samples, more in zip(kept, columns, strict=True):
+                columns_so_far = solo.setdefault(name, [[] for _ in columns])
+                for samples, more in zip(columns_so_far, columns, strict=True):
                     samples += more
             self._keep("solo")
 

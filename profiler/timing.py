@@ -138,7 +138,9 @@ class Unsettled(InputError):
     """The two sides of a pair never ran together without a gap."""
 
 
-def measure_corun(bench: Bench, step: TimedStep, chunk: TimedChunk, kept: Slowdowns, until_s: float = inf) -> Slowdowns:
+def measure_corun(
+    bench: Bench, step: TimedStep, chunk: TimedChunk, so_far: Slowdowns, until_s: float = inf
+) -> Slowdowns:
     """One visit of a pair: its samples so far and new ones, slowdowns (ppm) of the step and of the chunk.
 
     Blocks of solo, co-run, solo: each co-run time is divided by the median of the solo times on both sides of it, so
@@ -150,7 +152,7 @@ def measure_corun(bench: Bench, step: TimedStep, chunk: TimedChunk, kept: Slowdo
     for side in sides:
         alone(side, 1)
     before = [alone(side, FEWEST_IN_BRACKET) for side in sides]
-    slowdowns = (list(kept[0]), list(kept[1]))
+    slowdowns = (list(so_far[0]), list(so_far[1]))
     since_s = time.monotonic()
     while True:
         solo_ns = [median(times) for times in before]
@@ -158,14 +160,14 @@ def measure_corun(bench: Bench, step: TimedStep, chunk: TimedChunk, kept: Slowdo
         pair = together(sides[slow], sides[1 - slow], BLOCK, max(1, int(solo_ns[1 - slow])))
         during = pair if slow == 0 else pair[::-1]
         after = [alone(side, _bracket(ns)) for side, ns in zip(sides, solo_ns, strict=True)]
-        for found, first, last, times in zip(slowdowns, before, after, during, strict=True):
+        for of_side, first, last, times in zip(slowdowns, before, after, during, strict=True):
             reference_ns = median([*first, *last])
-            found += [max(1, round(PPM * ns / reference_ns)) for ns in times]
+            of_side += [max(1, round(PPM * ns / reference_ns)) for ns in times]
         before = after
         now_s = time.monotonic()
         spent_s = now_s - since_s
         over = now_s >= until_s
-        if all(slowdowns) and (over or all(bench.rule.enough(found, VISITS * spent_s) for found in slowdowns)):
+        if all(slowdowns) and (over or all(bench.rule.enough(of_side, VISITS * spent_s) for of_side in slowdowns)):
             return slowdowns
         if not all(slowdowns) and (over or spent_s > GIVE_UP * bench.rule.cap_s):
             raise Unsettled("the machine is too busy: a step and a chunk never ran together without a gap")

@@ -77,9 +77,9 @@ def _counted(kind: str, place: str, rows: Iterator[tuple[int, list[str]]], path:
 
 def _mapped(kind: str, place: str, entries: Iterable[tuple[int, Mapping[str, str]]], broken: Counter[str]) -> TextTable:
     """Of mappings that need not have the same names."""
-    kept = list(entries)
-    names = list(dict.fromkeys(name for _, entry in kept for name in entry))
-    rows = ((number, [entry.get(name, "") for name in names]) for number, entry in kept)
+    listed = list(entries)
+    names = list(dict.fromkeys(name for _, entry in listed for name in entry))
+    rows = ((number, [entry.get(name, "") for name in names]) for number, entry in listed)
     return TextTable(kind, names, place, rows, broken)
 
 
@@ -126,14 +126,14 @@ def _of_objects(value: Any) -> bool:
 def _objects(
     entries: Iterable[tuple[int, Any]], lines: list[str] | None = None
 ) -> tuple[list[tuple[int, dict[str, str]]], Counter[str]]:
-    kept: list[tuple[int, dict[str, str]]] = []
+    rows: list[tuple[int, dict[str, str]]] = []
     broken: Counter[str] = Counter()
     for number, entry in entries:
         if isinstance(entry, dict):
-            kept.append((number, dict(_flat(entry, "", _NESTED))))
+            rows.append((number, dict(_flat(entry, "", _NESTED))))
         elif lines is None or lines[number - 1].strip():
             broken["not a JSON object"] += 1
-    return kept, broken
+    return rows, broken
 
 
 def _flat(entry: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[str, str]]:
@@ -151,7 +151,7 @@ def _flat(entry: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[s
 
 def _calls(text: str) -> tuple[list[tuple[int, dict[str, str]]], Counter[str]]:
     """``Request(prompt='a cat', width=512, ...)``, one a line, as Python prints a record; only plain values."""
-    kept: list[tuple[int, dict[str, str]]] = []
+    rows: list[tuple[int, dict[str, str]]] = []
     broken: Counter[str] = Counter()
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -160,8 +160,8 @@ def _calls(text: str) -> tuple[list[tuple[int, dict[str, str]]], Counter[str]]:
         if entry is None:
             broken["not a line Request(name=value, ...)"] += 1
         else:
-            kept.append((number, dict(_flat(entry, "", _NESTED))))
-    return kept, broken
+            rows.append((number, dict(_flat(entry, "", _NESTED))))
+    return rows, broken
 
 
 def _arguments(line: str) -> dict[str, Any] | None:

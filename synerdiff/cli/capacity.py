@@ -18,7 +18,7 @@ def capacity(
     map: options.Map = None,
     sort: options.Sort = False,
     profile: Annotated[list[str] | None, typer.Option(help="Profile of a GPU; may be repeated.")] = None,
-    slo: Annotated[str | None, typer.Option(help="What is to be kept: p99=10s, or goodput=0.99.")] = None,
+    slo: Annotated[str | None, typer.Option(help="What is to be met: p99=10s, or goodput=0.99.")] = None,
     slo_seconds: Annotated[
         float | None, typer.Option(help="goodput: the latency limit (default: 3 times the latency alone).")
     ] = None,
@@ -69,13 +69,13 @@ def capacity(
         raise InputError("--batch is the batch of the policies that --policy names; give both.")
     run = open_capacity(file, fields, out, jobs, backend)
     with progress("capacity") as update:
-        parts, kept = run(lambda done: update(done, None, f"{done} runs"))
+        parts, met = run(lambda done: update(done, None, f"{done} runs"))
     for part in parts:
         if isinstance(part, str):
             typer.echo(part)
         else:
             print_table(*part)
-    if not kept:
+    if not met:
         raise typer.Exit(1)
 
 

@@ -90,13 +90,13 @@ class _Commands(typer.core.TyperGroup):
         if cmd_name not in COMMANDS:
             raise InputError(f"there is no command '{cmd_name}'; the commands are {', '.join(COMMANDS)}.")
         module, name = COMMANDS[cmd_name].split(":")
-        found = getattr(importlib.import_module(module), name)
-        if not isinstance(found, typer.Typer):
+        target = getattr(importlib.import_module(module), name)
+        if not isinstance(target, typer.Typer):
             single = typer.Typer(**_PLAIN)
-            single.command(cmd_name)(found)
-            found = single
-        found.rich_markup_mode = None
-        command = typer.main.get_command(found)
+            single.command(cmd_name)(target)
+            target = single
+        target.rich_markup_mode = None
+        command = typer.main.get_command(target)
         command.name = cmd_name
         _read_numbers_plainly(command)
         return command

@@ -42,8 +42,8 @@ def fetch(
     published = published_trace(name)
     folder = Path(name) if out is None else out
     with progress(name) as update:
-        found = fetch_files(name, folder, base_url, lambda file, done, total: update(done, total, file))
-    for path, fetched in found:
+        files = fetch_files(name, folder, base_url, lambda file, done, total: update(done, total, file))
+    for path, fetched in files:
         typer.echo(f"{path}: {'fetched' if fetched else 'already there'}, SHA-256 as published")
     typer.echo(f"Please cite: {published.citation}.")
 

@@ -96,10 +96,10 @@ def sentences(question: Question, answers: Sequence[Answer]) -> list[str]:
         assert beyond is not None
         size = f"Up to {high}" if low < high else f"{high}"
         keep = f"keep {target.name} at {target.text(target.bound)}"
-        found = (
+        tried = (
             f"{_who(question, nearest, beyond)} {'have' if beyond.level.gpus > 1 else 'has'} {_value(question, beyond)}"
         )
-        return [f"{size} GPUs do not {keep}, whatever the profile and policy: {found}."]
+        return [f"{size} GPUs do not {keep}, whatever the profile and policy: {tried}."]
     lines = [_sentence(question, first)]
     cheapest = best_of(answers, lambda answer: inf if answer.cost is None else answer.cost)
     if cheapest is not None and cheapest.cost is not None and cheapest.cost < (first.cost or inf):

@@ -7,6 +7,7 @@ Runs are one row each: profile, estimated, workload, policy, load, seed and the 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from math import inf, isfinite, log2
 from typing import Any
@@ -196,12 +197,16 @@ def draw_map(
 
 def map_bar(figure: Figure, shades: ScalarMappable, axes: Any, limit: float, label: str) -> None:
     """The colour bar of ``draw_map``: values beyond its ends have the colours of the ends."""
-    most = [step for step in ((2, 4, 8) if limit >= 4 else (1.2, 1.5, 2)) if step <= limit]
+    flat = figure.bbox.height < 2.6 * figure.dpi
+    most = [step for step in ((2, 4, 8) if limit >= 4 else (1.2, 1.5, 2)) if step <= limit][-1 if flat else 0 :]
     ticks = [1.0, *most] if shades.norm.vmin == 0 else [*(1 / step for step in reversed(most)), 1.0, *most]
-    bar = figure.colorbar(shades, ax=axes, shrink=0.6, aspect=30, extend="both", ticks=[log2(tick) for tick in ticks])
+    shrink = 1.0 if flat else 0.6
+    bar = figure.colorbar(
+        shades, ax=axes, shrink=shrink, aspect=30 * shrink, extend="both", ticks=[log2(tick) for tick in ticks]
+    )
     bar.ax.set_yticklabels([f"1/{1 / tick:g}" if tick < 1 else f"{tick:g}" for tick in ticks])
     bar.outline.set_visible(False)
-    bar.set_label(label)
+    bar.set_label("\n".join(textwrap.wrap(label, 20)) if flat else label)
 
 
 @styled

@@ -63,9 +63,9 @@ class Adapters:
             raise InputError(
                 f"profile '{self.owner}': adapters.csv has no {name} ({QUANTITIES[name][2]}), which this run needs."
             )
-        found = table.get(at)
-        if found is not None:
-            return found
+        measured = table.get(at)
+        if measured is not None:
+            return measured
         points = sorted(table)
         if not points[0] <= at <= points[-1]:
             raise InputError(

@@ -161,10 +161,10 @@ def _text(size: Size | None) -> str:
 
 def _by_size(path: Path, columns: Sequence[str]) -> dict[Size | None, list[Row]]:
     """The rows of a table by resolution, in the order of the file; of schema version 1 all of None."""
-    found: dict[Size | None, list[Row]] = {}
+    by_size: dict[Size | None, list[Row]] = {}
     for row in read_rows(path, columns, "profile table"):
-        found.setdefault(_size(row, "resolution") if "resolution" in columns else None, []).append(row)
-    return found or {None: []}
+        by_size.setdefault(_size(row, "resolution") if "resolution" in columns else None, []).append(row)
+    return by_size or {None: []}
 
 
 def _size(row: Row, column: str) -> Size:
@@ -288,23 +288,25 @@ def _read_steps(
 
 
 def _read_chunks(path: Path, table: Sequence[Row]) -> dict[str, tuple[Spread, ...]]:
-    found: dict[str, dict[int, Spread]] = {}
+    chunkings: dict[str, dict[int, Spread]] = {}
     for row in table:
         chunking, chunk = row.name("chunking"), row.integer("chunk", 0, _MOST_CHUNKS)
-        cells = found.setdefault(chunking, {})
+        cells = chunkings.setdefault(chunking, {})
         if chunk in cells:
             raise row.error("chunk", f"{chunk} of '{chunking}' is given twice")
         cells[chunk] = _spread(row)
-    if "whole" not in found:
+    if "whole" not in chunkings:
         raise InputError(f"{path}: the chunking 'whole' is missing.")
-    for chunking, cells in found.items():
+    for chunking, cells in chunkings.items():
         if sorted(cells) != list(range(len(cells))):
             raise InputError(
                 f"{path}: the chunks of '{chunking}' must count from 0 without gaps; found {sorted(cells)}."
             )
-    if len(found["whole"]) != 1:
-        raise InputError(f"{path}: the chunking 'whole' has {len(found['whole'])} chunks; it has exactly one, chunk 0.")
-    return {chunking: tuple(cells[i] for i in range(len(cells))) for chunking, cells in found.items()}
+    if len(chunkings["whole"]) != 1:
+        raise InputError(
+            f"{path}: the chunking 'whole' has {len(chunkings['whole'])} chunks; it has exactly one, chunk 0."
+        )
+    return {chunking: tuple(cells[i] for i in range(len(cells))) for chunking, cells in chunkings.items()}
 
 
 def _read_corun(
@@ -321,7 +323,7 @@ def _read_corun(
                     raise row.error(
                         column, f"{_text(size)} is not in steps.csv, which has {', '.join(map(_text, sizes))}"
                     )
-        found = pairs.setdefault(pair, {})
+        of_pair = pairs.setdefault(pair, {})
         chunking, chunk, rows = (
             row.name("chunking"),
             row.integer("chunk", 0, _MOST_CHUNKS),
@@ -329,7 +331,7 @@ def _read_corun(
         )
         if chunking not in chunks or chunk >= len(chunks[chunking]):
             raise row.error("chunk", f"{chunk} of '{chunking}' is not in chunks.csv")
-        cells = found.setdefault((chunking, chunk), {})
+        cells = of_pair.setdefault((chunking, chunk), {})
         if rows in cells:
             raise row.error("rows", f"{rows} is given twice for chunk {chunk} of '{chunking}'")
         cells[rows] = Corun(
@@ -342,7 +344,7 @@ def _read_corun(
 
 def _read_overheads(path: Path) -> tuple[dict[str, Spread], dict[int, Spread]]:
     """By name; and step_launch by rows, the only one that has them."""
-    found: dict[str, Spread] = {}
+    overheads: dict[str, Spread] = {}
     launches: dict[int, Spread] = {}
     for row in read_rows(path, OVERHEAD_COLUMNS, "profile table", optional=("rows",)):
         name, rows = row.name("name"), row.text("rows")
@@ -356,10 +358,10 @@ def _read_overheads(path: Path) -> tuple[dict[str, Spread], dict[int, Spread]]:
             raise row.error("name", f"is {name!r}; known are {', '.join((*OVERHEADS, STEP_LAUNCH))}")
         if rows:
             raise row.error("rows", f"is {rows!r}; only {STEP_LAUNCH} has rows, elsewhere it is empty")
-        if name in found:
+        if name in overheads:
             raise row.error("name", f"{name} is given twice")
-        found[name] = _spread(row, low=0)
-    return found, launches
+        overheads[name] = _spread(row, low=0)
+    return overheads, launches
 
 
 def write_profile(folder: Path, profile: Profile) -> None:

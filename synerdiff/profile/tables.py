@@ -273,10 +273,10 @@ class Profile:
 
     def bucket(self, rows: int) -> int:
         """The smallest bucket of at least ``rows`` rows; ``rows`` itself on an eager profile."""
-        found = self._bucket_memo.get(rows)
-        if found is None:
-            found = self._bucket_memo[rows] = self._find_bucket(rows)
-        return found
+        bucket = self._bucket_memo.get(rows)
+        if bucket is None:
+            bucket = self._bucket_memo[rows] = self._find_bucket(rows)
+        return bucket
 
     def _find_bucket(self, rows: int) -> int:
         points = self.row_buckets if self.row_buckets is not None else tuple(sorted(self.steps))
@@ -287,11 +287,11 @@ class Profile:
 
     def step_ns(self, rows: int) -> int:
         """T(rows): solo time of a step, at the bucket of ``rows``; interpolated only on eager profiles."""
-        found = self._step_memo.get(rows)
-        if found is None:
-            found = _at(self.bucket(rows), self.steps, lambda spread: spread.median)
-            found = self._step_memo[rows] = self.sped(found)
-        return found
+        step_ns = self._step_memo.get(rows)
+        if step_ns is None:
+            step_ns = _at(self.bucket(rows), self.steps, lambda spread: spread.median)
+            step_ns = self._step_memo[rows] = self.sped(step_ns)
+        return step_ns
 
     def launch_ns(self, rows: int) -> int:
         """What a step of ``rows`` rows takes longer on an idle lane: at its bucket, on eager profiles interpolated; 0
@@ -332,10 +332,10 @@ class Profile:
         Taken at the bucket of ``rows``, linear between the measured rows.
         """
         key = (rows, chunking, chunk)
-        found = self._slowdown_memo.get(key)
-        if found is None:
-            found = self._slowdown_memo[key] = self._find_slowdown(rows, chunking, chunk)
-        return found
+        slowdown = self._slowdown_memo.get(key)
+        if slowdown is None:
+            slowdown = self._slowdown_memo[key] = self._find_slowdown(rows, chunking, chunk)
+        return slowdown
 
     def require_corun(self) -> None:
         """InputError when the profile has no slowdowns at all, as an imported one."""

@@ -162,9 +162,9 @@ def read_table(path: Path, columns: Mapping[str, str]) -> tuple[pyarrow.Table, d
     for name, kind in columns.items():
         if name not in table.column_names:
             raise InputError(f"{path}: the column {name} is missing, so these are not records of a run.")
-        found = str(table.schema.field(name).type)
-        if found != kind:
-            raise InputError(f"{path}: the column {name} holds {found}; {kind} is needed.")
+        stored = str(table.schema.field(name).type)
+        if stored != kind:
+            raise InputError(f"{path}: the column {name} holds {stored}; {kind} is needed.")
     return table, json.loads((table.schema.metadata or {}).get(RUN_KEY, b"{}"))
 
 

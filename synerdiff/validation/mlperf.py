@@ -66,8 +66,8 @@ class ServerRun:
     @property
     def generation(self) -> int:
         """Major version of the round, in the run's name or source; 0 where neither says."""
-        found = re.search(r"v(\d+)\.\d", self.name) or re.search(r"v(\d+)\.\d", self.source)
-        return int(found[1]) if found else 0
+        version = re.search(r"v(\d+)\.\d", self.name) or re.search(r"v(\d+)\.\d", self.source)
+        return int(version[1]) if version else 0
 
     @property
     def throughput(self) -> Throughput:
@@ -165,10 +165,10 @@ def _run(row: Row) -> ServerRun:
 def latencies_of(spec: RunSpec, time_scale: float = 1.0) -> dict[str, float]:
     """Measure -> seconds, over every request (LoadGen sets none aside), of one simulated run at that stretch."""
     records = execute(prepare(replace(spec, time_scale=time_scale))).result.requests
-    found = sorted((record.finished_ns - record.request.arrival_ns) / NS_PER_S for record in records)
-    count = len(found)
-    at = {name: found[min(count - 1, int(share * count))] for name, share in PERCENTILES.items()}
-    return {"mean": sum(found) / count, **at, "min": found[0], "max": found[-1]}
+    latencies_s = sorted((record.finished_ns - record.request.arrival_ns) / NS_PER_S for record in records)
+    count = len(latencies_s)
+    at = {name: latencies_s[min(count - 1, int(share * count))] for name, share in PERCENTILES.items()}
+    return {"mean": sum(latencies_s) / count, **at, "min": latencies_s[0], "max": latencies_s[-1]}
 
 
 def errors_of(run: ServerRun, predicted: Mapping[str, float], measures: Iterable[str] = JUDGED) -> dict[str, float]:
@@ -225,8 +225,8 @@ def sustainable(run: ServerRun, spec: RunSpec, mean_s: float) -> tuple[float, fl
     nearest = sorted(ordered, key=lambda c: abs(known[c]))[:2]
     a, b = sorted(nearest)
     slope = (known[b] - known[a]) / (b - a)
-    found = a - known[a] / slope if slope else a
-    return found, slope / 100
+    root = a - known[a] / slope if slope else a
+    return root, slope / 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as functional
@@ -34,6 +34,7 @@ CONDITION_DROPOUT = 0.1
 KL_WEIGHT = 1e-6
 VARIANTS_PER_IMAGE = 16
 CHECKPOINT_EVERY_S = 30.0
+T = TypeVar("T")
 
 
 class Stage(NamedTuple):
@@ -263,20 +264,25 @@ def train(out: Path, seed: int, deadline_s: float) -> dict[str, float]:
     return quality
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the embedded model digits.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the finished model")
+def parser_of(description: str, threads: int) -> argparse.ArgumentParser:
+    """The options that the training commands share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and what is finished")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="stop after this long; run again")
-    arguments = parser.parse_args()
+    return parser
+
+
+def before_deadline(arguments: argparse.Namespace, train: Callable[[Path, int, float], T]) -> T:
+    """What (out, seed, deadline in monotonic seconds) trains; exit code 75 when the time is over before."""
     torch.set_num_threads(arguments.threads)
     try:
-        print(json.dumps(train(arguments.out, arguments.seed, time.monotonic() + arguments.max_seconds), indent=2))
+        return train(arguments.out, arguments.seed, time.monotonic() + arguments.max_seconds)
     except OutOfTime as progress:
         print(f"stopped at {progress}; run the same command again to continue")
         raise SystemExit(75) from None
 
 
 if __name__ == "__main__":
-    main()
+    print(json.dumps(before_deadline(parser_of("Train the embedded model digits.", 2).parse_args(), train), indent=2))

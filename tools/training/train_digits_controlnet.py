@@ -8,9 +8,7 @@ that the UNet saw; the UNet stays as it is. In half of the rows the class is dro
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from torch import nn
 
 from synerdiff.diffusion.digits import digits_split, displaced, outline
 from tools.training.shipped_digits import encode, frozen_digits
-from tools.training.train_digits import UNCONDITIONAL, OutOfTime, train_stage
+from tools.training.train_digits import UNCONDITIONAL, before_deadline, parser_of, train_stage
 
 IMAGE_CHANNELS = (8, 16, 32)
 VARIANTS_PER_IMAGE = 12
@@ -73,20 +71,6 @@ def train(out: Path, seed: int, deadline_s: float) -> dict[str, Any]:
     return {"seed": seed, "parameters": sum(weight.numel() for weight in trained.parameters())}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the outline ControlNet of the embedded model digits.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the finished ControlNet")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="stop after this long; run again")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    try:
-        print(json.dumps(train(arguments.out, arguments.seed, time.monotonic() + arguments.max_seconds), indent=2))
-    except OutOfTime as progress:
-        print(f"stopped at {progress}; run the same command again to continue")
-        raise SystemExit(75) from None
-
-
 if __name__ == "__main__":
-    main()
+    arguments = parser_of("Train the outline ControlNet of the embedded model digits.", 1).parse_args()
+    print(json.dumps(before_deadline(arguments, train), indent=2))

@@ -6,9 +6,7 @@ residual blocks, trained on the real digits in that style, with everything else 
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,12 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from synerdiff.diffusion.digits import LabelledImages, digits_split
+from synerdiff.diffusion.digits import LabelledImages, digits_split, load_classifier
 from synerdiff.diffusion.lora import LoraFile, LoraLayer, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
 from tools.training.digits_images import STYLES, augment, recognised_fraction, save_classifier, train_classifier
 from tools.training.shipped_digits import encode, frozen_digits
-from tools.training.train_digits import OutOfTime, train_stage, unet_loss
+from tools.training.train_digits import before_deadline, parser_of, train_stage, unet_loss
 
 RANK = 8
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
@@ -71,8 +69,6 @@ def train_style_classifier(out: Path, seed: int) -> dict[str, Any]:
 
 def measure(style: str, out: Path) -> dict[str, Any]:
     """Of 256 images with the LoRA (DDIM, 25 steps, guidance 4, classes in turn): the share that is recognised."""
-    from synerdiff.diffusion.digits import load_classifier
-
     model, _, _ = frozen_digits()
     MergedWeights(model.unet).merge(read_lora(f"{style}.safetensors", out))
     states = [model.start(seed, 25, 4.0, str(seed % 10)) for seed in range(256)]
@@ -85,24 +81,17 @@ def measure(style: str, out: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train LoRAs for the embedded model digits.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the finished LoRAs")
+    parser = parser_of("Train LoRAs for the embedded model digits.", 1)
     parser.add_argument("--style", choices=list(STYLES), action="append", help="default: each of them")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="stop after this long; run again")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    deadline_s = time.monotonic() + arguments.max_seconds
-    try:
-        results = [train(style, arguments.out, arguments.seed, deadline_s) for style in arguments.style or STYLES]
-    except OutOfTime as progress:
-        print(f"stopped at {progress}; run the same command again to continue")
-        raise SystemExit(75) from None
-    if not (arguments.out / CLASSIFIER).is_file():
-        print(json.dumps(train_style_classifier(arguments.out, arguments.seed), indent=2))
+    out, styles = arguments.out, arguments.style or STYLES
+    results = before_deadline(
+        arguments, lambda out, seed, deadline_s: [train(one, out, seed, deadline_s) for one in styles]
+    )
+    if not (out / CLASSIFIER).is_file():
+        print(json.dumps(train_style_classifier(out, arguments.seed), indent=2))
     for result in results:
-        print(json.dumps({**result, **measure(result["style"], arguments.out)}, indent=2))
+        print(json.dumps({**result, **measure(result["style"], out)}, indent=2))
 
 
 if __name__ == "__main__":
