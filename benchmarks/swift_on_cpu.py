@@ -60,7 +60,7 @@ GAP_S = 0.4
 
 
 @dataclass(frozen=True)
-class Case:
+class ServingCase:
     """Requests and a way of serving them; a measurement is their mean latency."""
 
     name: str
@@ -72,14 +72,14 @@ class Case:
         return build_policy("continuous-serial", {"batch": self.batch})
 
 
-def one_request(steps: int) -> list[Case]:
+def one_request(steps: int) -> list[ServingCase]:
     """Each way of serving with one request alone."""
 
     def case(
         name: str, strategies: dict[str, Any], controlnets: tuple[ControlNetUse, ...], loras: tuple[LoraUse, ...]
-    ) -> Case:
+    ) -> ServingCase:
         request = Request(0, 0, steps, guidance_scale=GUIDANCE, seed=1, controlnets=controlnets, loras=loras)
-        return Case(name, strategies, [request])
+        return ServingCase(name, strategies, [request])
 
     return [
         case("plain", {}, (), ()),
@@ -94,7 +94,7 @@ def one_request(steps: int) -> list[Case]:
     ]
 
 
-def under_load(steps: int, count: int) -> list[Case]:
+def under_load(steps: int, count: int) -> list[ServingCase]:
     """Some ways with the same Poisson arrivals: plain, with a ControlNet, with a LoRA, with both, in turn; batch 2."""
     gaps = random.Random(1)
     arrival_s, requests = 0.0, []
@@ -114,7 +114,7 @@ def under_load(steps: int, count: int) -> list[Case]:
         "asynchronous": LOADER,
         "both": SERVICE | LOADER,
     }
-    return [Case(f"under load, {name}", strategies, requests, batch=2) for name, strategies in ways.items()]
+    return [ServingCase(f"under load, {name}", strategies, requests, batch=2) for name, strategies in ways.items()]
 
 
 def cluster_for(strategies: dict[str, Any], lora_bytes: int) -> Cluster:
@@ -139,19 +139,19 @@ def make_folders(root: Path) -> tuple[Folders, int]:
     return Folders(root / "loras", root / "controlnets", root / "images"), size
 
 
-def plain_cases(steps: int) -> list[Case]:
+def plain_cases(steps: int) -> list[ServingCase]:
     """Without adapters, so that steps have 1, 2 and 4 rows."""
 
-    def case(guidances: tuple[float, ...]) -> Case:
+    def case(guidances: tuple[float, ...]) -> ServingCase:
         requests = [
             Request(number, 0, steps, guidance_scale=guidance, seed=number) for number, guidance in enumerate(guidances)
         ]
-        return Case("plain", {}, requests, batch=len(guidances))
+        return ServingCase("plain", {}, requests, batch=len(guidances))
 
     return [case((1.0,)), case((GUIDANCE,)), case((GUIDANCE, GUIDANCE))]
 
 
-def plain_cells(cases: list[Case], hardware: Hardware, profile: Profile) -> CellTimes:
+def plain_cells(cases: list[ServingCase], hardware: Hardware, profile: Profile) -> CellTimes:
     """Steps, decodes and overheads as the runner has them when step follows step."""
     parts = []
     for case in cases:
@@ -186,7 +186,7 @@ def mean_latency_s(result: RunResult) -> float:
 
 
 def serve(
-    case: Case, serving: Serving, profile: Profile, hardware: Hardware, file: Path, pieces: dict[str, list[int]]
+    case: ServingCase, serving: Serving, profile: Profile, hardware: Hardware, file: Path, pieces: dict[str, list[int]]
 ) -> float:
     """The mean latency in seconds; the durations (ns) of the pieces are added by kind."""
     drop_from_cache(file)
@@ -199,7 +199,7 @@ def serve(
 
 
 @dataclass
-class Measured:
+class MeasuredCase:
     """What was measured of one case."""
 
     seconds: list[float] = field(default_factory=list)
@@ -207,7 +207,12 @@ class Measured:
 
 
 def compare(
-    alone: list[Case], loaded: list[Case], rounds: int, load_every: int, out: Path, say: Callable[[str], None]
+    alone: list[ServingCase],
+    loaded: list[ServingCase],
+    rounds: int,
+    load_every: int,
+    out: Path,
+    say: Callable[[str], None],
 ) -> None:
     """``loaded`` cases take part in every ``load_every``-th round."""
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -224,7 +229,7 @@ def compare(
             case.name: stack.enter_context(open_serving(hardware, clusters[case.name], case.requests, folders))
             for case in cases
         }
-        measured = {case.name: Measured() for case in cases}
+        measured = {case.name: MeasuredCase() for case in cases}
         passes = []
         for number in range(-1, rounds):
             for _ in range(CELLS_PER_ROUND):
@@ -235,7 +240,7 @@ def compare(
             turn = number % len(alone)
             these = alone[turn:] + alone[:turn] + (loaded if number % load_every == 0 else [])
             for case in these:
-                one = measured[case.name] if number >= 0 else Measured()
+                one = measured[case.name] if number >= 0 else MeasuredCase()
                 file = root / "loras" / f"{LORA[0].file}.safetensors"
                 one.seconds.append(serve(case, servings[case.name], profile, hardware, file, one.pieces))
             say(f"round {number + 1} of {rounds}")
@@ -263,7 +268,9 @@ def compare(
     say("steps, ms: " + ", ".join(f"{at}: {spread.median / 1e6:.2f}" for at, spread in means.steps.items()))
 
 
-def report(measured: dict[str, Measured], predicted: dict[str, float], out: Path, say: Callable[[str], None]) -> None:
+def report(
+    measured: dict[str, MeasuredCase], predicted: dict[str, float], out: Path, say: Callable[[str], None]
+) -> None:
     """A line for each case, and the same as CSV."""
     with out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -71,7 +71,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class QuarterStep:
     """``seconds``: its share of 560, and of a rehearsal. ``command``: given its limit in seconds; raises InputError
     when something that it needs was not measured. ``done``: exit codes of a step that did all it had to."""
 
@@ -125,20 +125,20 @@ def _validate(options: Options, limit_s: float) -> Sequence[str]:
 
 
 PLAN = (
-    Step("environment", (15, 8), _task("environment")),
-    Step("gpu tests", (45, 10), _tests, (0, 1, 5)),
-    Step("ceilings", (15, 6), _task("ceilings")),
-    Step("profile, small model", (35, 22), _profile("small", "1,2,4,8,16", "1,2")),
-    Step("profile, large model", (95, 22), _profile("large", "1,2,4,8", "1,2")),
-    Step("forward, large model", (45, 8), _task("forward")),
+    QuarterStep("environment", (15, 8), _task("environment")),
+    QuarterStep("gpu tests", (45, 10), _tests, (0, 1, 5)),
+    QuarterStep("ceilings", (15, 6), _task("ceilings")),
+    QuarterStep("profile, small model", (35, 22), _profile("small", "1,2,4,8,16", "1,2")),
+    QuarterStep("profile, large model", (95, 22), _profile("large", "1,2,4,8", "1,2")),
+    QuarterStep("forward, large model", (45, 8), _task("forward")),
     # Exit code 1 says that a tolerance was exceeded: a finding, not a failure of this script.
-    Step("validate, small model", (90, 20), _validate, (0, 1)),
-    Step("runs, small model", (140, 12), _task("runs", "--slot", "small")),
-    Step("runs, large model", (66, 8), _task("runs", "--slot", "large")),
+    QuarterStep("validate, small model", (90, 20), _validate, (0, 1)),
+    QuarterStep("runs, small model", (140, 12), _task("runs", "--slot", "small")),
+    QuarterStep("runs, large model", (66, 8), _task("runs", "--slot", "large")),
 )
 
 
-class Ledger:
+class StepLedger:
     """What has been run: a line for each step as it ends, also read by a later call."""
 
     def __init__(self, out: Path) -> None:
@@ -165,9 +165,11 @@ def allowance(shares_s: Sequence[float], left_s: float) -> float:
     return max(share_s, min(LEAST_S, left_s))
 
 
-def run_plan(plan: Sequence[Step], options: Options, out: Path, until_s: float, pack: Callable[[Ledger], None]) -> bool:
+def run_plan(
+    plan: Sequence[QuarterStep], options: Options, out: Path, until_s: float, pack: Callable[[StepLedger], None]
+) -> bool:
     """Run what is not yet done until ``until_s`` of the monotonic clock; whether all is done."""
-    ledger = Ledger(out)
+    ledger = StepLedger(out)
     rehearsal = int(options.device == "cpu")
     try:
         for place, step in enumerate(plan):
@@ -221,7 +223,7 @@ def run_command(command: Sequence[str], log: Path, limit_s: float) -> int:
                 process.wait()
 
 
-def pack_results(plan: Sequence[Step], options: Options, out: Path, ledger: Ledger) -> None:
+def pack_results(plan: Sequence[QuarterStep], options: Options, out: Path, ledger: StepLedger) -> None:
     """steps.jsonl, results.json, report.md, results.tar.gz (all that the steps keep, to go on elsewhere) and pictures:
     eight files at most."""
     results = read_results(options.work)

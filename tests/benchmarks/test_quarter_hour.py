@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import quarter_hour
-from benchmarks.gpu.quarter_hour import Ledger, Options, Step, allowance, pack_results, run_plan
+from benchmarks.gpu.quarter_hour import Options, QuarterStep, StepLedger, allowance, pack_results, run_plan
 from benchmarks.gpu.report import beside_floor, card_of, decode_work, gates, read_results, report_text, work_of
 from policies.registry import POLICIES
 from synerdiff.core import InputError
@@ -24,8 +24,8 @@ from synerdiff.core import InputError
 SCRIPT = Path(quarter_hour.__file__)
 
 
-def step(name: str, code: str, seconds: float = 10.0, done: tuple[int, ...] = (0,)) -> Step:
-    return Step(name, (seconds, seconds), lambda options, limit_s: [sys.executable, "-c", code], done)
+def step(name: str, code: str, seconds: float = 10.0, done: tuple[int, ...] = (0,)) -> QuarterStep:
+    return QuarterStep(name, (seconds, seconds), lambda options, limit_s: [sys.executable, "-c", code], done)
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def options(tmp_path: Path) -> Options:
     return made
 
 
-def run(options: Options, *plan: Step, seconds: float = 1000.0) -> bool:
+def run(options: Options, *plan: QuarterStep, seconds: float = 1000.0) -> bool:
     out = options.work.parent / "out"
     return run_plan(plan, options, out, time.monotonic() + seconds, partial(pack_results, plan, options, out))
 
@@ -64,7 +64,7 @@ def test_a_finished_step_is_not_run_again_and_a_failed_one_is(options: Options) 
     assert not run(options, *plan)
     assert run(options, *plan)
     assert count.read_text() == "x"
-    ledger = Ledger(options.work.parent / "out")
+    ledger = StepLedger(options.work.parent / "out")
     assert [(one["step"], one["done"]) for one in ledger.entries] == [("once", True), ("twice", False), ("twice", True)]
 
 
@@ -73,9 +73,9 @@ def test_a_step_that_lacks_what_it_needs_or_its_time_does_not_end_the_others(opt
         raise InputError("there is no profile")
 
     slow = step("slow", "import time; print('begun', flush=True); time.sleep(100)", 7.0)
-    plan = (Step("lacking", (10, 10), lacking), slow, step("last", "print(1)", 10.0))
+    plan = (QuarterStep("lacking", (10, 10), lacking), slow, step("last", "print(1)", 10.0))
     assert not run(options, *plan, seconds=7.0 + 10.0 + 10.0 + quarter_hour.PACK_S - 3.0)
-    codes = {one["step"]: one["exit_code"] for one in Ledger(options.work.parent / "out").entries}
+    codes = {one["step"]: one["exit_code"] for one in StepLedger(options.work.parent / "out").entries}
     assert codes == {"lacking": 2, "slow": 130, "last": 0}
     assert "there is no profile" in (options.work / "log-lacking.txt").read_text()
     assert "begun" in (options.work / "log-slow.txt").read_text()

@@ -12,7 +12,7 @@ from torch import nn
 from synerdiff.diffusion import SHIPPED
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.model import DiffusionModel
-from tools.training.train_digits import ClassTokens
+from tools.training.train_digits import TrainedTokens
 
 
 def frozen_digits() -> tuple[DiffusionModel, Any, Any]:
@@ -21,7 +21,7 @@ def frozen_digits() -> tuple[DiffusionModel, Any, Any]:
     from safetensors.torch import load_file
 
     folder: Path = SHIPPED["digits"]
-    tokens = ClassTokens()
+    tokens = TrainedTokens()
     tokens.load_state_dict({"table": load_file(folder / "class_tokens.safetensors")["tokens"].float()})
     scheduler: Any = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")  # type: ignore[no-untyped-call]
     return load_model("digits"), tokens.requires_grad_(False), scheduler

@@ -58,7 +58,7 @@ class OutOfTime(Exception):
     """The time asked for with --max-seconds is used up; the checkpoint is written."""
 
 
-class ClassTokens(nn.Module):
+class TrainedTokens(nn.Module):
     """Class labels (n,) -> (n, 2, cross_attention_dim) tokens; label 10 means unconditional."""
 
     def __init__(self) -> None:
@@ -199,7 +199,7 @@ def vae_psnr_db(vae: Any, data: LabelledImages) -> float:
 
 @torch.inference_mode()
 def sample_images(
-    unet: Any, tokens: ClassTokens, vae: Any, labels: torch.Tensor, steps: int = 25, guidance_scale: float = 4.0
+    unet: Any, tokens: TrainedTokens, vae: Any, labels: torch.Tensor, steps: int = 25, guidance_scale: float = 4.0
 ) -> torch.Tensor:
     """Plain DDIM with guidance, one generator for all: (n,) labels -> (n, 1, 32, 32) images in [-1, 1]."""
     scheduler = DDIMScheduler.from_config(CONFIG["scheduler"])  # type: ignore[no-untyped-call]
@@ -223,7 +223,7 @@ def train(out: Path, seed: int, deadline_s: float) -> dict[str, float]:
     torch.manual_seed(seed)
     vae: Any = AutoencoderKL(**CONFIG["vae"])  # type: ignore[no-untyped-call]
     unet: Any = UNet2DConditionModel(**CONFIG["unet"])  # type: ignore[no-untyped-call]
-    denoiser: Any = nn.ModuleDict({"unet": unet, "tokens": ClassTokens()})
+    denoiser: Any = nn.ModuleDict({"unet": unet, "tokens": TrainedTokens()})
     denoiser.to(memory_format=torch.channels_last)
 
     vae = train_stage("vae", vae.to(memory_format=torch.channels_last), vae_loss(split.train), out, seed, deadline_s)
