@@ -81,10 +81,9 @@ def measure_profile(
                     _write(session, watch, out)
                 raise
             if not session.assemblable:
-                raise InputError(
-                    f"{out}: {minutes:g} minutes did not suffice for a profile; what was measured is kept, and the "
-                    "same command goes on from there."
-                )
+                why = "no pair of a step and a whole decode could be settled"
+                why = why if minutes is None else f"{minutes:g} minutes did not suffice for a profile"
+                raise InputError(f"{out}: {why}; what was measured is kept, and the same command goes on from there.")
             _write(session, watch, out)
     except torch.cuda.OutOfMemoryError:
         raise InputError(

@@ -252,6 +252,15 @@ def test_a_pair_that_cannot_be_settled_is_named_and_left_out(
     assert min(low, high) <= profile.slowdown_ppm(2, "whole", 0)[0] <= max(low, high), "between its neighbours"
 
 
+def test_a_machine_too_busy_for_any_pair_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsettled(*_: Any) -> Any:
+        raise Unsettled("the machine is too busy")
+
+    monkeypatch.setattr(measuring, "measure_corun", unsettled)
+    with pytest.raises(InputError, match="no pair of a step and a whole decode could be settled; what was measured is"):
+        measure_profile(settings("1"), tmp_path / "p")
+
+
 def test_the_command_measures_reports_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "p"
     assert main(["profile", "--model", "digits", "--rows", "1,2", "--quick", "--out", str(folder)]) == 0
