@@ -12,9 +12,11 @@ from policies.decode_costs import DecodeCosts
 from policies.step_batch import Order, OrderedBatch, StepModes
 from policies.turns import TURN_PARAMETERS, TurnBatch
 from synerdiff.core import PPM, ChunkLaunch, Decision, Mode, Sample, SampleId, View, WorkerInfo
-from synerdiff.profile.tables import Profile
+from synerdiff.profile.tables import Profile, Size
 
 Launches = tuple[ChunkLaunch, ...]
+PairCosts = tuple[DecodeCosts, dict[int, tuple[int, int]], dict[tuple[int, int], int]]
+"""Costs of decodes beside steps, and what is kept of them: `Auto.placing` and `Auto.skips`."""
 
 
 class Auto(ContinuousPolicy):
@@ -33,6 +35,7 @@ class Auto(ContinuousPolicy):
     """
 
     NAME: ClassVar[str] = "auto"
+    MIXES_RESOLUTIONS = True
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
         BATCH,
         Parameter("size_weight", float, 2.0, 0.0, 1000.0, "service times", "how far a small request goes first"),
@@ -53,14 +56,23 @@ class Auto(ContinuousPolicy):
         super().reset(worker, profile)
         self.denoise_gpu = worker.denoise_gpu
         self.home = [gpu == worker.denoise_gpu for gpu in worker.decode_gpus]
-        rows = min(self.batch * worker.sample_rows, worker.max_rows)
+        rows = min(self.batch * worker.sample_rows, profile.max_rows)
         self.chunking = "whole"
         if any(self.home):
             self.chunking = min(profile.chunkings, key=lambda name: self._least_cost_ns(profile, name, rows))
         self.costs = DecodeCosts(profile, self.chunking)
         self.sample_rows = worker.sample_rows
-        self.delay_per_step_ns = round(self.parameters["size_weight"] * self.costs.step_ns(rows) / self.batch)
-        self.ordered = OrderedBatch(self.batch, self.place)
+        weight = self.parameters["size_weight"]
+        self.delay_per_step_ns = round(weight * self.costs.step_ns(rows) / self.batch)
+        self.profile = profile
+        self.pairs: dict[tuple[Size, Size], PairCosts] = {}
+        self.running_size: Size | None = None
+        self.delays_ns: dict[Size, int] = {}
+        for size, one in profile.sizes.items():
+            most = self.limits[size][0]
+            costs = DecodeCosts(profile, self.chunking, (size, size))
+            self.delays_ns[size] = round(weight * costs.step_ns(min(most * worker.sample_rows, one.max_rows)) / most)
+        self.ordered = OrderedBatch(self.batch, self.place, self.limits)
         self.members = self.ordered if self.turns is None else self.turns
         self.running_rows = 0
         self.skips_now = False
@@ -79,13 +91,34 @@ class Auto(ContinuousPolicy):
     def place(self, sample: Sample, _now_ns: int) -> tuple[int]:
         """When the request would have arrived, were it admitted first in first out."""
         request = sample.request
-        return (request.arrival_ns + self.delay_per_step_ns * request.steps * request.images,)
+        delay_ns = self.delay_per_step_ns
+        if self.delays_ns and request.size is not None:
+            delay_ns = self.delays_ns[request.size]
+        return (request.arrival_ns + delay_ns * request.steps * request.images,)
+
+    def turn_to(self, step_size: Size | None, view: View) -> None:
+        """With several resolutions: costs of the next decode beside steps of that one (by default its own)."""
+        if not self.limits:
+            return
+        ready = next((sample.request.size for sample in view.decoding if not sample.launched), None)
+        step = step_size or ready or next(iter(self.limits))
+        self.take_costs((step, ready or step))
+
+    def take_costs(self, sizes: tuple[Size, Size]) -> None:
+        if sizes not in self.pairs:
+            self.pairs[sizes] = (DecodeCosts(self.profile, self.chunking, sizes), {}, {})
+        self.costs, self.placing, self.skips = self.pairs[sizes]
 
     def taking_turns(self, worker: WorkerInfo, profile: Profile, order: Order | None = None) -> TurnBatch:
         return super().taking_turns(worker, profile, self.place)
 
     def rows_of(self, members: Sequence[Sample], rows: int) -> int:
-        return rows - len(self.skipping(members, rows)) if self.skips_now else rows
+        if not self.skips_now or not members:
+            return rows
+        size = members[0].request.size
+        if self.limits and size is not None:
+            self.take_costs((size, size))
+        return rows - len(self.skipping(members, rows))
 
     def decide(self, view: View) -> Decision:
         turns = self.turns
@@ -96,10 +129,13 @@ class Auto(ContinuousPolicy):
             turns.hear(view)
         if not view.denoise_free:
             rows = self.running_rows if view.running else 0
+            self.turn_to(self.running_size, view)
             return Decision(chunks=self.beside(view, rows) if view.decoding else ())
         members = self.members
         members.refresh(view)
         step, rows = members.step, members.rows
+        step_size = members.members[0].request.size if members.members else None
+        self.turn_to(step_size, view)
         if rows and self.skips_now:
             step, rows = self.with_skips(rows)
         launches: Launches = ()
@@ -109,7 +145,7 @@ class Auto(ContinuousPolicy):
                 held, alone = self.hold(view, rows, launches)
                 if held:
                     return Decision(chunks=launches + alone)
-        self.running_rows = rows
+        self.running_rows, self.running_size = rows, step_size
         if turns is not None and step:
             turns.launched()
         return Decision(members.admit, (), step, 0, launches)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from policies.base import Parameter
 from synerdiff.core import PPM
-from synerdiff.profile.tables import Profile
+from synerdiff.profile.tables import Profile, Size
 
 CHUNKING = Parameter(
     "chunking",
@@ -45,11 +45,17 @@ class Beside(NamedTuple):
 
 
 class DecodeCosts:
-    """The costs of one chunking on one profile; every answer is kept."""
+    """The costs of one chunking on one profile; every answer is kept.
 
-    def __init__(self, profile: Profile, chunking: str) -> None:
+    ``sizes``: with several resolutions, that of the steps and that of the decodes.
+    """
+
+    def __init__(self, profile: Profile, chunking: str, sizes: tuple[Size, Size] | None = None) -> None:
         profile.require_corun()
-        self._profile = profile
+        self._whole, self._sizes = profile, sizes
+        self._profile = profile if sizes is None else profile.at(*sizes[0])
+        if sizes is not None:
+            profile = profile.at(*sizes[1])
         self._chunking = chunking
         self._step_dispatch_ns = profile.overhead_ns("step_dispatch")
         self.count = profile.chunk_count(chunking)
@@ -72,10 +78,15 @@ class DecodeCosts:
             beside = self._beside[rows] = self._find_beside(rows)
         return beside
 
+    def _slowdowns(self, rows: int, chunk: int) -> tuple[int, int]:
+        if self._sizes is None:
+            return self._profile.slowdown_ppm(rows, self._chunking, chunk)
+        return self._whole.slowdowns_beside(self._sizes[0], rows, self._chunking, chunk, self._sizes[1])[:2]
+
     def _find_beside(self, rows: int) -> Beside:
         wall, progress, lost = [], [], []
         for chunk, solo_ns in enumerate(self.solo):
-            s_u, s_v = self._profile.slowdown_ppm(rows, self._chunking, chunk)
+            s_u, s_v = self._slowdowns(rows, chunk)
             wall_ns = -(-solo_ns * s_v // PPM)
             done_ns = min(wall_ns, wall_ns * PPM // s_u)
             wall.append(wall_ns)
@@ -94,6 +105,6 @@ class DecodeCosts:
     def _find_pays(self, rows: int, first: int) -> bool:
         lost = Fraction(0)
         for chunk in range(first, self.count):
-            s_u, s_v = self._profile.slowdown_ppm(rows, self._chunking, chunk)
+            s_u, s_v = self._slowdowns(rows, chunk)
             lost += Fraction(self.solo[chunk] * s_v * (s_u - PPM), PPM * s_u)
         return lost <= sum(self.solo[first:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from heapq import heappop, heappush, heapreplace
 
-from policies.base import NO_LIMITS, Limits, fifo_admissions, full_step
+from policies.base import NO_LIMITS, Limits, fifo_admissions, full_step, limits_at
 from synerdiff.core import Mode, Phase, Sample, SampleId, View
 
 StepModes = tuple[tuple[SampleId, Mode], ...]
@@ -75,8 +75,8 @@ class OrderedBatch(StepBatch):
 
     __slots__ = ("_heap", "_offered", "order")
 
-    def __init__(self, limit: int, order: Order) -> None:
-        super().__init__(limit)
+    def __init__(self, limit: int, order: Order, limits: Limits = NO_LIMITS) -> None:
+        super().__init__(limit, limits)
         self.order = order
         self._heap: list[tuple[tuple[int, ...], int, Sample]] = []
         self._offered: list[Sample] = []
@@ -114,12 +114,10 @@ class OrderedBatch(StepBatch):
     def _admissions(self, view: View, active: int, rows: int) -> list[Sample]:
         taken = self._offered
         key = next(iter(view.active)).batch_key if active else None
-        while active + len(taken) < self.limit:
-            sample = self.first(view.now_ns)
-            if sample is None or (key is not None and sample.batch_key != key):
-                break
+        while (sample := self.first(view.now_ns)) is not None and key in (None, sample.batch_key):
+            most, max_rows = limits_at(sample, self.limit, view.max_rows, self.limits)
             rows += sample.full_rows
-            if rows > view.max_rows:
+            if active + len(taken) >= most or rows > max_rows:
                 break
             key = sample.batch_key
             heappop(self._heap)

@@ -120,10 +120,11 @@ def test_engines_agree_whoever_has_the_turn(
     assert_engines_agree(requests, policy, profile.only(SMALL), (0,), budget, most)
 
 
-@pytest.mark.parametrize("name", ["continuous-serial", "continuous-parallel"])
+@pytest.mark.parametrize("name", ["continuous-serial", "continuous-parallel", "auto"])
 @pytest.mark.parametrize("turn", ["oldest", "drr", "srtf"])
 def test_everyone_is_served_in_the_end(name: str, turn: str) -> None:
-    profile = sized(PLAIN, make_profile({2: 300}, {"whole": [30]}))
+    cells = {2: (1_200_000, 1_500_000)}
+    profile = sized(PLAIN, make_profile({2: 300}, {"whole": [30]}, cells))
     requests = [at(i, 90 * i, LARGE if i % 3 == 0 else SMALL, 2 + i % 4) for i in range(60)]
     result = simulate(requests, build_policy(name, {"turn": turn}), profile)
     assert {record.status for record in result.requests} == {"done"}
