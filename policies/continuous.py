@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from policies.base import BATCH, BatchedPolicy, Parameter, decode_alone
 from policies.decode_costs import CHUNKING, chosen_chunking
-from policies.step_batch import Order, StepBatch, StepModes
+from policies.step_batch import Order, StepBatch
 from policies.turns import OLDEST, TURN_PARAMETERS, TurnBatch
 from synerdiff.core import NOTHING, ChunkLaunch, Decision, Mode, Sample, SampleId, View, WorkerInfo
 from synerdiff.profile.tables import Profile
@@ -59,11 +59,7 @@ class ContinuousSerial(ContinuousPolicy):
         members.refresh(view)
         if turns is not None and members.step:
             turns.launched()
-        return Decision(admit=members.admit, step=self.step(members))
-
-    def step(self, members: StepBatch) -> StepModes:
-        """The members of the coming step and the mode of each."""
-        return members.step
+        return Decision(admit=members.admit, step=members.step)
 
 
 class SkipCfg(ContinuousSerial):
@@ -74,15 +70,15 @@ class SkipCfg(ContinuousSerial):
 
     NAME = "skip-cfg"
 
-    def step(self, members: StepBatch) -> StepModes:
-        modes: list[tuple[SampleId, Mode]] = []
-        for sample in members.members:
+    def decide(self, view: View) -> Decision:
+        decision = super().decide(view)
+        if not decision.step:
+            return decision
+        step: list[tuple[SampleId, Mode]] = []
+        for sample in self.members.members:
             mode = sample.skip_mode
-            modes.append(sample.full if mode is None or not behind_schedule(sample) else (sample.id, mode))
-        return tuple(modes)
-
-    def rows_of(self, members: Sequence[Sample], rows: int) -> int:
-        return rows - sum([sample.skip_mode is not None and behind_schedule(sample) for sample in members])
+            step.append(sample.full if mode is None or not behind_schedule(sample) else (sample.id, mode))
+        return Decision(admit=decision.admit, step=tuple(step))
 
 
 def behind_schedule(sample: Sample) -> bool:
