@@ -266,8 +266,11 @@ def _read_modules(
         vae = vae.float()
     # Any scheduler's load_config reads the file; the class that it names decides what is made of it.
     config: Any = DDIMScheduler.load_config(name, subfolder="scheduler")
-    # A pipeline makes the class of its index, whatever the scheduler's own file says.
-    kind = (index.get("scheduler") or (None, config["_class_name"]))[1]
+    kind = config["_class_name"]
+    listed = (index.get("scheduler") or (None, kind))[1]
+    if kind != listed:
+        # A pipeline would make the index's, without a word; whoever edited one of the files wants the other, perhaps.
+        raise InputError(f"{name}: its model_index.json names the scheduler {listed}, its scheduler's own file {kind}.")
     if index.get("_class_name") == "StableDiffusionPipeline":
         # This pipeline sets both for the sake of old files; a scheduler without such an option does not see it.
         config = dict(config) | {"steps_offset": 1, "clip_sample": False}

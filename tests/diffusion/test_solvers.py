@@ -295,7 +295,6 @@ def edited(folder: Path, file: str, **changes: Any) -> None:
     [
         ("sd_folder", StableDiffusionPipeline, "scheduler/scheduler_config.json", {"steps_offset": 0}),
         ("sd_folder", StableDiffusionPipeline, "scheduler/scheduler_config.json", {"clip_sample": True}),
-        ("sd_folder", StableDiffusionPipeline, "model_index.json", {"scheduler": ["diffusers", "TCDScheduler"]}),
         ("sdxl_folder", StableDiffusionXLPipeline, "model_index.json", {"force_zeros_for_empty_prompt": None}),
         ("sdxl_folder", StableDiffusionXLPipeline, "scheduler/scheduler_config.json", {"steps_offset": 0}),
     ],
@@ -327,6 +326,10 @@ def test_other_pipelines_and_options_that_they_have_are_refused_by_name(tmp_path
     ):
         load_model(folder)
     edited(folder, "model_index.json", _class_name="StableDiffusionPipeline", controlnet=None)
+    edited(folder, "model_index.json", scheduler=["diffusers", "TCDScheduler"])
+    with pytest.raises(InputError, match="names the scheduler TCDScheduler, its scheduler's own file DDIMScheduler"):
+        load_model(folder)
+    edited(folder, "model_index.json", scheduler=["diffusers", "DDIMScheduler"])
     edited(folder, "text_encoder/config.json", use_attention_mask=True)
     with pytest.raises(InputError, match="its text_encoder has use_attention_mask, an input that is not fed"):
         load_model(folder)
