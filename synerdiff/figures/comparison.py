@@ -75,7 +75,8 @@ def paired_ratios(runs: pd.DataFrame, baseline: str, column: str) -> pd.DataFram
             place = dict(zip(places, key, strict=True)) | {"policy": policy, "measure": column}
             marks = {"skip_fraction": float(own["skip_fraction"].mean()), "estimated": bool(own["estimated"].any())}
             records.append({**place, "ratio": pair.ratio, "low": pair.low, "high": pair.high, "n": pair.seeds, **marks})
-    return pd.DataFrame(records)
+    columns = [*places, "policy", "measure", "ratio", "low", "high", "n", "skip_fraction", "estimated"]
+    return pd.DataFrame(records, columns=columns)  # also where there is nothing to compare with
 
 
 def ratio_axis(axis: Axes, side: str, values: Sequence[float], label: str, most: int) -> None:

@@ -180,6 +180,11 @@ def test_styles_are_in_a_fixed_order_and_do_not_depend_on_what_else_is_drawn() -
     assert styles["auto"] == POLICY_STYLES["auto"]
 
 
+def test_one_policy_alone_is_drawn_without_anything_to_compare_with(runs: pd.DataFrame) -> None:
+    figure = latency_against_load(runs[runs["policy"] == "static"], baseline="static")
+    assert [len(axis.lines) > 1 for axis in figure.axes[:2]] == [True, False]
+
+
 def test_latency_curves_are_geometric_means_with_hollow_saturated_points(runs: pd.DataFrame) -> None:
     figure = latency_against_load(runs, baseline="static")
     mean, _, lone, _ = figure.axes
