@@ -9,8 +9,8 @@ proportion to the other's demand (``share``). Two bounds are computed:
   products overlap with copies; compute and bandwidth are shared apart, and the worse of the two counts;
 - *high*: a kernel that runs keeps the card to itself, so that only gaps and tails overlap.
 
-Where a pair lies between them nobody has published for these models (vllm-omni built decoding beside denoising and
-measured 0.15% less, issue 5885: the high end). ``contention`` moves linearly: 0 is low, 1 high, and above 1 is worse
+Where a pair lies between them nobody has published for these models (vllm-omni#5885 built decoding beside denoising
+and measured 0.15% less: the high end). ``contention`` moves linearly: 0 is low, 1 high, and above 1 is worse
 than taking turns (caches thrash). Low, mid (0.5, the default) and high should all be tried.
 """
 
@@ -261,8 +261,7 @@ def _head(
             "contention": assumption(
                 contention,
                 "0 = gaps and tails are filled and resources shared apart (low), 1 = taking turns (high)",
-                own
-                + "; option --contention; the only published trial (vllm-omni issue 5885: -0.15%) lies at the high end",
+                own + "; option --contention; the only published trial (vllm-omni#5885: -0.15%) lies at the high end",
             ),
             "step_dispatch": assumption(STEP_DISPATCH_S * 1e6, "microseconds a step", own),
             "chunk_dispatch": assumption(CHUNK_DISPATCH_S * 1e6, "microseconds a chunk", own),
