@@ -43,6 +43,22 @@ def _leave_interrupts_to_the_command() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _start_quiet_tracker() -> None:
+    """joblib's process for leftovers warns below the command's last sentence when what it would remove is gone."""
+    from joblib.externals.loky.backend import resource_tracker
+
+    told = os.environ.get("PYTHONWARNINGS")
+    quiet = f"ignore:::{resource_tracker.__name__}"
+    os.environ["PYTHONWARNINGS"] = f"{told},{quiet}" if told else quiet
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        if told is None:
+            del os.environ["PYTHONWARNINGS"]
+        else:
+            os.environ["PYTHONWARNINGS"] = told
+
+
 class LokyBackend:
     """Processes on this machine; ``jobs`` of them, one per core when it is None."""
 
@@ -54,6 +70,7 @@ class LokyBackend:
         from joblib import Parallel, cpu_count, delayed, parallel_config
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+        _start_quiet_tracker()
         jobs = min(self.jobs or cpu_count(), max(1, len(items)))
         numbered = delayed(_Numbered(function))
         left = dict(enumerate(items))
