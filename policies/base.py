@@ -154,7 +154,7 @@ def fifo_admissions(view: View, active: int, rows: int, batch: int, limits: Limi
     there are fewer than ``batch`` and their rows fit.
     """
     taken: list[Sample] = []
-    if not view.waiting:
+    if not view.waiting or (active >= batch and not limits):
         return taken
     first = next(iter(view.active if active else view.waiting))
     batch, max_rows = limits_at(first, batch, view.max_rows, limits)

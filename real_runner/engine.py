@@ -187,8 +187,9 @@ class _Run:
         self.samples, self.device, self.serving = samples, hardware.device, serving
         chunks = [hardware.chunk_functions(lane, cut) for lane in range(len(hardware.decode))]
         gpu = GPU if serving is None else serving.gpu
-        self.worker = Worker(samples, policy.name, len(cut), profile.max_rows, (gpu,) * len(hardware.decode))
-        self.worker.guarded = policy.foreign
+        self.worker = Worker(
+            samples, policy.name, len(cut), profile.max_rows, (gpu,) * len(hardware.decode), guarded=policy.foreign
+        )
         # When a step with adapters ends cannot be told from the profile's times of plain steps.
         lead_ns = profile.overhead_ns("decision_lead") if serving is None else 0
         self.rounds = Rounds(self.worker, policy, self, lead_ns)

@@ -239,7 +239,7 @@ class Execution:
                 self.faults.append(Fault(sample.finished_ns, FAILED, (sample.name,), detail))
             elif self.on_image is not None:
                 self.on_image(sample, image.state, picture.image)
-            if self.worker.guarded:
+            if self.worker.guard is not None:
                 self.worker.guard.end(sample)
 
     def drain(self) -> None:

@@ -54,9 +54,9 @@ class WorkerRun:
             info.decode_gpus,
             profile.overhead_ns("result_copy"),
             profile.overhead_ns("sample_host"),
+            calls.foreign,
         )
         self.worker.max_rows_of = {size: one.max_rows for size, one in profile.sizes.items()}
-        self.worker.guarded = calls.foreign
         self.rounds = Rounds(self.worker, calls, self, profile.overhead_ns("decision_lead"))
         self.arrivals = arrivals
         self.entered = 0
@@ -70,6 +70,8 @@ class WorkerRun:
         self.chunks_running = 0
         self.chunk_due_ns = NEVER
         """The earliest end of a running chunk, as last timed."""
+        self.slower: dict[int, int] = {}
+        """GPU -> ppm that the chunks there add to a step's own 1, as last looked up."""
         self.records: list[WorkRecord] = []
         self.by_solo_time = self.clamped = 0
         """Look-ups of slowdowns for a pair of resolutions that was not measured; those beyond the range that was."""
@@ -93,7 +95,8 @@ class WorkerRun:
             yield from self._run_closed_loop(environment, on_progress, closed_loop)
             return
         worker, rounds, retime = self.worker, self.rounds, self.retime
-        total = len(self.arrivals)
+        total, holds = len(self.arrivals), worker.sample_host_ns > 0
+        take_ends = self.take_ends if holds else rounds.take_ends
         now_ns = reported = 0
         while worker.ended < total:
             due_ns = self.next_ns()
@@ -102,8 +105,9 @@ class WorkerRun:
             if due_ns > now_ns:
                 yield environment.timeout(due_ns - now_ns)
                 now_ns = due_ns
-            cause_ns = rounds.take_arrivals(now_ns, self.take_ends(now_ns))
-            if self.asks(cause_ns, now_ns) and worker.ended < total:
+            cause_ns = rounds.take_arrivals(now_ns, take_ends(now_ns))
+            asks = self.asks(cause_ns, now_ns) if holds else cause_ns >= 0
+            if asks and worker.ended < total:
                 rounds.decide(now_ns, now_ns, self.entered == total)
             retime(now_ns)
             if on_progress is not None and worker.ended >= reported + PROGRESS_EVERY:
@@ -182,9 +186,9 @@ class WorkerRun:
         wake_ns = worker.wake_ns
         if wake_ns is not None and wake_ns < due_ns:
             due_ns = wake_ns
-        if worker.held_until_ns < due_ns and (self.late_question or self.late_lanes or self.late_step is not None):
-            due_ns = worker.held_until_ns
-        return due_ns
+        if not worker.sample_host_ns or worker.held_until_ns >= due_ns:
+            return due_ns
+        return worker.held_until_ns if self.late_question or self.late_lanes or self.late_step is not None else due_ns
 
     def retime(self, now_ns: int) -> None:
         """Look up the slowdowns of what runs together now; a piece whose slowdown is unchanged is left alone."""
@@ -192,7 +196,8 @@ class WorkerRun:
         if not self.chunks_running:
             stepper.retime(ALONE, now_ns)
             return
-        slower = ALONE
+        slower = self.slower
+        slower.clear()
         chunk_due_ns = NEVER
         for lane, piece in zip(self.worker.lanes, self.chunk_pieces, strict=True):
             if piece is None:
@@ -205,7 +210,7 @@ class WorkerRun:
                     step_ppm, ppm = self._slowdowns_beside(rows, lane.sample)
                 else:
                     step_ppm, ppm = self.profile.slowdown_ppm(rows, self.chunking, lane.sample.chunks_done)
-                slower = {**slower, lane.gpu: slower.get(lane.gpu, 0) + step_ppm - PPM}
+                slower[lane.gpu] = slower.get(lane.gpu, 0) + step_ppm - PPM
             if ppm != piece.ppm:
                 piece.retime(ppm, now_ns)
             if piece.end_ns < chunk_due_ns:
@@ -290,4 +295,5 @@ class WorkerRun:
         if sample.decode_started_ns < 0:
             sample.decode_started_ns = cause_ns
         self.chunks_running += 1
-        self.chunk_pieces[lane.index] = Piece(self.times.of(sample.request).chunk_ns(sample.chunks_done), cause_ns)
+        times = self.times.of(sample.request) if self.times.others else self.times
+        self.chunk_pieces[lane.index] = Piece(times.chunk_ns(sample.chunks_done), cause_ns)

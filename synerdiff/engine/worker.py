@@ -77,6 +77,7 @@ class Worker:
         decode_gpus: tuple[int, ...],
         result_copy_ns: int = 0,
         sample_host_ns: int = 0,
+        guarded: bool = True,
     ) -> None:
         self.samples = samples
         self.policy_name = policy_name
@@ -103,9 +104,8 @@ class Worker:
         """Told of each of them, as it ends."""
         self.steps_settled = 0
         """Denoising steps that its samples have taken, and those that rejected ones will not take."""
-        self.guard = Guard(len(decode_gpus))
-        self.guarded = True
-        """Whether the policy is a user's: ours are known to write nothing."""
+        self.guard = Guard(len(decode_gpus)) if guarded else None
+        """Of a user's policy: ours are known to write nothing."""
         self._max_rows = max_rows
         self._running: tuple[SampleId, ...] = ()
         self._denoise_free = True
@@ -137,7 +137,7 @@ class Worker:
     def enter(self, sample: Sample) -> None:
         """A sample joins waiting."""
         sample.phase = WAITING
-        if self.guarded:
+        if self.guard is not None:
             self.guard.enter(sample)
         self.waiting[sample.id] = sample
         self._arrived.append(sample)
@@ -164,11 +164,12 @@ class Worker:
                 step.freed.append(sample)
                 self._last_step = None
         self._step_done.extend(step.samples)
-        if self.guarded:
+        if self.guard is not None:
             self.guard.steps += len(step.samples)
 
     def _spend_skip(self, sample: Sample, index: int) -> None:
-        self.guard.skips += 1
+        if self.guard is not None:
+            self.guard.skips += 1
         sample.skips_spent += 1
         sample.skips_left -= 1
         sample.skip_run += 1
@@ -184,11 +185,13 @@ class Worker:
             self.show_step_done()
         for sample in step.freed:
             sample.denoised_ns = now_ns
-            if self.guarded:
-                self.guard.denoised_ns[sample.id] = now_ns
         self.steps_settled += len(step.samples)
-        if self.guarded and self.guard.steps > self.guard.steps_given:
-            self.require_unwritten(now_ns)
+        guard = self.guard
+        if guard is not None:
+            for sample in step.freed:
+                guard.denoised_ns[sample.id] = now_ns
+            if guard.steps > guard.steps_given:
+                self.require_unwritten(now_ns)
         self.step = None
         return step
 
@@ -204,13 +207,11 @@ class Worker:
         """The lane's running chunk ends. True when the next chunk of the same launch follows by itself."""
         sample = lane.sample
         guard = self.guard
-        guard.chunks += 1
-        if self.guarded and (
-            sample is None
-            or sample is not guard.held[lane.index]
-            or guard.chunks > self.chunk_count * len(guard.entered)
-        ):
-            self.require_unwritten(now_ns)
+        if guard is not None:
+            guard.chunks += 1
+            held = sample is not None and sample is guard.held[lane.index]
+            if not held or guard.chunks > self.chunk_count * len(guard.entered):
+                self.require_unwritten(now_ns)
         assert sample is not None
         sample.chunks_done += 1
         lane.chunks_left -= 1
@@ -219,11 +220,14 @@ class Worker:
             return True
         if lane is self.exclusive_lane:
             self.exclusive_lane = None
-        lane.sample = guard.held[lane.index] = None
+        lane.sample = None
+        if guard is not None:
+            guard.held[lane.index] = None
         sample.launched = False
         if sample.chunks_done == self.chunk_count:
-            self.held_until_ns = max(now_ns, self.held_until_ns) + self.sample_host_ns
-            sample.finished_ns = self.held_until_ns + self.result_copy_ns
+            if self.sample_host_ns:
+                now_ns = self.held_until_ns = max(now_ns, self.held_until_ns) + self.sample_host_ns
+            sample.finished_ns = now_ns + self.result_copy_ns
             del self.decoding[sample.id]
             self._end(sample, Phase.DONE)
         return False
@@ -232,7 +236,9 @@ class Worker:
         """A sample fails alone, and a decode lane that it holds is free again. It must be in no step."""
         for lane in self.lanes:
             if lane.sample is sample:
-                lane.sample = self.guard.held[lane.index] = None
+                lane.sample = None
+                if self.guard is not None:
+                    self.guard.held[lane.index] = None
                 lane.chunks_left = 0
                 sample.launched = False
                 if lane is self.exclusive_lane:
@@ -244,7 +250,7 @@ class Worker:
 
     def _end(self, sample: Sample, phase: Phase) -> None:
         sample.phase = phase
-        if self.guarded:
+        if self.guard is not None:
             self.guard.end(sample)
         self.ended += 1
         self._gone.append((sample, str(phase)))
@@ -271,11 +277,12 @@ class Worker:
 
     def require_unwritten(self, now_ns: int) -> None:
         """ContractError when the policy has written to a sample or a lane; called before records are made."""
-        if not self.guarded:
+        guard = self.guard
+        if guard is None:
             return
         view = self.view
         try:
-            what = self.guard.anything(self.samples, self.lanes, self.chunk_count)
+            what = guard.anything(self.samples, self.lanes, self.chunk_count)
             places = (view.waiting, view.active, view.decoding)
             for place, mine in zip(places, (self.waiting, self.active, self.decoding), strict=True):
                 if what is None and [*place] != [*mine.values()]:
@@ -283,7 +290,7 @@ class Worker:
         except Exception as error:
             what = f"a sample, a lane or its view ({type(error).__name__})"
         if what is not None:
-            self.guard.restore(self.samples)
+            guard.restore(self.samples)
             self._refuse(now_ns, f"it wrote {what}, which it may only read")
 
     def apply(self, decision: Decision, now_ns: int) -> tuple[bool, list[LaneView]]:
@@ -292,20 +299,9 @@ class Worker:
         Returns whether a step starts now (it is then ``self.step``), and the lanes whose launch starts now. The rest
         is committed: it starts with ``start_committed`` when the running step really ends. Raises ContractError.
         """
-        view = self.view
-        if self.guarded and (
-            view.now_ns != now_ns
-            or view.running is not self._running
-            or view.denoise_free is not self._denoise_free
-            or view.closed is not self._closed
-            or view.max_rows > self._max_rows
-        ):
-            self._refuse(now_ns, "it wrote to the view, which it may only read")
-        if decision is NOTHING:
-            self._count_idle(now_ns)
-            self._forget_news()
-            self.wake_ns = None
-            return False, []
+        guard = self.guard
+        if guard is not None:
+            self._require_view(now_ns)
         admit, reject, batch, pad_rows, chunks, wake_ns = decision
         tuples = type(admit) is tuple and type(reject) is tuple and type(batch) is tuple and type(chunks) is tuple
         if not tuples or type(pad_rows) is not int:
@@ -314,15 +310,22 @@ class Worker:
             self._idle_decisions = 0
         else:
             self._count_idle(now_ns)
-        self._forget_news()
+        # What has happened since the last decision has been seen.
+        self._arrived.clear()
+        self._step_done.clear()
+        self._chunk_done.clear()
+        self._gone.clear()
+        if decision is NOTHING:
+            self.wake_ns = None
+            return False, []
         early = self.step is not None
         for sample_id in admit:
             sample = self._sample(sample_id, self.waiting, WAITING, "admitted", now_ns)
             del self.waiting[sample_id]
             sample.phase = ACTIVE
             sample.admitted_ns = now_ns
-            if self.guarded:
-                self.guard.admitted_ns[sample_id] = now_ns
+            if guard is not None:
+                guard.admitted_ns[sample_id] = now_ns
             self.active[sample_id] = sample
         for sample_id in reject:
             sample = self._sample(sample_id, self.waiting, WAITING, "rejected", now_ns)
@@ -353,12 +356,16 @@ class Worker:
         self.wake_ns = wake_ns
         return step_starts, starting
 
-    def _forget_news(self) -> None:
-        """What has happened since the last decision has been seen."""
-        self._arrived.clear()
-        self._step_done.clear()
-        self._chunk_done.clear()
-        self._gone.clear()
+    def _require_view(self, now_ns: int) -> None:
+        view = self.view
+        if (
+            view.now_ns != now_ns
+            or view.running is not self._running
+            or view.denoise_free is not self._denoise_free
+            or view.closed is not self._closed
+            or view.max_rows > self._max_rows
+        ):
+            self._refuse(now_ns, "it wrote to the view, which it may only read")
 
     def _refuse_types(self, decision: Decision, now_ns: int) -> NoReturn:
         whole = {"pad_rows": (int,), "wake_at_ns": (int, NoneType)}
@@ -454,7 +461,9 @@ class Worker:
             if busy or (self.step is not None and not self.step.shown_done):
                 self._refuse(now_ns, "an exclusive launch needs the denoise lane idle")
             self.exclusive_lane = lane
-        lane.sample = self.guard.held[launch.lane] = sample
+        lane.sample = sample
+        if self.guard is not None:
+            self.guard.held[launch.lane] = sample
         lane.chunks_left = launch.chunks
         lane.exclusive = launch.exclusive
         lane.forced = launch.forced
