@@ -121,13 +121,21 @@ def estimate_profile(
         "text_encode": text.seconds,
         "result_copy": COPY_LATENCY_S + 3 * height * width / COPY_BYTES_PER_S,
     }
-    name = f"{gpu}-{model}-estimated"
-    name += f"-{height}x{width}" if (height, width) != (network.resolution, network.resolution) else ""
-    name += f"-{execution}" if execution != "compiled" else ""
-    name += f"-{precision}" if precision != "bf16" else ""
-    name += f"-vae{vae_bits}" if vae_bits != 16 else ""
-    name += f"-contention{severity:g}" if severity != CONTENTION_LEVELS[DEFAULT_CONTENTION] else ""
-    name += f"-decode{decode_scale:g}" if decode_scale != 1 else ""
+    own_size, usual = f"{network.resolution}x{network.resolution}", f"{CONTENTION_LEVELS[DEFAULT_CONTENTION]:g}"
+    options = [
+        (f"--{flag} {value}", text)
+        for flag, value, default, text in (
+            ("resolution", f"{height}x{width}", own_size, f"{height}x{width}"),
+            ("execution", execution, "compiled", execution),
+            ("precision", precision, "bf16", precision),
+            ("vae-precision", str(vae_bits), "16", f"vae{vae_bits}"),
+            ("contention", f"{severity:.15g}", usual, f"contention{severity:g}"),
+            ("decode-scale", f"{decode_scale:.15g}", "1", f"decode{decode_scale:g}"),
+        )
+        if value != default
+    ]
+    name = "-".join([f"{gpu}-{model}-estimated", *(text for _, text in options)])
+    command = " ".join([f"synerdiff estimate --gpu {gpu} --model {model}", *(option for option, _ in options)])
     return Profile(
         name=name,
         provenance="estimated",
@@ -136,7 +144,7 @@ def estimate_profile(
         chunks={name: tuple(_exactly(piece.seconds) for piece in pieces) for name, pieces in chunks.items()},
         corun=corun,
         overheads={key: _exactly(value) for key, value in overheads.items()},
-        head=_head(gpu, model, (height, width), mode, vae_bits, severity, decode_scale),
+        head=_head(gpu, model, (height, width), mode, vae_bits, severity, decode_scale, command),
     )
 
 
@@ -145,10 +153,14 @@ def estimate_profiles(resolution: str, *given: Any, **fields: Any) -> Profile:
 
     How they contend with each other is left to their solo times (contract: slowdowns across resolutions).
     """
-    profiles = [estimate_profile(*given, **fields, resolution=part.strip()) for part in resolution.split(",")]
+    parts = [part.strip() for part in resolution.split(",")]
+    profiles = [estimate_profile(*given, **fields, resolution=part) for part in parts]
     if len(profiles) == 1:
         return profiles[0]
-    return combined(profiles, f"{profiles[0].name}-and-{len(profiles) - 1}-more")
+    profile = combined(profiles, f"{profiles[0].name}-and-{len(profiles) - 1}-more")
+    first = profile.head.source.replace(f" --resolution {parts[0]}", "")
+    profile.head = profile.head.model_copy(update={"source": f"{first} --resolution {','.join(parts)}"})
+    return profile
 
 
 def _exactly(seconds: float) -> Spread:
@@ -210,6 +222,7 @@ def _head(
     vae_bits: int,
     contention: float,
     decode_scale: float,
+    command: str,
 ) -> Head:
     device, network = GPUS[gpu], MODELS[model]
     height, width = resolution
@@ -277,5 +290,6 @@ def _head(
         resolutions=(resolution,),
         dtype="float16" if mode.precision == "fp16" else "bfloat16",
         execution=mode.execution,
+        source=command,
         notes=notes,
     )

@@ -104,7 +104,7 @@ class Head(Section):
     commit: str = ""
     date: str = ""
     source: str = ""
-    """Imported times: who published them, and where."""
+    """Imported times: who published them, and where. Estimated ones: the command that makes them."""
     notes: dict[str, Any] = {}
     """What only people read."""
 

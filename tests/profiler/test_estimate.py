@@ -183,6 +183,28 @@ def test_options_change_what_they_name() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in SHIPPED.glob("*-estimated*")))
+def test_a_shipped_profile_is_what_the_command_in_its_source_makes_today(name: str, tmp_path: Path) -> None:
+    shipped = load_profile(SHIPPED / name)
+    words = shipped.head.source.split()
+    assert words[:2] == ["synerdiff", "estimate"]
+    app = typer.Typer()
+    app.command()(estimate)
+    assert CliRunner().invoke(app, [*words[2:], "--out", str(tmp_path / name)]).exit_code == 0
+    assert load_profile(tmp_path / name).content_hash == shipped.content_hash
+
+
+def test_a_profile_names_the_command_that_makes_it() -> None:
+    made = est.estimate_profile("h100", "sdxl", "high", 2.0, execution="engine", precision="fp8", vae_bits=32,
+                                resolution="512x768")  # fmt: skip
+    assert made.head.source == (
+        "synerdiff estimate --gpu h100 --model sdxl --resolution 512x768 --execution engine --precision fp8 "
+        "--vae-precision 32 --contention 1 --decode-scale 2"
+    )
+    both = est.estimate_profiles("512x512, 1024x1024", "h100", "sdxl")
+    assert both.head.source == "synerdiff estimate --gpu h100 --model sdxl --resolution 512x512,1024x1024"
+
+
 @pytest.mark.parametrize(
     ("written", "key"),
     [("H100", "h100"), ("NVIDIA H100 SXM5 80GB", "h100"), ("H100 PCIe", "h100-pcie"), ("A100 80GB", "a100"),
