@@ -27,6 +27,7 @@ MOST = 24
 
 
 def asked(kind: str, rate_per_s: float, slo: str, policy: str, requests: int, seeds: list[int]) -> Question:
+    """The question that both the search and the dense grid answer."""
     fields = {
         "profiles": [PROFILE],
         "workload": {"name": kind, "generator": kind, "parameters": {"rate_per_s": rate_per_s}},

@@ -33,6 +33,7 @@ FLEET_REQUESTS = 2000
 
 
 def bare_simpy_events_per_s(events: int = 300_000) -> float:
+    """Timeouts per CPU-second of a SimPy process that does nothing else."""
     environment = simpy.Environment()
 
     def ticking() -> Generator[simpy.Event, Any, None]:

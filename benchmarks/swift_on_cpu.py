@@ -118,6 +118,7 @@ def under_load(steps: int, count: int) -> list[ServingCase]:
 
 
 def cluster_for(strategies: dict[str, Any], lora_bytes: int) -> Cluster:
+    """One worker with the GPUs that the strategies need."""
     worker: dict[str, Any] = {"denoise_gpu": 0}
     if strategies.get("guidance") == "two-gpus":
         worker["guidance_gpu"] = 1
@@ -181,6 +182,7 @@ def means_of(samples: dict[tuple[str, int], list[int]], adapters: Adapters) -> A
 
 
 def mean_latency_s(result: RunResult) -> float:
+    """Mean latency of a run in which every request was served."""
     assert {record.status for record in result.requests} == {"done"}, result.requests
     return fmean(latencies_s(result.requests))
 

@@ -105,11 +105,13 @@ class Auto(ContinuousPolicy):
         self.take_costs((step, ready or step))
 
     def take_costs(self, sizes: tuple[Size, Size]) -> None:
+        """Take the costs of a pair of resolutions, those of (step, decode), for what follows."""
         if sizes not in self.pairs:
             self.pairs[sizes] = (DecodeCosts(self.profile, self.chunking, sizes), {}, {})
         self.costs, self.placing, self.skips = self.pairs[sizes]
 
     def taking_turns(self, worker: WorkerInfo, profile: Profile, order: Order | None = None) -> TurnBatch:
+        """As its base, in the order of its own placing."""
         return super().taking_turns(worker, profile, self.place)
 
     def rows_of(self, members: Sequence[Sample], rows: int) -> int:

@@ -66,6 +66,7 @@ class Parameter:
 
     @property
     def allowed(self) -> str:
+        """The allowed values in words."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}[self.kind]

@@ -32,6 +32,7 @@ class ContinuousPolicy(BatchedPolicy):
             self.members = self.turns = self.taking_turns(worker, profile)
 
     def taking_turns(self, worker: WorkerInfo, profile: Profile, order: Order | None = None) -> TurnBatch:
+        """The batch that resolutions share by turns."""
         turn, max_wait_s = self.parameters["turn"], self.parameters["turn_max_wait_s"]
         return TurnBatch(self.batch, self.limits, turn, max_wait_s, profile, worker, self.rows_of, order)
 

@@ -37,7 +37,8 @@ class Router(Protocol):
 
     def reset(self, workers: int) -> None: ...
 
-    def route(self, request: Request, workers: list[WorkerState]) -> int: ...
+    def route(self, request: Request, workers: list[WorkerState]) -> int:
+        """Index of the worker that gets the request."""
 
 
 class RoundRobin:

@@ -88,6 +88,7 @@ class SharedQueue:
 
     @property
     def empty(self) -> bool:
+        """Whether no request waits in it."""
         return not self._complete and not self._growing
 
     def take(self) -> list[Request]:

@@ -75,6 +75,7 @@ class SynerDiff(ContinuousPolicy):
         self.patterns: dict[tuple[int, int, int, bool], int] = {}
 
     def first_theta_ppm(self) -> int:
+        """The threshold at reset."""
         theta: float = self.parameters["theta"]
         return round(theta * PPM)
 
@@ -122,6 +123,7 @@ class SynerDiff(ContinuousPolicy):
         self.step_since_ns = -1
 
     def forced_runs(self, view: View) -> bool:
+        """Whether a launch that the starvation guard made runs on the step's GPU."""
         lanes = [view.decode_lanes[i] for i in self.home_lanes]
         return any(lane.forced and not lane.free for lane in lanes)
 

@@ -34,6 +34,7 @@ class Cell(NamedTuple):
 
     @property
     def key(self) -> str:
+        """Its name in the partial file."""
         return f"{self.chunking} {self.chunk} {self.rows}"
 
 

@@ -29,6 +29,7 @@ class Bench:
 
     @property
     def on_gpu(self) -> bool:
+        """Whether the device is a CUDA GPU."""
         return self.device.torch_device.type == "cuda"
 
     def latent(self) -> torch.Tensor:

@@ -101,10 +101,12 @@ class Occupancy:
 
     @property
     def compute(self) -> float:
+        """Share of the time in which the arithmetic units are busy, at most 1."""
         return min(1.0, self.compute_s / self.seconds)
 
     @property
     def memory(self) -> float:
+        """Share of the time in which the memory is busy, at most 1."""
         return min(1.0, self.memory_s / self.seconds)
 
     @property
@@ -113,6 +115,7 @@ class Occupancy:
         return min(1.0, (self.compute_s + self.memory_s) / self.seconds)
 
     def scaled(self, factor: float) -> Occupancy:
+        """The same shares over ``factor`` times the time."""
         return Occupancy(factor * self.seconds, factor * self.compute_s, factor * self.memory_s)
 
 

@@ -49,14 +49,17 @@ class Partial:
         return self._spent_s + time.monotonic() - self._since_s
 
     def table(self, name: str) -> dict[str, Any]:
+        """What was measured of one kind so far, to be filled in."""
         return self.tables.setdefault(name, {})
 
     def save(self) -> None:
+        """Write what was measured, atomically."""
         content = {"conditions": self._conditions, "spent_s": round(self.spent_s, 3), "tables": self.tables}
         with atomic(self._path) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def remove(self) -> None:
+        """Delete the file: the profile is complete."""
         self._path.unlink(missing_ok=True)
 
 

@@ -29,6 +29,7 @@ class Rule:
     cap_s: float
 
     def enough(self, samples: Sequence[int], spent_s: float) -> bool:
+        """Whether so many samples (ns), taken in so long, settle a cell."""
         if len(samples) >= self.most or (len(samples) >= FEWEST and spent_s > 5 * self.cap_s):
             return True
         if len(samples) < self.least:

@@ -43,6 +43,7 @@ class Settings:
 
     @property
     def chunk_counts(self) -> tuple[int, ...]:
+        """Counts of chunks for which a decode is cut."""
         return QUICK_CHUNKS if self.quick else CHUNKS
 
 
@@ -93,4 +94,5 @@ def command_line(settings: Settings, out: str) -> str:
 
 
 def listed(rows: Sequence[int], separator: str = ", ") -> str:
+    """Numbers in one line."""
     return separator.join(map(str, rows))

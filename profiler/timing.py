@@ -283,6 +283,7 @@ def _host_times(bench: Bench, function: Callable[[], object], count: int) -> lis
 
 
 def warm_up_all(bench: Bench, samplers: Mapping[str, Sampler]) -> None:
+    """Warm up every sampler before the first sample that counts."""
     for sample in samplers.values():
         warm_up(lambda count, sample=sample: [sum(once) for once in zip(*sample(count), strict=True)], bench.rule.cap_s)  # type: ignore[misc]
 

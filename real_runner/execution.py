@@ -83,6 +83,7 @@ class Execution:
         self.gpu = GPU
 
     def now_ns(self) -> int:
+        """Time since the run began."""
         return time.monotonic_ns() - self.zero_ns
 
     def works(self) -> list[Work[Any]]:

@@ -30,6 +30,7 @@ ControlsOf = Callable[[Request], tuple[ControlUse, ...]]
 
 
 def no_controls(request: Request) -> tuple[ControlUse, ...]:
+    """The ControlNets of a request in a run without any."""
     return ()
 
 

@@ -113,6 +113,7 @@ class ServiceGpu:
         self.loads = 0
 
     def serves(self, name: str) -> bool:
+        """Whether it may be asked for that ControlNet."""
         return not self.fixed or name in self.held
 
 

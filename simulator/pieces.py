@@ -190,6 +190,7 @@ class Draws:
         self._random = None if seed is None else random.Random(seed)
 
     def draw(self, spread: Spread) -> int:
+        """A time (ns) of that spread."""
         if self._random is None or spread.p10 <= 0:
             return spread.median
         return drawn(spread, self._random)

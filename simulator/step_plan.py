@@ -172,6 +172,7 @@ class StepPlanner:
 
     @property
     def files_in_weights(self) -> set[str]:
+        """Files of the LoRAs that are merged into the weights."""
         return {lora.file for lora in self.weights}
 
     def plan(self, step: Step, now_ns: int) -> Plan:
@@ -197,6 +198,7 @@ class StepPlanner:
     # --- LoRAs --------------------------------------------------------------------------------------------------
 
     def restore_ns(self, lora: LoraUse) -> int:
+        """Time to take a LoRA out of the weights."""
         size = self.loader.storage.bytes_of(lora.file)
         return self.profile.sped(self.draws.draw(self.adapters.spread("lora_restore", size)))
 

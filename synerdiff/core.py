@@ -156,6 +156,7 @@ class Request:
 
     @property
     def batch_key(self) -> BatchKey:
+        """What its samples must share with others to share a step."""
         return (self.base_model, self.height, self.width, self.loras)
 
 
@@ -272,6 +273,7 @@ class Sample:
 
     @property
     def steps_left(self) -> int:
+        """Steps not done."""
         return self.steps - self.step_index
 
     def may_skip_at(self, step_index: int, skips_left: int, skip_run: int) -> bool:

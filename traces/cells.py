@@ -69,6 +69,7 @@ def whole_text(name: str, text: str, allowed: tuple[int, int], absent: str | Non
 
 
 def bounded_text(name: str, text: str, allowed: tuple[int, int]) -> str:
+    """A number as text within bounds; FieldError otherwise."""
     value = decimal_of(text)
     if text and (value is None or not allowed[0] <= value <= allowed[1]):
         raise FieldError(f"{name} is not a number from {allowed[0]} to {allowed[1]}")

@@ -136,6 +136,7 @@ def _repeating(texts: Sequence[str]) -> _Repeating:
 
 
 def request_of(request_id: int, arrival_ns: int, fields: Fields) -> Request:
+    """A request of a line's fields."""
     return Request(request_id, arrival_ns, *fields)
 
 

@@ -36,6 +36,7 @@ class WindowCounts:
 
     @property
     def peak_to_mean(self) -> float:
+        """Most requests of a window over the mean."""
         return self.largest / self.mean
 
 

@@ -45,6 +45,7 @@ class Gentd26Parameters:
 
     @property
     def requests_per_session(self) -> float:
+        """Mean number of requests of a session."""
         return sum(n * share for n, share in self.session_requests.items()) / sum(self.session_requests.values())
 
 

@@ -120,12 +120,14 @@ class TraceSpec(Section):
 
     @property
     def mean_rate_per_s(self) -> float:
+        """Requests per second over the whole trace."""
         if self.rate_per_s is not None:
             return self.rate_per_s
         return gentd26_parameters().rate_per_s if self.kind == "gentd26-like" else 1.0
 
     @property
     def with_loras(self) -> bool:
+        """Whether its requests ask for LoRAs."""
         return self.loras == "gentd26" or (self.loras is None and self.kind == "gentd26-like")
 
 

@@ -53,12 +53,15 @@ LOAD = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Options:
+    """What a run of the script was asked for."""
+
     work: Path
     model: str | None = None
     """Instead of both models: a rehearsal."""
     device: str = "cuda"
 
     def model_of(self, slot: str) -> str:
+        """The model of a slot, ``small`` or ``large``."""
         return self.model or {"small": "sd15", "large": "sdxl"}[slot]
 
     def profile(self, slot: str) -> Path:
@@ -273,11 +276,13 @@ def termination_interrupts() -> Iterator[None]:
 
 
 def keep(path: Path, found: Any) -> None:
+    """Write a step's result as JSON, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def environment_task(options: Options, slot: str, until_s: float) -> None:
+    """Step: what machine and software this is."""
     from profiler.machine import GpuWatch, code_version, device_name, host, software
     from synerdiff.device.lanes import find_device
 

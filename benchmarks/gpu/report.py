@@ -150,6 +150,7 @@ class Gate:
 
     @property
     def verdict(self) -> str:
+        """``met``, ``MISSED`` or ``not measured``."""
         if self.found is None:
             return "not measured"
         met = self.found <= self.limit if self.at_most else self.found >= self.limit

@@ -62,7 +62,8 @@ Answer = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
 class Answers(Protocol):
     """What a process does. ``answer`` may be called by one thread per link; what it raises is sent back as a reason."""
 
-    def answer(self, message: Message, memory: Any) -> Answer: ...
+    def answer(self, message: Message, memory: Any) -> Answer:
+        """Do what a message asks for; ``memory`` is what was remembered of this link."""
 
     def new_memory(self) -> Any:
         """What is remembered of one link."""

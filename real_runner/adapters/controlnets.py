@@ -44,7 +44,8 @@ class Owner(Protocol):
     """What `calls_for` reads of a sample's state."""
 
     @property
-    def controls(self) -> tuple[ControlUse, ...]: ...
+    def controls(self) -> tuple[ControlUse, ...]:
+        """The ControlNets of its request."""
 
 
 def calls_for(
@@ -135,6 +136,7 @@ class Replica:
         self._images = ImagesSent()
 
     def serves(self, name: str) -> bool:
+        """Whether it may be asked for that ControlNet."""
         return self.alive and (not self.fixed or name in self.names)
 
     def send(self, call: Call, number: int) -> None:

@@ -51,6 +51,7 @@ class Clock:
 
 
 def at(instant_ns: int) -> Instant:
+    """An instant (ns) that is known already."""
     return lambda: instant_ns
 
 
@@ -79,6 +80,7 @@ class Ledger:
         self.entries.append(LedgerEntry(gpu, lane, kind, start, end, rows, samples))
 
     def fault(self, kind: str, samples: tuple[str, ...], detail: str) -> None:
+        """Note a fault, now."""
         self.faults.append(Fault(time.monotonic_ns(), kind, samples, detail))
 
     def sent(self) -> dict[str, Any]:
@@ -107,4 +109,5 @@ class Ledger:
         return records
 
     def faults_since(self, zero_ns: int) -> list[Fault]:
+        """The faults, times counted from ``zero_ns``."""
         return [fault._replace(time_ns=max(0, fault.time_ns - zero_ns)) for fault in self.faults]

@@ -37,7 +37,8 @@ class FileSource(Protocol):
     It raises InputError for a file that cannot be had and SourceLost when it can never serve again.
     """
 
-    def read(self, file: str) -> LoraFile: ...
+    def read(self, file: str) -> LoraFile:
+        """The LoRA file of that name."""
 
 
 class OwnReader:
@@ -47,6 +48,7 @@ class OwnReader:
         self._folder = folder
 
     def read(self, file: str) -> LoraFile:
+        """InputError names what is wrong with the file."""
         return replace(read_lora(f"{file}.safetensors", self._folder), name=file)
 
 
@@ -57,6 +59,7 @@ class RemoteReader:
         self._link, self._timeout_s = link, timeout_s
 
     def read(self, file: str) -> LoraFile:
+        """SourceLost when the process that reads is gone."""
         try:
             answer = self._link.ask(Op.READ, {"file": file}, timeout_s=self._timeout_s)
         except LinkLost as error:

@@ -119,12 +119,14 @@ class Spec:
     one_machine: bool
 
     def load_model(self, device: torch.device) -> DiffusionModel:
+        """The model as the process that runs it has it."""
         model = load_model(self.model, device, getattr(torch, self.dtype), self.resolution)
         model.row_buckets = self.row_buckets
         return model
 
     @property
     def controlnet_folder(self) -> Path | None:
+        """Where ControlNets lie, None for none."""
         return Path(self.controlnets) if self.controlnets else None
 
 

@@ -163,6 +163,7 @@ class Serving:
     # --- steps, on the denoise lane -----------------------------------------------------------------------------
 
     def step_piece(self, images: Sequence[Image], modes: Sequence[Mode], pad_rows: int) -> StepPiece:
+        """The work of a step of these images."""
         return AdaptedStep(self, images, modes, pad_rows)
 
     def make_weights_ready(self, images: Sequence[Image]) -> None:

@@ -36,6 +36,7 @@ class Target(NamedTuple):
         return "goodput" if self.quantile is None else f"P{100 * self.quantile:g}"
 
     def holds(self, value: float) -> bool:
+        """Whether a value of the metric keeps the SLO."""
         return value >= self.bound if self.quantile is None else value <= self.bound
 
     def text(self, value: float) -> str:
@@ -88,6 +89,7 @@ class Question(Section):
 
     @property
     def target(self) -> Target:
+        """The SLO as read; InputError on what is none."""
         return target_of(self.slo)
 
     @property
@@ -117,6 +119,7 @@ class Question(Section):
 
     @property
     def policy_names(self) -> list[str]:
+        """Names of the policies, in order."""
         return [entry.name for entry in self.policies]
 
     def price(self, profile: str) -> float | None:

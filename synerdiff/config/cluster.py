@@ -45,10 +45,12 @@ class WorkerEntry(Section):
 
     @property
     def speed_ppm(self) -> int:
+        """Its speed in parts per million of the profile's."""
         return round(self.speed * PPM)
 
     @property
     def sample_host_ns(self) -> int | None:
+        """Host time per sample; None: the profile's."""
         return None if self.sample_host_s is None else round(self.sample_host_s * NS_PER_S)
 
     def profile(self, base: Profile) -> Profile:
@@ -57,6 +59,7 @@ class WorkerEntry(Section):
 
     @property
     def lanes(self) -> tuple[int, ...]:
+        """GPU of each decode lane; without any named, one on the denoiser's."""
         return (self.denoise_gpu,) if self.decode_gpus is None else self.decode_gpus
 
     @property

@@ -152,10 +152,12 @@ class PolicyEntry(Section):
 
     @property
     def may_skip(self) -> bool:
+        """Whether the experiment's skip budget applies to it."""
         return self.skip and self.steps_scale == 1
 
     @property
     def searched(self) -> bool:
+        """Whether its batch is searched for."""
         return self.batch == "best" or isinstance(self.batch, tuple)
 
 
@@ -266,6 +268,7 @@ class Experiment(Machines):
 
     @property
     def blocks(self) -> tuple[Machines, ...]:
+        """The machines that it runs on, one block after the other."""
         return self.machines or (self,)
 
     @property
@@ -275,6 +278,7 @@ class Experiment(Machines):
         return self.baselines[0] if self.baselines else DEFAULT_BASELINE if DEFAULT_BASELINE in names else names[0]
 
     def loads_of(self, workload: Workload) -> Sequence[float]:
+        """Loads of a workload: its own, or the experiment's."""
         return workload.loads or self.loads
 
     @model_validator(mode="after")
@@ -306,6 +310,7 @@ class Experiment(Machines):
 
     @property
     def policy_names(self) -> list[str]:
+        """Names of the policies, in order."""
         return [entry.name for entry in self.policies]
 
     @model_validator(mode="after")

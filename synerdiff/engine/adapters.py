@@ -104,6 +104,7 @@ class Cache:
 
     @property
     def names(self) -> set[str]:
+        """What is in it."""
         return set(self._sizes)
 
     def use(self, name: str) -> bool:

@@ -60,6 +60,7 @@ class ClosedLoop:
 
     @property
     def unsent(self) -> bool:
+        """Whether requests are left to send."""
         return self.sent < len(self.requests)
 
     def send(self, now_ns: int) -> list[tuple[Request, list[Sample]]]:

@@ -146,6 +146,7 @@ class CachePoint:
 
     @property
     def fitted(self) -> bool:
+        """Whether the mix's constants were fitted on this point."""
         return self.rule == FITTED[0] and self.size in FITTED[1]
 
     @property

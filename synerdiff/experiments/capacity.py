@@ -390,6 +390,7 @@ class Inquiry:
         return runs
 
     def verdict(self, name: str, ask: Ask, runs: Sequence[Run]) -> Verdict:
+        """What the runs of one level say of the SLO."""
         tables = [request_table(run) for run in runs]
         requests = self.requests(name)
         rate = ask.level.rate_per_s
@@ -398,6 +399,7 @@ class Inquiry:
         return verdict_of(self.question.target, ask.level, tables, load, ask.judging)
 
     def search(self, name: str, entry: PolicyEntry) -> Generator[Ask, Verdict, tuple[Verdict | None, Verdict | None]]:
+        """The levels to try, one after the other, given the verdicts so far."""
         low, high = self.question.fleet_sizes
         bound = self.bound(name, entry)
         if self.question.find == "gpus":
@@ -407,6 +409,7 @@ class Inquiry:
     def answer(
         self, name: str, entry: PolicyEntry, ended: tuple[Verdict | None, Verdict | None], tried: list[Verdict]
     ) -> Answer:
+        """The answer for one policy on one profile, from where its search ended."""
         best, beyond = ended
         requests, bound, price = self.requests(name), self.bound(name, entry), self.question.price(name)
         cost = run = None

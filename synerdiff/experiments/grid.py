@@ -67,6 +67,7 @@ class Run:
 
     @property
     def source(self) -> Source:
+        """Where its requests come from."""
         assert isinstance(self.spec.source, Source)  # a grid's runs have no requests of their own
         return self.spec.source
 

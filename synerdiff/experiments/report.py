@@ -206,6 +206,7 @@ def _frame(rows: Iterable[Row]) -> pandas.DataFrame:
 
 
 def frame_of(rows: Sequence[Row]) -> pandas.DataFrame:
+    """Rows as a data frame, for pictures."""
     import pandas
 
     return pandas.DataFrame(rows)

@@ -137,6 +137,7 @@ class Prepared:
 
     @property
     def workers(self) -> int:
+        """Workers of its fleet, 1 without one."""
         return 1 if self.spec.cluster is None else len(self.spec.cluster.workers)
 
     @property

@@ -62,6 +62,7 @@ class Arrivals:
 
     @cached_property
     def content_hash(self) -> str:
+        """SHA-256 of the requests and their window."""
         return hashlib.sha256(repr((self.requests, self.window)).encode()).hexdigest()
 
 

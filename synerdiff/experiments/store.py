@@ -73,6 +73,7 @@ def code_files() -> list[Path]:
 
 @cache
 def code_hash() -> str:
+    """SHA-256 of all first-party code that a run depends on."""
     return sha256_of_files(code_files())
 
 
@@ -175,6 +176,7 @@ def finished_row(folder: Path, key: str, with_requests: bool) -> dict[str, Any] 
 
 
 def run_file(folder: Path, key: str) -> Path:
+    """Where a finished run lies."""
     return folder / "runs" / f"{key}.parquet"
 
 

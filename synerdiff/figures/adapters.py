@@ -28,9 +28,12 @@ class Case(Protocol):
     @property
     def gpus(self) -> int: ...
     @property
-    def latency_s(self) -> float: ...
+    def latency_s(self) -> float:
+        """Mean latency."""
+
     @property
-    def gpu_seconds(self) -> float: ...
+    def gpu_seconds(self) -> float:
+        """GPU-seconds per image."""
 
 
 @styled

@@ -94,6 +94,7 @@ class Adapters:
         return self.ns("denoise_encoder", at) + self.ns("denoise_decoder", at)
 
     def ns_beside(self, name: str, at: int) -> int:
+        """Median of `spread_beside`, in ns."""
         return self.spread_beside(name, at).median
 
     def bytes_of(self, name: str, rows: int) -> int:
@@ -101,6 +102,7 @@ class Adapters:
         return rows * self.spread(name, 1).median
 
     def constant(self, name: str) -> int:
+        """Median of a time that depends on nothing."""
         return self.spread(name, 0).median
 
 

@@ -35,6 +35,7 @@ class Mix:
 
     @property
     def two_row_share(self) -> float:
+        """Share of the sample-steps that take two rows."""
         return self.two_row_steps / self.sample_steps
 
     @property
@@ -60,7 +61,8 @@ class HasRows(Protocol):
     """A profile, or a worker that serves one."""
 
     @property
-    def max_rows(self) -> int: ...
+    def max_rows(self) -> int:
+        """Rows of the largest step."""
 
 
 def most_samples(of: HasRows, sample_rows: int = 2) -> int:

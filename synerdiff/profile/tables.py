@@ -249,6 +249,7 @@ class Profile:
 
     @property
     def estimated(self) -> bool:
+        """Whether its times come from data sheets."""
         return self.provenance == "estimated"
 
     @property
@@ -261,13 +262,16 @@ class Profile:
 
     @property
     def max_rows(self) -> int:
+        """Rows of the largest step."""
         return max(self.row_buckets if self.row_buckets is not None else self.steps)
 
     @property
     def chunkings(self) -> tuple[str, ...]:
+        """Names of the ways in which a decode is cut."""
         return tuple(self.chunks)
 
     def overhead_ns(self, name: str) -> int:
+        """Median of an overhead; 0 where there is none."""
         spread = self.overheads.get(name)
         return 0 if spread is None else spread.median
 
@@ -310,6 +314,7 @@ class Profile:
         return Spread(parts[0], parts[1], parts[2], 0)
 
     def chunk_count(self, chunking: str) -> int:
+        """Chunks of one decode; InputError lists the known chunkings."""
         return len(self._chunks_of(chunking))
 
     def chunk_ns(self, chunking: str, chunk: int) -> int:

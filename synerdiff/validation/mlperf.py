@@ -71,6 +71,7 @@ class ServerRun:
 
     @property
     def throughput(self) -> Throughput:
+        """The Offline throughput of the same machine, as a profile is imported from it."""
         key = gpu_key(self.gpu)
         return Throughput(
             self.images_per_s, self.gpus, self.batch, self.steps, self.guidance_scale > 1,
@@ -96,6 +97,7 @@ class ServerRun:
         }
 
     def spec(self, host_s: float) -> RunSpec:
+        """The run with so much host time per image."""
         return RunSpec(
             profile=self.profile(),
             source=tuple(self.requests()),
@@ -243,6 +245,7 @@ class Replayed:
 
     @property
     def errors(self) -> dict[str, float]:
+        """Relative error per published latency."""
         return errors_of(self.run, self.predicted)
 
     @property

@@ -91,6 +91,7 @@ class ValidationCase:
 
     @property
     def saturated(self) -> bool:
+        """Whether all requests arrive at once."""
         return self.load == SATURATION
 
     @property
@@ -117,6 +118,7 @@ class ValidationPlan:
 
     @property
     def cases(self) -> list[ValidationCase]:
+        """Every policy at every load."""
         return [ValidationCase(policy, load) for load in self.loads for policy in self.policies]
 
 
