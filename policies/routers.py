@@ -18,7 +18,7 @@ from synerdiff.profile.tables import Profile
 class WorkerState:
     """What a router sees of a worker. Engines write it, routers only read it."""
 
-    __slots__ = ("index", "loras", "profile", "samples", "steps_left")
+    __slots__ = ("cost_left", "index", "loras", "profile", "samples", "steps_left")
 
     def __init__(self, index: int, profile: Profile | None = None) -> None:
         self.index = index
@@ -28,6 +28,8 @@ class WorkerState:
         """Samples given to it that have not ended."""
         self.steps_left = 0
         """Denoising steps that these have yet to take."""
+        self.cost_left = 0
+        """Declared cost of the samples that have not ended."""
         self.loras: Set[str] = frozenset()
         """Files on its GPU, on their way there, or in its host cache."""
 
@@ -78,6 +80,25 @@ class LeastWork:
         return min(workers, key=lambda worker: (worker.steps_left * _step_ns(worker), worker.index)).index
 
 
+def declared_cost(request: Request) -> int:
+    """Of one image: steps x pixels, what a request itself says of its work (llm-d-router issue 2053)."""
+    return request.steps * (1 if request.size is None else request.size[0] * request.size[1])
+
+
+class DeclaredCost:
+    """The worker with the least declared cost, steps x pixels x images, of samples that have not ended, by the time of
+    its own full step: a card twice as fast may hold twice as much."""
+
+    NAME = "declared-cost"
+
+    def reset(self, workers: int) -> None:
+        pass
+
+    def route(self, request: Request, workers: list[WorkerState]) -> int:
+        own = declared_cost(request) * request.images
+        return min(workers, key=lambda worker: ((worker.cost_left + own) * _step_ns(worker), worker.index)).index
+
+
 class AdapterAffinity:
     """The worker that has most of the request's LoRA files, among those whose queue is not much longer.
 
@@ -123,6 +144,7 @@ ROUTERS: dict[str, type[Router]] = {
     "round-robin": RoundRobin,
     "shortest-queue": ShortestQueue,
     "least-work": LeastWork,
+    "declared-cost": DeclaredCost,
     "adapter-affinity": AdapterAffinity,
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from simulator.pieces import Draws
-from synerdiff.config.cluster import LoraStorage, Service
+from synerdiff.config.cluster import LinkSpeed, LoraStorage, Service
 from synerdiff.core import NS_PER_S, InputError, LoraUse, SampleId, WorkRecord
 from synerdiff.engine.adapters import Cache
 from synerdiff.profile.adapters import Adapters
@@ -93,6 +93,17 @@ class Loader:
         if self.storage.storage_gb_per_s is not None:
             return round(size / self.storage.storage_gb_per_s)  # 1 GB/s is one byte a nanosecond
         return self.draws.draw(self.adapters.spread("lora_read", size))
+
+
+def link_of(link: LinkSpeed, adapters: Adapters | None) -> tuple[int, int]:
+    """(bytes a second, latency in ns) between two GPUs: as given, else the profile's; without one the latency is 0."""
+    latency_ns = 0 if adapters is None else adapters.constant("link_latency")
+    if link.latency_us is not None:
+        latency_ns = round(link.latency_us * 1000)
+    if link.gb_per_s is not None:
+        return round(link.gb_per_s * NS_PER_S), latency_ns
+    assert adapters is not None
+    return adapters.constant("link_bytes_per_s"), latency_ns
 
 
 def transfer_ns(size: int, bytes_per_s: int, latency_ns: int) -> int:

@@ -7,7 +7,7 @@ asks whom it concerns, and re-times what contends anew.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from simulator.adapters import ControlNetServices, Loader
 from simulator.fleet import FleetClock
 from simulator.pieces import Draws
 from simulator.planned import PlannedStepper
+from simulator.stage_pools import StagePools
 from simulator.step_plan import StepPlanner
 from simulator.worker_run import WorkerRun
 from synerdiff.config.cluster import Cluster, WorkerEntry
@@ -125,6 +126,7 @@ def simulate_cluster(
     profile: Profile,
     cluster: Cluster,
     *,
+    profiles: Mapping[str, Profile] | None = None,
     adapters: Adapters | None = None,
     free_adapters: bool = False,
     router: Router | SharedQueue | None = None,
@@ -134,6 +136,8 @@ def simulate_cluster(
     on_progress: Callable[[int], None] | None = None,
 ) -> ClusterResult:
     """Replay requests (by arrival) on a cluster; ``policy`` makes a fresh policy for each worker.
+
+    ``profiles``: those that workers and stages name; all others have ``profile``.
 
     ``adapters`` is needed when guidance runs on two GPUs, and when requests ask for LoRAs or ControlNets unless these
     are free. Without such needs one worker gives what ``simulate`` gives, to the nanosecond. Raises InputError and
@@ -148,24 +152,38 @@ def simulate_cluster(
             f"profile '{profile.name}' has {len(profile.sizes)} resolutions; requests with LoRAs or ControlNets, and "
             "guidance on two GPUs, can be simulated at one."
         )
+    if planned and (cluster.profiles or cluster.stages is not None):
+        raise InputError(
+            "requests with LoRAs or ControlNets, and guidance on two GPUs, can be simulated with one profile and "
+            "without stages apart."
+        )
+    named = profiles or {}
+    stages = None
+    if cluster.stages is not None:
+        seed = None if dispersion_seed is None else dispersion_seed + 3
+        stages = StagePools(cluster.stages, cluster, profile, named, adapters, seed)
     samples = make_samples(requests, profile, budget)
     runs: list[WorkerRun] = []
     planners: dict[int, StepPlanner] = {}
     for index, entry in enumerate(cluster.workers):
-        info = WorkerInfo(profile.most_rows, entry.denoise_gpu, entry.lanes, _sample_rows(samples), f"worker{index}")
+        own = entry.served(profile, named, entry.degree)
+        info = WorkerInfo(own.most_rows, entry.denoise_gpu, entry.lanes, _sample_rows(samples), f"worker{index}")
         seed = None if dispersion_seed is None else dispersion_seed + index * SEED_STEP
-        run = WorkerRun(policy(), entry.profile(profile), info, samples, [], seed)
+        run = WorkerRun(policy(), own, info, samples, [], seed)
         if planned and adapters is not None:
             planners[index] = _planner(run, cluster, entry, adapters, services, seed)
             run.stepper = PlannedStepper(planners[index], run.worker, run.records)
         runs.append(run)
     loop = ClosedLoop(requests, samples, max_concurrency, profile.overhead_ns("text_encode"))
-    fleet = FleetClock(loop, samples, runs, planners, router or RoundRobin(), on_progress)
+    fleet = FleetClock(loop, samples, runs, planners, router or RoundRobin(), on_progress, stages)
     end_ns = _play(fleet.run, runs)
     records: list[WorkRecord] = []
     for index, run in enumerate(runs):
         records += run.records + (planners[index].loader.records if planners else [])
     records += services.records
+    if stages is not None:
+        records += stages.records
+        end_ns = max(end_ns, stages.end_ns)
     loaders = [planner.loader for planner in planners.values()]
     return ClusterResult(
         run=_result(loop.requests, samples, records, end_ns, runs),

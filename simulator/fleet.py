@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from heapq import heappop, heappush
 from itertools import accumulate
 
 import simpy
 
-from policies.routers import Router, WorkerState
+from policies.routers import Router, WorkerState, declared_cost
 from policies.shared_queue import SharedQueue
+from simulator.stage_pools import StagePools
 from simulator.step_plan import StepPlanner
 from simulator.worker_run import PROGRESS_EVERY, WorkerRun
 from synerdiff.core import InputError, Request, Sample
@@ -29,7 +31,13 @@ class FleetClock:
         planners: Mapping[int, StepPlanner],
         router: Router | SharedQueue,
         on_progress: Callable[[int], None] | None,
+        stages: StagePools | None = None,
     ) -> None:
+        self.stages = stages
+        self.encoding = stages is not None and stages.encoders is not None
+        """Prompts are encoded before a worker is chosen."""
+        self.entries_differ = self.encoding or len({run.profile.overhead_ns("text_encode") for run in runs}) > 1
+        """When a sample enters depends on its worker."""
         self.loop, self.samples, self.runs, self.planners = loop, samples, runs, planners
         self.on_progress = on_progress
         requests = loop.requests
@@ -39,6 +47,8 @@ class FleetClock:
         self.states = [WorkerState(index, run.profile) for index, run in enumerate(runs)]
         self.steps_given = [0] * len(runs)
         """Per worker: denoising steps of the samples that it was given."""
+        self.cost_left = [0] * len(runs)
+        """Per worker: declared cost of its samples that have not ended."""
         self.due_ns = [NEVER] * len(runs)
         """When something can next happen at each worker; it changes only by a round or a new sample."""
         self.due_heap: list[tuple[int, int]] = []
@@ -57,9 +67,11 @@ class FleetClock:
             router.reset(len(runs))
         self.saw_closed = [False] * len(runs)
         """Whether each worker's last decision was taken knowing that no sample can enter waiting any more."""
-        for run in runs:
+        for index, run in enumerate(runs):
             run.open = True
-            run.worker.on_end = loop.ended
+            run.worker.on_end = partial(self.sample_ended, index)
+            if stages is not None and stages.decoders is not None:
+                run.worker.hand_over = stages.decode
             run.in_groups = self.queue is not None and self.queue.slots is None
 
     def run(self, environment: simpy.Environment) -> Generator[simpy.Event, None, None]:
@@ -124,6 +136,8 @@ class FleetClock:
         while heap and self.due_ns[heap[0][1]] != heap[0][0]:
             heappop(heap)
         due_ns = min(heap[0][0] if heap else NEVER, self.loop.due_ns)
+        if self.stages is not None:
+            due_ns = min(due_ns, self.stages.due_ns)
         if self.queue is not None:
             due_ns = min(due_ns, self.queue.due_ns)
             if self.queue.ready and self.taker(now_ns) is not None:
@@ -136,7 +150,7 @@ class FleetClock:
 
     def stuck(self, now_ns: int) -> bool:
         """Whether a closed loop's places are all taken and nothing runs or is due on any worker."""
-        if not self.loop.stuck(now_ns):
+        if not self.loop.stuck(now_ns) or (self.stages is not None and self.stages.due_ns != NEVER):
             return False
         return not any(run.running or (run.arrivals and run.arrivals[-1].entered_ns > now_ns) for run in self.runs)
 
@@ -149,15 +163,45 @@ class FleetClock:
         """The shared queue holds a group back for more to come."""
         return self.queue is not None and not self.queue.empty and not self.queue.ready
 
+    # --- what arrives, and stages apart -----------------------------------------------------------------------------
+
+    def arrived(self, now_ns: int) -> list[Request]:
+        """Requests for which a worker is chosen now: those that arrive, or whose prompts have been encoded."""
+        sent = self.loop.send(now_ns)
+        if self.stages is None or not self.encoding:
+            return [request for request, _ in sent]
+        for request, samples in sent:
+            self.stages.encode(request, samples, now_ns)
+        return self.stages.encoded(now_ns)
+
+    @property
+    def arriving(self) -> bool:
+        """Whether a worker has yet to be chosen for some request."""
+        return self.loop.unsent or (self.stages is not None and self.stages.due_ns != NEVER)
+
+    def enter(self, run: WorkerRun, request: Request, samples: Sequence[Sample], now_ns: int) -> None:
+        """Set when the samples enter: after encoding on the worker, or after their way to it, where none overtakes."""
+        way_ns = run.profile.overhead_ns("text_encode")
+        if self.stages is not None and self.encoding:
+            way_ns = self.stages.embedding_ns(request)
+        entered_ns = max(now_ns + way_ns, run.arrivals[-1].entered_ns if run.arrivals else 0)
+        for sample in samples:
+            sample.entered_ns = entered_ns
+
+    def sample_ended(self, index: int, sample: Sample) -> None:
+        """A worker has done (or rejected) a sample."""
+        self.cost_left[index] -= declared_cost(sample.request)
+        self.loop.ended(sample)
+
     # --- a router -------------------------------------------------------------------------------------------------
 
     def push(self, now_ns: int, causes: dict[int, int]) -> None:
         """Give what has arrived to workers, in trace order; ``causes`` gets the workers that this concerns now."""
-        if self.loop.due_ns > now_ns:
+        if self.loop.due_ns > now_ns and (self.stages is None or self.stages.due_ns > now_ns):
             return
-        for request, _ in self.loop.send(now_ns):
+        for request in self.arrived(now_ns):
             self.give(self.routed(request), request, now_ns, causes)
-        if not self.loop.unsent:
+        if not self.arriving:
             self.end_arrivals(now_ns, causes)
 
     def routed(self, request: Request) -> int:
@@ -167,6 +211,7 @@ class FleetClock:
             state, run = self.states[index], self.runs[index]
             state.samples = len(run.arrivals) - run.worker.ended
             state.steps_left = self.steps_given[index] - run.worker.steps_settled
+            state.cost_left = self.cost_left[index]
         self.changed.clear()
         if request.loras:
             for index, planner in self.planners.items():
@@ -184,9 +229,13 @@ class FleetClock:
         run, position = self.runs[index], self.position[request.request_id]
         self.worker_of[position] = index
         self.steps_given[index] += request.steps * request.images
+        self.cost_left[index] += declared_cost(request) * request.images
         self.idle_since_ns[index] = None
         self.changed.add(index)
-        run.arrivals += self.samples[self.first_sample[position] : self.first_sample[position + 1]]
+        samples = self.samples[self.first_sample[position] : self.first_sample[position + 1]]
+        if self.entries_differ or self.queue is not None:
+            self.enter(run, request, samples, now_ns)
+        run.arrivals += samples
         self.set_due(index, run.next_ns())
         if self.due_ns[index] <= now_ns:
             causes.setdefault(index, -1)
@@ -203,17 +252,13 @@ class FleetClock:
 
     def pull(self, queue: SharedQueue, now_ns: int, causes: dict[int, int], stuck: bool) -> None:
         """Let what has arrived join the queue, then workers take what is complete; ``stuck``: no more can arrive."""
-        for request, _ in self.loop.send(now_ns):
+        for request in self.arrived(now_ns):
             queue.arrive(request, now_ns)
-        queue.close(now_ns, stuck or not self.loop.unsent)
+        queue.close(now_ns, stuck or not self.arriving)
         while queue.ready and (index := self.taker(now_ns)) is not None:
-            entered_ns = now_ns + self.runs[index].profile.overhead_ns("text_encode")
             for request in queue.take():
-                position = self.position[request.request_id]
-                for sample in self.samples[self.first_sample[position] : self.first_sample[position + 1]]:
-                    sample.entered_ns = entered_ns
                 self.give(index, request, now_ns, causes)
-        if queue.empty and not self.loop.unsent and self.runs[0].open:
+        if queue.empty and not self.arriving and self.runs[0].open:
             self.end_arrivals(now_ns, causes)
 
     def taker(self, now_ns: int) -> int | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from simulator.adapters import ControlNetServices, Loader, transfer_ns
+from simulator.adapters import ControlNetServices, Loader, link_of, transfer_ns
 from simulator.pieces import Draws, Piece, Times
-from synerdiff.config.cluster import Cluster, LinkSpeed, WorkerEntry
-from synerdiff.core import NS_PER_S, LoraUse
+from synerdiff.config.cluster import Cluster, WorkerEntry
+from synerdiff.core import LoraUse
 from synerdiff.engine.adapters import Cache, Restore, Wait, plan_weights
 from synerdiff.engine.rounds import NEVER
 from synerdiff.engine.worker import Step
@@ -161,14 +161,7 @@ class StepPlanner:
         self.incoming_free_ns: dict[int, int] = {}
         """GPU -> when its incoming link is free: residuals of several ControlNets come one after the other."""
         if self.as_service or self.guidance_gpu is not None:
-            self._set_link(cluster.link)
-
-    def _set_link(self, link: LinkSpeed) -> None:
-        given_us, given_gb_per_s = link.latency_us, link.gb_per_s
-        self.link_latency_ns = self.adapters.constant("link_latency") if given_us is None else round(given_us * 1000)
-        self.link_bytes_per_s = (
-            self.adapters.constant("link_bytes_per_s") if given_gb_per_s is None else round(given_gb_per_s * NS_PER_S)
-        )
+            self.link_bytes_per_s, self.link_latency_ns = link_of(cluster.link, adapters)
 
     @property
     def files_in_weights(self) -> set[str]:

@@ -5,18 +5,22 @@ The fields are described in ``docs/swiftdiffusion.md``; an unknown field is an e
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from synerdiff.core import NS_PER_S, PPM
 from synerdiff.files import read_yaml
+from synerdiff.profile.folder import is_profile
 from synerdiff.profile.tables import Profile
 from synerdiff.schema import Listed, Section, sentence, validated
 
 Gpu = Annotated[int, Field(ge=0, le=4095)]
 MIB = 1 << 20
+_Kind = TypeVar("_Kind", bound="Kind")
 
 
 class Strategies(Section):
@@ -29,15 +33,15 @@ class Strategies(Section):
     guidance: Literal["one-gpu", "two-gpus"] = "one-gpu"
 
 
-class WorkerEntry(Section):
-    """One worker. Decode lanes on the denoise GPU (the default: one) contend with its steps, others do not."""
+Degree = Literal[1, 2, 4, 8]
+"""GPUs that take each step of a worker together."""
 
-    denoise_gpu: Gpu
-    decode_gpus: Listed[Gpu] | None = Field(default=None, min_length=1, max_length=64)
-    guidance_gpu: Gpu | None = None
-    """two-gpus: where the unconditional half runs."""
-    controlnet_slots: int | None = Field(default=None, ge=1, le=10_000)
-    """inline: how many ControlNets its GPU holds (least recently used goes); without it, all."""
+
+class Kind(Section):
+    """What GPUs of one kind are: whose times they have, and how fast."""
+
+    profile: str | None = Field(default=None, min_length=1)
+    """Of a card of its own, by name or folder (relative to the cluster's file); without it, the run's."""
     speed: float = Field(default=1.0, ge=0.001, le=1000)
     """Divides the times of steps, chunks, ControlNets and merges."""
     sample_host_s: float | None = Field(default=None, ge=0, le=3600)
@@ -53,9 +57,23 @@ class WorkerEntry(Section):
         """Host time per sample; None: the profile's."""
         return None if self.sample_host_s is None else round(self.sample_host_s * NS_PER_S)
 
-    def profile(self, base: Profile) -> Profile:
-        """The profile as this worker has it."""
-        return base.on_worker(self.speed_ppm, self.sample_host_ns)
+    def served(self, base: Profile, others: Mapping[str, Profile], degree: int = 1) -> Profile:
+        """Its profile as it has it; ``others``: those that are named, ``base``: the run's."""
+        own = base if self.profile is None else others[self.profile]
+        return own.on_gpus(degree).on_worker(self.speed_ppm, self.sample_host_ns)
+
+
+class WorkerEntry(Kind):
+    """One worker. Decode lanes on the denoise GPU (the default: one) contend with its steps, others do not."""
+
+    denoise_gpu: Gpu
+    degree: Degree = 1
+    """GPUs from ``denoise_gpu`` on that take each step together, in the profile's times of that degree."""
+    decode_gpus: Listed[Gpu] | None = Field(default=None, min_length=1, max_length=64)
+    guidance_gpu: Gpu | None = None
+    """two-gpus: where the unconditional half runs."""
+    controlnet_slots: int | None = Field(default=None, ge=1, le=10_000)
+    """inline: how many ControlNets its GPU holds (least recently used goes); without it, all."""
 
     @property
     def lanes(self) -> tuple[int, ...]:
@@ -64,16 +82,49 @@ class WorkerEntry(Section):
 
     @property
     def gpus(self) -> set[int]:
-        return {self.denoise_gpu, *self.lanes} | ({self.guidance_gpu} if self.guidance_gpu is not None else set())
+        own = {*range(self.denoise_gpu, self.denoise_gpu + self.degree), *self.lanes}
+        return own | ({self.guidance_gpu} if self.guidance_gpu is not None else set())
 
 
-class EqualWorkers(Section):
-    """So many equal workers of one GPU each, GPUs from 0, instead of a list of workers."""
+class EqualWorkers(Kind):
+    """So many equal workers, their GPUs one after the other, instead of a list of workers."""
 
     count: int = Field(ge=1, le=4096)
-    speed: float = 1.0
-    sample_host_s: float | None = None
+    degree: Degree = 1
     controlnet_slots: int | None = None
+
+
+class Pool(Kind):
+    """GPUs that do one stage for all workers, one piece of work at a time each."""
+
+    count: int = Field(ge=1, le=4096)
+
+
+def _named_count(given: Any) -> Any:
+    """A number alone stands for so many GPUs."""
+    return {"count": given} if isinstance(given, int) and not isinstance(given, bool) else given
+
+
+class Stages(Section):
+    """Stages on GPUs of their own; one that is not named stays on the workers, which denoise."""
+
+    encode: Annotated[Pool | None, BeforeValidator(_named_count)] = None
+    decode: Annotated[Pool | None, BeforeValidator(_named_count)] = None
+    latent_bytes: int | None = Field(default=None, ge=0, le=10**12)
+    """Of one image at the profile's first resolution; without it, the model's."""
+    embedding_bytes: int | None = Field(default=None, ge=0, le=10**12)
+    """Of one prompt; without it, the model's."""
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        """Those that are apart."""
+        return tuple(pool for pool in (self.encode, self.decode) if pool is not None)
+
+    @model_validator(mode="after")
+    def _is_some(self) -> Stages:
+        if not self.pools:
+            raise ValueError("name the GPUs of encode, of decode or of both, for example decode: 2")
+        return self
 
 
 class Service(Section):
@@ -154,20 +205,31 @@ class Cluster(Section):
     workers: Listed[WorkerEntry] = Field(min_length=1, max_length=4096)
     strategies: Strategies = Strategies()
     controlnet_services: Listed[Service] = ()
+    stages: Stages | None = None
     link: LinkSpeed = LinkSpeed()
     loras: LoraStorage = LoraStorage()
 
     @model_validator(mode="before")
     @classmethod
     def _equal_workers(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("workers"), dict):
+        """``{count: 4}``, or a list of such, becomes the workers."""
+        given = data.get("workers") if isinstance(data, dict) else None
+        blocks = given if isinstance(given, list) else [given]
+        counted = bool(blocks) and all(isinstance(block, dict) and "count" in block for block in blocks)
+        if not counted and not isinstance(given, dict):
             return data
-        try:
-            equal = EqualWorkers.model_validate(data["workers"])
-        except ValidationError as error:
-            raise ValueError(f"workers: {sentence(error)}") from None
-        fields = equal.model_dump(exclude={"count"})
-        return {**data, "workers": [{"denoise_gpu": gpu, **fields} for gpu in range(equal.count)]}
+        workers: list[dict[str, Any]] = []
+        gpu = 0
+        for index, block in enumerate(blocks):
+            where = "workers" if block is given else f"workers[{index}]"
+            try:
+                equal = EqualWorkers.model_validate(block)
+            except ValidationError as error:
+                raise ValueError(f"{where}: {sentence(error)}") from None
+            fields = equal.model_dump(exclude={"count"})
+            workers += [{"denoise_gpu": gpu + number * equal.degree, **fields} for number in range(equal.count)]
+            gpu += equal.count * equal.degree
+        return {**data, "workers": workers}
 
     @model_validator(mode="after")
     def _gpus_are_their_own(self) -> Cluster:
@@ -183,13 +245,45 @@ class Cluster(Section):
             _take(owner, service.gpu, f"controlnet_services[{index}]")
         if self.strategies.controlnets == "service" and not self.controlnet_services:
             raise ValueError("controlnets are a service, and controlnet_services is empty")
+        if self.stages is not None and self.stages.decode is not None:
+            for index, worker in enumerate(self.workers):
+                if worker.decode_gpus is not None:
+                    raise ValueError(f"workers[{index}] has decode_gpus, and stages.decode decodes for all workers")
         return self
 
     @property
     def gpus(self) -> set[int]:
-        """Every GPU that the cluster has, used or not."""
+        """Every GPU that the cluster has, used or not; those of stages come last."""
+        own = self._first_gpus
+        return own | {gpu for gpus in self.stage_gpus for gpu in gpus}
+
+    @property
+    def _first_gpus(self) -> set[int]:
         workers: set[int] = set().union(*(worker.gpus for worker in self.workers))
         return workers | {service.gpu for service in self.controlnet_services}
+
+    @property
+    def stage_gpus(self) -> tuple[range, range]:
+        """GPUs of encode and of decode, numbered after all others."""
+        first = max(self._first_gpus) + 1
+        encode, decode = (None, None) if self.stages is None else (self.stages.encode, self.stages.decode)
+        middle = first + (0 if encode is None else encode.count)
+        return range(first, middle), range(middle, middle + (0 if decode is None else decode.count))
+
+    @property
+    def kinds(self) -> Counter[tuple[str | None, float, float | None]]:
+        """(profile, speed, host time) -> GPUs that are such; services are not counted."""
+        kinds: Counter[tuple[str | None, float, float | None]] = Counter()
+        for worker in self.workers:
+            kinds[worker.profile, worker.speed, worker.sample_host_s] += worker.degree
+        for pool in () if self.stages is None else self.stages.pools:
+            kinds[pool.profile, pool.speed, pool.sample_host_s] += pool.count
+        return kinds
+
+    @property
+    def profiles(self) -> list[str]:
+        """Names of the profiles that it names, each once."""
+        return sorted({name for name, _, _ in self.kinds if name is not None})
 
 
 def _take(owner: dict[int, str], gpu: int, place: str) -> None:
@@ -200,9 +294,23 @@ def _take(owner: dict[int, str], gpu: int, place: str) -> None:
 
 def load_cluster(path: Path) -> Cluster:
     """Read a cluster file; InputError names the file and the field that is wrong."""
-    return cluster_of(read_yaml(path, "cluster file"), str(path))
+    return cluster_of(read_yaml(path, "cluster file"), str(path), path.parent)
 
 
-def cluster_of(fields: dict[str, Any], where: str = "cluster") -> Cluster:
-    """A cluster from its fields, checked; InputError starts with ``where``."""
-    return validated(Cluster, fields, where)
+def cluster_of(fields: dict[str, Any], where: str = "cluster", base: Path | None = None) -> Cluster:
+    """A cluster from its fields, checked; InputError starts with ``where``. A profile that lies in a folder relative to
+    ``base`` is named by its path from here."""
+    cluster = validated(Cluster, fields, where)
+    if base is None or not any(is_profile(base / name) for name in cluster.profiles):
+        return cluster
+
+    def placed(kind: _Kind) -> _Kind:
+        near = kind.profile is not None and is_profile(base / kind.profile)
+        return kind.model_copy(update={"profile": str(base / (kind.profile or ""))}) if near else kind
+
+    stages = cluster.stages
+    if stages is not None:
+        pools = {name: pool and placed(pool) for name, pool in (("encode", stages.encode), ("decode", stages.decode))}
+        stages = stages.model_copy(update=pools)
+    workers = tuple(placed(worker) for worker in cluster.workers)
+    return cluster.model_copy(update={"workers": workers, "stages": stages})

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -16,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from synerdiff.config.cluster import Degree, LinkSpeed, RouterEntry, Stages, named_router
 from synerdiff.core import PPM, Mode, SkipBudget
 from synerdiff.files import read_yaml, shown
 from synerdiff.schema import Listed, Section, validated
@@ -33,7 +35,7 @@ Factor = Annotated[float, Field(ge=0, le=100)]
 Lanes = Listed[Annotated[int, Field(ge=0, le=63)]]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sizes = Batch | Literal["best"] | Listed[Batch] | None
-Report = Literal["curves", "comparison", "map", "ablation", "adapters"]
+Report = Literal["curves", "comparison", "map", "ablation", "adapters", "fleets"]
 Figure = Literal[
     "latency-load", "comparison", "throughput-load", "tradeoff", "stages", "lanes", "backlog", "concurrency", "sizes"
 ]
@@ -213,25 +215,99 @@ def _images(value: Any) -> Any:
 
 
 class Fleet(Section):
-    """Workers behind a router: a cluster (its file, or its fields), or so many GPUs, divided between workers and
-    ControlNet services for the highest throughput under a set of strategies."""
+    """Workers behind a router, one fleet for every combination of what is a list:
+
+    - ``gpus``: so many GPUs of the experiment's profile, divided between ``stages`` and workers of ``degree``;
+    - ``kinds``: workers of several profiles, each a map from profile to how many;
+    - ``cluster``: a cluster's file, or its fields;
+    - ``strategies``: ``gpus`` divided between workers and ControlNet services for the highest throughput.
+    """
 
     name: str = Field(min_length=1, max_length=80)
+    gpus: Axis[Annotated[int, Field(ge=1, le=4096)]] = ()
+    kinds: Axis[dict[str, Annotated[int, Field(ge=1, le=4096)]]] = ()
+    degree: Axis[Degree] = Field(default=(1,), min_length=1)
+    stages: Axis[Stages | None] = Field(default=(None,), min_length=1)
+    link: LinkSpeed = LinkSpeed()
     cluster: str | dict[str, Any] | None = None
     strategies: Listed[Literal["service", "asynchronous", "two-gpus"]] | None = None
-    gpus: Axis[Annotated[int, Field(ge=4, le=1024)]] = ()
     lora_mib: float = Field(default=380, ge=1e-6, le=1e6)
     host_cache_mib: float = Field(default=0, ge=0, le=1e9)
-    router: str | None = None
+    router: Axis[Annotated[RouterEntry, BeforeValidator(named_router)]] = ()
     """Instead of the cluster's own."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Fleet:
-        if (self.cluster is None) == (self.strategies is None):
-            raise ValueError(f"fleet '{self.name}' needs exactly one of cluster and strategies")
-        if (self.strategies is None) == bool(self.gpus):
-            raise ValueError(f"fleet '{self.name}': gpus and strategies belong together; a cluster lists its own GPUs")
+        given = [name for name in ("cluster", "strategies") if getattr(self, name) is not None]
+        given += ["kinds"] if self.kinds else []
+        if len(given) > 1 or not (given or self.gpus):
+            raise ValueError(
+                f"fleet '{self.name}' needs exactly one of gpus, kinds, cluster and strategies (with gpus)"
+            )
+        if self.strategies is not None and (not self.gpus or min(self.gpus) < 4):
+            raise ValueError(f"fleet '{self.name}': strategies divide gpus, at least 4 of them")
+        if self.gpus and given not in ([], ["strategies"]):
+            raise ValueError(f"fleet '{self.name}': gpus excludes {given[0]}, which has its own")
+        if given and given != ["kinds"] and self.model_fields_set & {"degree", "stages", "link"}:
+            raise ValueError(
+                f"fleet '{self.name}': degree, stages and link belong to gpus and kinds; a cluster has its own"
+            )
+        if not self.strategies and not self.cluster and not self.each:
+            raise ValueError(f"fleet '{self.name}': no number of GPUs can be divided by its degrees and stages")
         return self
+
+    @property
+    def each(self) -> list[Fleet]:
+        """The fleets that its lists stand for, each with one cluster and at most one router.
+
+        Numbers of GPUs that a degree or the stages do not fit are left out.
+        """
+        routers: list[tuple[RouterEntry, ...]] = [(router,) for router in self.router] or [()]
+        if self.cluster is not None or self.strategies is not None:
+            return [self._with(self.cluster, router=own, part=_of(routers, own)) for own in routers]
+        fleets = []
+        sizes: list[int | dict[str, int]] = [*self.gpus, *self.kinds]
+        for size, degree, stages, own in product(sizes, self.degree, self.stages, routers):
+            apart = 0 if stages is None else sum(pool.count for pool in stages.pools)
+            if isinstance(size, dict):
+                blocks = [{"profile": name, "count": count, "degree": degree} for name, count in size.items()]
+            elif size - apart < degree or (size - apart) % degree:
+                continue
+            else:
+                blocks = [{"count": (size - apart) // degree, "degree": degree}]
+            cluster = {"workers": blocks, "link": self.link.model_dump(exclude_none=True)}
+            if stages is not None:
+                cluster["stages"] = stages.model_dump(exclude_none=True)
+            parts = [] if isinstance(size, int) or len(self.kinds) < 2 else [_kinds_in_words(size)]
+            parts += [f"degree {degree}"] if len(self.degree) > 1 else []
+            parts += [_stages_in_words(stages)] if len(self.stages) > 1 else []
+            fleets.append(self._with(cluster, own, ", ".join([*parts, _of(routers, own)]).strip(", ")))
+        return fleets
+
+    def _with(self, cluster: Any, router: tuple[RouterEntry, ...], part: str) -> Fleet:
+        alone = {"gpus": () if self.strategies is None else self.gpus, "kinds": (), "degree": (1,), "stages": (None,)}
+        name = f"{self.name}, {part}" if part else self.name
+        return self.model_copy(update={**alone, "name": name, "cluster": cluster, "router": router})
+
+
+def _of(routers: Sequence[tuple[RouterEntry, ...]], own: tuple[RouterEntry, ...]) -> str:
+    """What tells one of several routers."""
+    if len(routers) < 2:
+        return ""
+    alone = [router[0].kind for router in routers].count(own[0].kind) == 1
+    return " ".join([own[0].kind, *(() if alone else (f"{k} {v:g}" for k, v in own[0].parameters.items()))])
+
+
+def _kinds_in_words(kinds: dict[str, int]) -> str:
+    return " + ".join(f"{count} {name}" for name, count in kinds.items())
+
+
+def _stages_in_words(stages: Stages | None) -> str:
+    if stages is None:
+        return "together"
+    return " ".join(
+        f"{pool.count} {name}" for name in ("encode", "decode") if (pool := getattr(stages, name)) is not None
+    )
 
 
 class Experiment(Machines):
@@ -258,7 +334,7 @@ class Experiment(Machines):
     slo: Slo | None = None
     dispersion: bool = False
     baselines: Axis[str] = ()
-    """Policies (report adapters: the fleet) that the others are compared with; curves take the first."""
+    """Policies (reports adapters and fleets: the fleet) that the others are compared with; curves take the first."""
     subject: str | None = None
     """map: the policy that is compared with the best of the others."""
     jobs: int | None = Field(default=None, ge=1, le=4096)
@@ -270,6 +346,16 @@ class Experiment(Machines):
     def blocks(self) -> tuple[Machines, ...]:
         """The machines that it runs on, one block after the other."""
         return self.machines or (self,)
+
+    @property
+    def compares_fleets(self) -> bool:
+        """Whether fleets are compared, and not policies."""
+        return self.report in ("adapters", "fleets")
+
+    @property
+    def each_fleet(self) -> list[Fleet]:
+        """The fleets that ``fleets`` stand for."""
+        return [own for fleet in self.fleets for own in fleet.each]
 
     @property
     def reference(self) -> str:
@@ -296,7 +382,13 @@ class Experiment(Machines):
         for section in (self, *self.machines, *self.workloads, *self.fleets, self.batch_search):
             for name in type(section).model_fields:
                 values = getattr(section, name)
-                if isinstance(values, tuple) and name not in ("decode_gpus", "workloads", "policies", "fleets"):
+                if isinstance(values, tuple) and name not in (
+                    "stages",
+                    "decode_gpus",
+                    "workloads",
+                    "policies",
+                    "fleets",
+                ):
                     _require_distinct(name, values)
         for block in self.blocks:
             _require_distinct("decode_gpus", [list(lanes) for lanes in block.decode_gpus])
@@ -329,7 +421,9 @@ class Experiment(Machines):
 
     @model_validator(mode="after")
     def _can_be_reported(self) -> Experiment:
-        compared = [fleet.name for fleet in self.fleets] if self.report == "adapters" else self.policy_names
+        compared = (
+            [*dict.fromkeys(fleet.name for fleet in self.each_fleet)] if self.compares_fleets else self.policy_names
+        )
         if self.report != "curves" and not self.baselines:
             raise ValueError(f"report is {self.report}, which needs baselines: some of {', '.join(compared)}")
         for field, names in (("baselines", self.baselines), ("subject", (self.subject,) if self.subject else ())):
@@ -338,8 +432,8 @@ class Experiment(Machines):
                     raise ValueError(f"{field}: '{name}' is none of {', '.join(compared)}")
         if self.subject is not None and compared == [self.subject]:
             raise ValueError(f"subject: '{self.subject}' is the only policy; others to compare it with are needed")
-        if self.report == "adapters" and len(self.policies) > 1:
-            raise ValueError("report is adapters, which compares fleets under one policy; give one policy")
+        if self.compares_fleets and len(self.policies) > 1:
+            raise ValueError(f"report is {self.report}, which compares fleets under one policy; give one policy")
         return self
 
 

@@ -102,6 +102,8 @@ class Worker:
         """Rows that a step may have at each resolution, where there are several."""
         self.on_end: Callable[[Sample], None] | None = None
         """Told of each of them, as it ends."""
+        self.hand_over: Callable[[Sample, int], None] | None = None
+        """Takes each sample at the end of its last step, and says when it is finished: decoders are elsewhere."""
         self.steps_settled = 0
         """Denoising steps that its samples have taken, and those that rejected ones will not take."""
         self.guard = Guard(len(decode_gpus)) if guarded else None
@@ -160,7 +162,8 @@ class Worker:
             if index + 1 >= sample.steps:
                 sample.phase = DECODING
                 del self.active[sample.id]
-                self.decoding[sample.id] = sample
+                if self.hand_over is None:
+                    self.decoding[sample.id] = sample
                 step.freed.append(sample)
                 self._last_step = None
         self._step_done.extend(step.samples)
@@ -192,6 +195,13 @@ class Worker:
                 guard.denoised_ns[sample.id] = now_ns
             if guard.steps > guard.steps_given:
                 self.require_unwritten(now_ns)
+        if self.hand_over is not None:
+            for sample in step.freed:
+                self.hand_over(sample, now_ns)
+                sample.chunks_done = self.chunk_count
+                if guard is not None:
+                    guard.chunks += self.chunk_count
+                self._end(sample, Phase.DONE)
         self.step = None
         return step
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from policies.registry import build_policy, policy_parameters
 from policies.routers import build_router
-from synerdiff.config.cluster import MIB, Cluster, RouterEntry, cluster_of, load_cluster
+from synerdiff.config.cluster import MIB, Cluster, cluster_of, load_cluster
 from synerdiff.config.experiment import Experiment, Fleet, Machines, PolicyEntry, Workload
 from synerdiff.core import NO_SKIPS, InputError, SkipBudget, WorkerInfo
 from synerdiff.experiments.adapter_mix import AdapterTrace
@@ -84,7 +84,9 @@ class Grid:
         self.base = base.resolve()
         self.folder = folder.resolve()
         self.devices = self._devices()
-        self.fleets = {(fleet.name, gpus): fleet for fleet in experiment.fleets for gpus in self._gpus_of(fleet)}
+        self.worker_hashes: dict[str, str] = {}
+        """Profile that a fleet names for some of its workers -> its content."""
+        self.fleets = {(fleet.name, gpus): fleet for fleet in experiment.each_fleet for gpus in self._gpus_of(fleet)}
         self.workloads = [part for workload in experiment.workloads for part in _by_lora_share(workload)]
         self.sources = {
             (workload.name, share): sources(workload, experiment, self.base) for workload, share in self.workloads
@@ -310,23 +312,27 @@ class Grid:
 
     def _gpus_of(self, fleet: Fleet) -> tuple[int, ...]:
         if fleet.strategies is not None:
-            build_router(fleet.router or "shortest-queue")  # an unknown one is an InputError
+            for router in fleet.router:
+                build_router(router.kind, **router.parameters)  # an unknown one is an InputError
             return fleet.gpus
         cluster = self._cluster(fleet)
-        router = cluster.router if fleet.router is None else RouterEntry(kind=fleet.router)
-        build_router(router.kind, **router.parameters)
+        build_router(cluster.router.kind, **cluster.router.parameters)
+        for name in cluster.profiles:
+            self.worker_hashes.setdefault(name, load_profile(find_profile(name, self.base)).content_hash)
         return (len(cluster.gpus),)
 
     def _cluster(self, fleet: Fleet) -> Cluster:
         if isinstance(fleet.cluster, str):
-            return load_cluster(self.base / fleet.cluster)
-        return cluster_of(fleet.cluster or {}, f"fleet '{fleet.name}'")
+            cluster = load_cluster(self.base / fleet.cluster)
+        else:
+            cluster = cluster_of(fleet.cluster or {}, f"fleet '{fleet.name}'")
+        return cluster.model_copy(update={"router": fleet.router[0]}) if fleet.router else cluster
 
     def _on_fleet(self, spec: RunSpec, cell: GridCell, device: Measured) -> RunSpec:
         """The run on the cell's fleet. Under a set of strategies load 1 is what as many GPUs sustain without any."""
         fleet = self.fleets[cell.fleet, cell.gpus]
         if fleet.strategies is None:
-            return replace(spec, cluster=self._cluster(fleet), router=fleet.router)
+            return replace(spec, cluster=self._cluster(fleet), worker_hashes=self.worker_hashes)
         assert isinstance(spec.source, Source)  # as in every run of a grid
         parameters = json.loads(spec.source.parameters)
         if spec.source.generator != "adapters" or device.adapters is None:
@@ -349,7 +355,9 @@ class Grid:
             alone_s = worker_image_s((), demand, device.profile, device.adapters, round(fleet.lora_mib * MIB))
             parameters["rate_per_s"] = spec.load * cell.gpus / alone_s
         source = replace(spec.source, parameters=json.dumps(parameters, sort_keys=True))
-        return replace(spec, cluster=cluster, router=fleet.router, source=source, load=None)
+        if fleet.router:
+            cluster = cluster.model_copy(update={"router": fleet.router[0]})
+        return replace(spec, cluster=cluster, source=source, load=None)
 
 
 def _by_lora_share(workload: Workload) -> list[tuple[Workload, float | None]]:
@@ -381,17 +389,29 @@ def with_key(run: Run, device: Measured, policy_source: str) -> Run:
     if spec.max_concurrency is not None:
         head["max_concurrency"] = spec.max_concurrency
     known = {part.name: getattr(spec, part.name) for part in fields(spec)}
-    for name in ("profile", "base_folder"):  # where things lie changes nothing
+    for name in ("profile", "base_folder", "worker_hashes"):  # where things lie changes nothing
         del known[name]
     known |= {
         "source": arrivals(source).content_hash,
         "adapters": None if device.adapters is None else repr(device.adapters),
         "budget": _plain(spec.budget),
-        "cluster": None if spec.cluster is None else spec.cluster.model_dump(mode="json"),
+        "cluster": None if spec.cluster is None else _by_content(spec),
         "parameters": dict(spec.parameters),
     }
     identity = {**head, "spec": known, "images": run.images, "policy_source": policy_source}
     return replace(run, head=head, key=run_key(identity))
+
+
+def _by_content(spec: RunSpec) -> Any:
+    """The cluster in values that JSON holds, each profile that it names by its content."""
+    assert spec.cluster is not None
+
+    def named(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: spec.worker_hashes.get(v, v) if k == "profile" else named(v) for k, v in value.items()}
+        return [named(part) for part in value] if isinstance(value, list) else value
+
+    return named(spec.cluster.model_dump(mode="json"))
 
 
 def _plain(budget: SkipBudget) -> dict[str, Any]:

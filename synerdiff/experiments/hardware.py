@@ -126,8 +126,13 @@ def served_another_rank() -> bool:
 
 def _layout(prepared: Prepared) -> Cluster:
     """The cluster's one worker; without a cluster a worker that does everything itself."""
-    if prepared.spec.cluster is not None:
-        return prepared.spec.cluster
+    cluster = prepared.spec.cluster
+    if cluster is not None:
+        if cluster.stages is not None or cluster.profiles or any(worker.degree > 1 for worker in cluster.workers):
+            raise InputError(
+                "stages apart, profiles and degrees of a cluster are simulated only; run takes none of them."
+            )
+        return cluster
     return cluster_of({"workers": [{"denoise_gpu": 0, "decode_gpus": list(prepared.spec.decode_gpus)}]})
 
 

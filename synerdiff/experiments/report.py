@@ -510,7 +510,7 @@ def _adapters(experiment: Experiment, results: Results) -> Report:
     The published cache curves stand beside where SYNERDIFF_DATA names their folder.
     """
     paired, base = compare(results.rows, by="fleet"), experiment.baselines[0]
-    names = [base, *dict.fromkeys(fleet.name for fleet in experiment.fleets if fleet.name != base)]
+    names = [base, *dict.fromkeys(fleet.name for fleet in experiment.each_fleet if fleet.name != base)]
     ratios: list[dict[str, Any]] = []
     lines: list[tuple[str, ...]] = []
     for cell, measures in paired.values.items():
@@ -546,6 +546,46 @@ def _adapters(experiment: Experiment, results: Results) -> Report:
     }
     headers = ("fleet", "GPUs", "workload", "load", f"times as good as {base}")
     return Report([(headers, lines)], texts, figures)
+
+
+# Fleets
+
+
+def _fleets(experiment: Experiment, results: Results) -> Report:
+    """Every fleet beside the baseline of as many GPUs on the same arrivals: paired ratios, and latency against load."""
+    paired, base = compare(results.rows, by="fleet"), experiment.baselines[0]
+    names = [base, *dict.fromkeys(fleet.name for fleet in experiment.each_fleet if fleet.name != base)]
+    means: dict[tuple[Any, ...], list[Row]] = {}
+    for row in results.rows:
+        means.setdefault((GridCell.of(row)._replace(fleet=""), row["load"], row["fleet"]), []).append(row)
+    lines: list[tuple[str, ...]] = []
+    for (cell, load, name), rows in sorted(
+        means.items(), key=lambda e: (e[0][0].text, e[0][1] or inf, names.index(e[0][2]))
+    ):
+        ratios = [paired.gain(cell, (measure, load), name, base) for measure in ("mean", "p99") if load is not None]
+        ratios += [paired.gain(cell, ("saturation", load), name, base)] if load is None else []
+        gains = ["-" if gain is None or name == base else _ratio_text(gain) for gain in ratios]
+        own = [_mean_of(rows, column) for column in ("request_latency_mean_s", "request_latency_p99_s", "goodput")]
+        where = (name, str(cell.gpus), cell.asked, _load(load))
+        lines.append((*where, *own, *gains, *["-"] * (2 - len(gains))))
+    headers = ("fleet", "GPUs", "workload", "load", "mean s", "P99 s", "goodput/s", f"mean, better than {base}", "P99")
+    shown = _frame({**row, "policy": row["fleet"], "fleet": ""} for row in results.rows if row["load"] is not None)
+    figures: dict[str, Draw] = {}
+    if len(shown) and len(names) > 1:
+        shown["profile"] = [
+            f"{profile}, {gpus} GPUs" for profile, gpus in zip(shown["profile"], shown["gpus"], strict=True)
+        ]
+        caption = "Load 1 is what as many single workers sustain. " + _caption(
+            experiment, experiment.workloads, results.dropped
+        )
+        draw = partial(latency_against_load, shown, baseline=base, caption=caption)
+        figures = {"fleets": draw, "fleets-p99": partial(draw, measure="request_latency_p99_s")}
+    return Report([(headers, lines)], {}, figures)
+
+
+def _mean_of(rows: Sequence[Row], column: str) -> str:
+    values = [row[column] for row in rows if row.get(column) is not None]
+    return f"{fmean(values):.4g}" if values else "-"
 
 
 # Captions
@@ -604,5 +644,6 @@ KINDS: dict[str, Callable[[Experiment, Results], Report]] = {
     "map": _map,
     "ablation": _ablation,
     "adapters": _adapters,
+    "fleets": _fleets,
 }
 """Report -> what it shows."""

@@ -5,7 +5,6 @@ Commands, sweeps and studies go it; only the engine differs.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
@@ -17,7 +16,7 @@ from policies.registry import build_policy
 from policies.routers import Router, build_router
 from policies.shared_queue import SharedQueue
 from simulator import simulate, simulate_cluster
-from synerdiff.config.cluster import Cluster, RouterEntry
+from synerdiff.config.cluster import Cluster, Kind, RouterEntry
 from synerdiff.core import (
     NO_SKIPS,
     NS_PER_S,
@@ -36,7 +35,7 @@ from synerdiff.experiments.sources import Arrivals, Source, arrivals
 from synerdiff.fidelity.floor import FloorChoice, floor_for_requests
 from synerdiff.profile.adapters import Adapters, load_adapters
 from synerdiff.profile.capacity import default_batch, mix_of, offered_load, solo_latencies_ns
-from synerdiff.profile.folder import load_profile
+from synerdiff.profile.folder import find_profile, load_profile
 from synerdiff.profile.scaling import scaled_profile
 from synerdiff.profile.tables import Profile, pixels_of
 from synerdiff.results import folder, records
@@ -80,6 +79,8 @@ class RunSpec:
     decode_gpus: tuple[int, ...] = (0,)
     """The GPU of each decode lane of the one worker; a cluster lists its own."""
     cluster: Cluster | None = None
+    worker_hashes: Mapping[str, str] = field(default_factory=dict)
+    """Profile that the cluster names -> the content that its folder must still hold; missing: whatever it holds."""
     router: str | None = None
     """Instead of the cluster's own."""
     budget: SkipBudget = NO_SKIPS
@@ -134,6 +135,8 @@ class Prepared:
     time_scale: float = 1.0
     load: float | None = None
     """None when all requests arrive at once, and in a closed loop."""
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    """Those that the cluster names."""
 
     @property
     def workers(self) -> int:
@@ -157,14 +160,15 @@ class Prepared:
         )
 
     def load_of(self, length_s: float) -> float:
-        """The load when the requests are offered within that time, over all workers (``capacity.offered_load``)."""
+        """The load when the requests are offered within that time (``capacity.offered_load``): 1 is what as many
+        single workers as the cluster has GPUs for steps, encoding and decoding sustain."""
         cluster = self.spec.cluster
         if cluster is None:
             return offered_load(self.requests, self.profile, length_s)
-        kinds = Counter((entry.speed_ppm, entry.sample_host_ns) for entry in cluster.workers)
-        loads = [
-            offered_load(self.requests, self.profile.on_worker(*kind), length_s, count) for kind, count in kinds.items()
-        ]
+        loads = []
+        for (name, speed, host_s), count in cluster.kinds.items():
+            kind = Kind(profile=name, speed=speed, sample_host_s=host_s)
+            loads.append(offered_load(self.requests, kind.served(self.profile, self.profiles), length_s, count))
         return loads[0] if len(loads) == 1 else 1 / sum(1 / load for load in loads)
 
     def solo_latencies_s(self) -> list[float]:
@@ -359,6 +363,7 @@ def prepare(spec: RunSpec) -> Prepared:
     requests = fitted(asked, profile, spec.slo_seconds, spec.slo_multiple)
     profile = at_its_resolutions(profile, requests, spec.policy, spec.base_folder)
     floor = _floor(spec, requests, profile)
+    profiles = {} if spec.cluster is None else _worker_profiles(spec, spec.cluster, requests)
     prepared = Prepared(
         spec=spec,
         profile=profile,
@@ -370,6 +375,7 @@ def prepare(spec: RunSpec) -> Prepared:
         window=window,
         slo_from=limits_from(asked, spec.slo_seconds, spec.slo_multiple),
         read_as=arriving.read_as,
+        profiles=profiles,
     )
     if spec.max_concurrency is not None and spec.time_scale == 0 and spec.rate_per_s is None:
         scale, requests = 0.0, [replace(request, arrival_ns=0) for request in requests]
@@ -432,6 +438,7 @@ def simulator(prepared: Prepared, on_progress: OnProgress | None = None, /) -> S
         prepared.policy,
         prepared.profile,
         cluster,
+        profiles=prepared.profiles,
         adapters=prepared.adapters,
         free_adapters=spec.free_adapters,
         router=prepared.router(),
@@ -474,6 +481,19 @@ def _profile_of(spec: RunSpec) -> Profile:
     if content_hash is None:
         return scaled_profile(load_profile(spec.profile), spec.contention, spec.decode_share)
     return profile_as_it_was(spec.profile, content_hash, spec.contention, spec.decode_share)
+
+
+def _worker_profiles(spec: RunSpec, cluster: Cluster, requests: Sequence[Request]) -> dict[str, Profile]:
+    """The profiles that the cluster names, as these requests need them; InputError for one without a resolution that a
+    request, whose empty one the run's profile has filled, asks for."""
+    found = {}
+    for name in cluster.profiles:
+        folder = find_profile(name, spec.base_folder)
+        content_hash = spec.worker_hashes.get(name) or load_profile(folder).content_hash
+        profile = profile_as_it_was(folder, content_hash, spec.contention, spec.decode_share)
+        fitted(requests, profile)
+        found[name] = at_its_resolutions(profile, requests, spec.policy, spec.base_folder)
+    return found
 
 
 @lru_cache(maxsize=32)

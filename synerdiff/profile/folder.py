@@ -12,6 +12,8 @@ from synerdiff.files import Row, read_rows, read_yaml, sha256_of_files, shown, w
 from synerdiff.profile.tables import (
     CHUNK_COLUMNS,
     CORUN_COLUMNS,
+    DEGREE_COLUMNS,
+    MOST_DEGREE,
     OVERHEAD_COLUMNS,
     OVERHEADS,
     SCHEMA_VERSION,
@@ -31,6 +33,7 @@ from synerdiff.profile.tables import (
 )
 from synerdiff.schema import validated
 
+DEGREES_FILE = "degrees.csv"
 SHIPPED = Path(__file__).resolve().parents[2] / "profiler" / "profiles"
 PROVENANCES = ("measured", "imported", "estimated")
 _OWN = ("schema_version", "name", "provenance", "row_buckets")
@@ -43,13 +46,18 @@ def shipped_profiles() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob("*/profile.yaml"))
 
 
+def is_profile(folder: Path) -> bool:
+    """Whether the folder holds a profile."""
+    return (folder / "profile.yaml").is_file()
+
+
 def find_profile(name_or_folder: str, base: Path | None = None) -> Path:
     """The folder of a profile: a path (also relative to ``base``), else the name of a shipped one."""
     candidates = [Path(name_or_folder)]
     if base is not None:
         candidates.insert(0, base / name_or_folder)
     for folder in candidates:
-        if (folder / "profile.yaml").is_file():
+        if is_profile(folder):
             return folder
     if name_or_folder in shipped_profiles():
         return SHIPPED / name_or_folder
@@ -74,6 +82,7 @@ def load_profile(folder: Path) -> Profile:
         raise InputError(f"{head_path}: provenance is {provenance!r}; allowed are {', '.join(PROVENANCES)}.")
     name = _name(head_path, head.get("name", folder.resolve().name))
     overheads, launches = _read_overheads(folder / "overheads.csv")
+    degrees = _read_degrees(folder / DEGREES_FILE)
     sized = version == SIZED_SCHEMA_VERSION
     steps_of = _by_size(folder / "steps.csv", SIZED_STEP_COLUMNS if sized else STEP_COLUMNS)
     chunks_of = _by_size(folder / "chunks.csv", SIZED_CHUNK_COLUMNS if sized else CHUNK_COLUMNS)
@@ -103,6 +112,7 @@ def load_profile(folder: Path) -> Profile:
             corun=corun.pop((size, size), {}),
             overheads=overheads,
             step_launch=launches,
+            degrees=degrees.get(size or facts.size, {}),
             held_out_steps=held_out,
             tokens=tokens,
             head=facts if size is None else facts.model_copy(update={"resolutions": (size,)}),
@@ -223,7 +233,7 @@ def _name(path: Path, name: Any) -> str:
 
 def profile_hash(folder: Path) -> str:
     """Hash over all files that a run depends on."""
-    names = ("profile.yaml", "steps.csv", "chunks.csv", "corun.csv", "overheads.csv", "adapters.csv")
+    names = ("profile.yaml", "steps.csv", "chunks.csv", "corun.csv", "overheads.csv", DEGREES_FILE, "adapters.csv")
     return sha256_of_files([folder / name for name in names if (folder / name).is_file()])
 
 
@@ -364,6 +374,21 @@ def _read_overheads(path: Path) -> tuple[dict[str, Spread], dict[int, Spread]]:
     return overheads, launches
 
 
+def _read_degrees(path: Path) -> dict[Size | None, dict[int, dict[int, Spread]]]:
+    """Resolution -> degree -> rows -> time of a step on so many GPUs; empty where there is no such file."""
+    degrees: dict[Size | None, dict[int, dict[int, Spread]]] = {}
+    if not path.is_file():
+        return degrees
+    for row in read_rows(path, DEGREE_COLUMNS, "profile table"):
+        size = _size(row, "resolution") if row.text("resolution") else None
+        cells = degrees.setdefault(size, {}).setdefault(row.integer("degree", 2, MOST_DEGREE), {})
+        rows = row.integer("rows", 1, _MOST_ROWS)
+        if rows in cells:
+            raise row.error("rows", f"{rows} is given twice for degree {row.text('degree')}")
+        cells[rows] = _spread(row)
+    return degrees
+
+
 def write_profile(folder: Path, profile: Profile) -> None:
     """Write all tables of a profile; its head becomes profile.yaml."""
     sizes = profile.sizes
@@ -394,6 +419,15 @@ def write_profile(folder: Path, profile: Profile) -> None:
     overheads: list[tuple[Any, ...]] = [(k, s.median, s.p10, s.p90, s.n, "") for k, s in profile.overheads.items()]
     overheads += [(STEP_LAUNCH, s.median, s.p10, s.p90, s.n, rows) for rows, s in sorted(profile.step_launch.items())]
     write_rows(folder / "overheads.csv", (*OVERHEAD_COLUMNS, "rows"), overheads)
+    tables: Mapping[Any, Profile] = sizes or {profile.head.size: profile}
+    degrees = [
+        ("" if size is None else pixels_of(size), degree, rows, s.median, s.p10, s.p90, s.n)
+        for size, one in tables.items()
+        for degree, cells in sorted(one.degrees.items())
+        for rows, s in sorted(cells.items())
+    ]
+    if degrees:
+        write_rows(folder / DEGREES_FILE, DEGREE_COLUMNS, degrees)
     write_yaml(folder / "profile.yaml", {**own, **fields_of(profile.head)})
 
 

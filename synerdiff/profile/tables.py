@@ -49,6 +49,8 @@ SIZED_STEP_COLUMNS = ("resolution", "tokens", *STEP_COLUMNS)
 SIZED_CHUNK_COLUMNS = ("resolution", *CHUNK_COLUMNS)
 SIZED_CORUN_COLUMNS = ("step_resolution", "chunk_resolution", "tokens", *CORUN_COLUMNS)
 """Of a profile with several resolutions (schema version 2)."""
+DEGREE_COLUMNS = ("resolution", "degree", "rows", "median_ns", "p10_ns", "p90_ns", "n")
+MOST_DEGREE = 8
 OVERHEAD_COLUMNS = ("name", "median_ns", "p10_ns", "p90_ns", "n")
 
 
@@ -148,6 +150,8 @@ class Profile:
     tokens: Mapping[int, int] = field(default_factory=dict)
     """Rows of a step -> its tokens, of transformers."""
     step_launch: Mapping[int, Spread] = field(default_factory=dict)
+    degrees: Mapping[int, Mapping[int, Spread]] = field(default_factory=dict)
+    """GPUs that take a step together -> rows -> its time."""
     _bucket_memo: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _step_memo: dict[int, int] = field(default_factory=dict, init=False, repr=False, compare=False)
     _slowdown_memo: dict[tuple[int, str, int], tuple[int, int]] = field(
@@ -166,6 +170,22 @@ class Profile:
         if sample_host_ns is not None:
             overheads["sample_host"] = Spread(sample_host_ns, sample_host_ns, sample_host_ns, 0)
         return self.each(lambda own: replace(own, speed_ppm=speed_ppm, overheads=overheads))
+
+    def on_gpus(self, degree: int) -> Profile:
+        """The profile of a worker whose steps run on so many GPUs: decodes, and how steps and decodes slow each other,
+        stay those of one GPU. InputError where a resolution has no steps of that degree."""
+        return self if degree == 1 else self.each(lambda own: own._of_degree(degree))
+
+    def _of_degree(self, degree: int) -> Profile:
+        steps = self.degrees.get(degree)
+        if steps is None:
+            known = ", ".join(map(str, self.degrees)) or "none"
+            raise InputError(
+                f"profile '{self.name}' has no step times on {degree} GPUs at {self.head.pixels}; its degrees.csv has "
+                f"{known} (synerdiff estimate --degrees, synerdiff profile import)."
+            )
+        buckets = None if self.row_buckets is None else tuple(sorted(steps))
+        return replace(self, steps=steps, row_buckets=buckets, held_out_steps={})
 
     def sped(self, work_ns: int) -> int:
         """Solo work at the profile's speed: ceil(w * 10^6 / speed_ppm)."""

@@ -79,6 +79,7 @@ class ServerRun:
         )  # fmt: skip
 
     def profile(self) -> Profile:
+        """That of one GPU of the machine."""
         return throughput_profile(self.throughput, self.name, self.source)
 
     def requests(self) -> list[Request]:

@@ -100,8 +100,11 @@ def test_a_cluster_file_is_read(tmp_path: Path) -> None:
     [
         ("workers: []\n", "workers is empty; at least one entry is needed"),
         ("strategies: {}\n", "workers is missing"),
-        ("workers: [{denoise_gpu: 0, gpus: 2}]\n", "workers[0]: there is no field 'gpus'; known are denoise_gpu"),
-        ("workers: [3]\n", "workers[0]: named fields are needed: denoise_gpu, decode_gpus"),
+        (
+            "workers: [{denoise_gpu: 0, gpus: 2}]\n",
+            "workers[0]: there is no field 'gpus'; known are profile, speed, sample_host_s, denoise_gpu",
+        ),
+        ("workers: [3]\n", "workers[0]: named fields are needed: profile, speed"),
         ("workers: [{denoise_gpu: -1}]\n", "workers[0].denoise_gpu is -1; it must be greater than or equal to 0"),
         ("workers: [{denoise_gpu: 0}, {denoise_gpu: 0}]\n", "GPU 0 belongs to workers[0] and to workers[1]"),
         (

@@ -197,13 +197,11 @@ def test_another_rate_or_share_leaves_the_rest_of_the_requests() -> None:
         ("steps: 5", "shape: 5", "workload 'service': there is no field 'shape'; known are service, lora_share, steps"),
         ("lora_share: [0.0, 0.5]", "lora_share: 2", r"lora_share\[0\] is 2; it must be less than or equal to 1"),
         (", lora_share: [0.0, 0.5]", "", r"workloads\[0\]: lora_share and the generator adapters belong together"),
-        ("gpus: 4", "gpus: 2", r"fleets\[0\].gpus\[0\] is 2; it must be greater than or equal to 4"),
-        (
-            "strategies: [], gpus: 4",
-            "gpus: 4",
-            r"fleets\[0\]: fleet 'base' needs exactly one of cluster and strategies",
-        ),
-        (", gpus: 4", "", "fleet 'base': gpus and strategies belong together"),
+        ("gpus: 4", "gpus: 2", "fleet 'base': strategies divide gpus, at least 4 of them"),
+        (", strategies: [], gpus: 4", "", r"fleets\[0\]: fleet 'base' needs exactly one of gpus, kinds, cluster"),
+        (", gpus: 4", "", "fleet 'base': strategies divide gpus, at least 4 of them"),
+        ("router: least-work", "gpus: 2", "fleet 'pair': gpus excludes cluster, which has its own"),
+        ("router: least-work", "degree: 2", "fleet 'pair': degree, stages and link belong to gpus and kinds"),
         ("denoise_gpu: 1", "denoise_gpu: 0", "fleet 'pair': GPU 0 belongs to workers"),
         ("router: least-work", "router: nearest", "there is no router 'nearest'"),
         (

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -830,3 +831,60 @@ def test_the_experiment_on_gentd26_replays_its_requests(tmp_path: Path) -> None:
     assert [len(window.requests) for window in windows] == [1165, 1032, 943]
     assert {request.batch_key for request in whole.requests} == {("", None, None, ())}
     assert {run.cell.workload for runs in grid.searches.values() for run in runs.values()} == {"gentd26-windows"}
+
+
+FLEETS = """
+fleets:
+  - {name: pool, gpus: [2, 3], router: [round-robin, declared-cost]}
+  - name: split
+    gpus: [2, 3]
+    degree: [1, 2]
+    stages: [null, {decode: 1, latent_bytes: 0, embedding_bytes: 0}]
+    link: {gb_per_s: 25}
+  - {name: mixed, kinds: {p: 1, q: 2}}
+report: fleets
+baselines: "pool, round-robin"
+figures: [latency-load]
+"""
+
+
+def test_fleets_of_every_size_router_degree_stages_and_kind(world: Path) -> None:
+    profile = affine_profile()
+    steps = {rows: replace(spread, median=spread.median // 2, p10=1) for rows, spread in profile.steps.items()}
+    write_profile(world / "p", replace(profile, degrees={2: steps}))
+    write_profile(world / "q", affine_profile(base_ms=30))
+    hurried = "  - {policy: static, label: hurried, batch: 4, parameters: {max_wait_s: 0.1}}"
+    changes = ("figures: []", FLEETS), (hurried, "")
+    grid = small(world, *changes)
+    fleets = {(run.cell.fleet, run.cell.gpus): run.spec.cluster for run in grid.runs({})}
+    assert list(fleets) == [
+        ("pool, round-robin", 2), ("pool, declared-cost", 2), ("pool, round-robin", 3), ("pool, declared-cost", 3),
+        ("split, degree 1, together", 2), ("split, degree 1, 1 decode", 2), ("split, degree 2, together", 2),
+        ("split, degree 1, together", 3), ("split, degree 1, 1 decode", 3), ("split, degree 2, 1 decode", 3),
+        ("mixed", 3),
+    ]  # fmt: skip
+    of = {name: [(w.degree, w.profile) for w in cluster.workers] for name, cluster in fleets.items() if cluster}
+    assert of["split, degree 1, 1 decode", 3] == [(1, None)] * 2
+    assert of["split, degree 2, 1 decode", 3] == [(2, None)]
+    assert of["mixed", 3] == [(1, "p"), (1, "q"), (1, "q")]
+    results = swept(grid)
+    first = [row for row in results.rows if (row["load"], row["seed"]) == (0.5, 1)]
+    scale = {(row["fleet"], row["gpus"]): row["time_scale"] for row in first}
+    assert len({scale[place] for place in scale if place[1] == 2}) == 1, "as many GPUs, the same arrivals"
+    assert scale["mixed", 3] > scale["pool, round-robin", 3], "slower cards are offered less"
+    parts: Any = publish(grid.experiment, results)[0]
+    shown = {line[:4]: line[4:] for line in parts[1]}
+    assert shown["pool, round-robin", "2", "w", "0.5"][3] == "-"
+    assert shown["split, degree 2, together", "2", "w", "0.5"][3].endswith("]")
+    assert (world / "out" / "figures" / "fleets.png").is_file()
+    again = small(world, *changes)
+    write_profile(world / "q", affine_profile(base_ms=31))
+    changed = small(world, *changes)
+    assert len(keys(again) - keys(changed)) == 4, "the runs of the fleet that names the profile that changed"
+
+
+def test_a_fleet_of_no_size_is_refused(world: Path) -> None:
+    with pytest.raises(InputError, match="fleet 'pool': no number of GPUs can be divided by its degrees and stages"):
+        small(world, ("figures: []", "fleets: [{name: pool, gpus: [2, 3], degree: 4}]"))
+    with pytest.raises(InputError, match=r"degree\[0\] is 3"):
+        small(world, ("figures: []", "fleets: [{name: pool, gpus: 3, degree: 3}]"))

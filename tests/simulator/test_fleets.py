@@ -477,7 +477,7 @@ def test_each_worker_of_a_fleet_is_the_plain_engine_at_its_speed(
         # A worker's full batch is one of the whole trace's rows.
         if not own or max(map(rows, own)) != max(map(rows, requests)):
             continue
-        stages = reference_simulate(own, build_policy(policy), entry.profile(profile))[1]
+        stages = reference_simulate(own, build_policy(policy), entry.served(profile, {}))[1]
         for request in own:
             images = [stages[f"{request.request_id}.{image}"] for image in range(request.images)]
             last = max(images, key=lambda image: image[3])
