@@ -127,8 +127,8 @@ class Execution:
         sample = lane.sample
         assert sample is not None
         image = self.images[sample.id]
-        if sample.decode_started_ns < 0:
-            sample.decode_started_ns = self.now_ns()
+        if not sample.chunks_done:
+            self.worker.start_decode(sample, self.now_ns())
         hidden = image.state.latent if image.hidden is None else image.hidden
         chunk = self.chunks[lane.index][sample.chunks_done]
         content = ChunkPiece(image, chunk, hidden, self.hardware.model.device)
@@ -184,7 +184,7 @@ class Execution:
             )
         )
         if sample.chunks_done == 0:
-            sample.decode_started_ns = start_ns
+            self.worker.start_decode(sample, start_ns)
         image = content.image
         if content.out_of_memory:
             self.faults.append(Fault(end_ns, OUT_OF_MEMORY, (sample.name,), content.out_of_memory))

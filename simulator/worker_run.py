@@ -292,8 +292,8 @@ class WorkerRun:
             return
         sample = lane.sample
         assert sample is not None
-        if sample.decode_started_ns < 0:
-            sample.decode_started_ns = cause_ns
+        if not sample.chunks_done:
+            self.worker.start_decode(sample, cause_ns)
         self.chunks_running += 1
         times = self.times.of(sample.request) if self.times.others else self.times
         self.chunk_pieces[lane.index] = Piece(times.chunk_ns(sample.chunks_done), cause_ns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from operator import attrgetter, is_
 from types import NoneType
 from typing import NoReturn
 
@@ -28,7 +29,7 @@ from synerdiff.core import (
     SampleId,
     View,
 )
-from synerdiff.engine.guard import Guard
+from synerdiff.engine.guard import Guard, lane_state
 
 IDLE_DECISIONS = 10_000
 """So many decisions in a row that bring nothing forward are an error (contract, rule 24)."""
@@ -59,6 +60,9 @@ class Step:
         """The view shows it as done already, because the next decision closes early."""
         self.freed: list[Sample] = []
         """Samples for which this was the last step."""
+
+
+_containers = attrgetter("waiting", "active", "decoding", "decode_lanes", "arrived", "step_done", "chunk_done", "gone")
 
 
 class Worker:
@@ -106,7 +110,7 @@ class Worker:
         """Takes each sample at the end of its last step, and says when it is finished: decoders are elsewhere."""
         self.steps_settled = 0
         """Denoising steps that its samples have taken, and those that rejected ones will not take."""
-        self.guard = Guard(len(decode_gpus)) if guarded else None
+        self.guard = Guard(self.lanes) if guarded else None
         """Of a user's policy: ours are known to write nothing."""
         self._max_rows = max_rows
         self._running: tuple[SampleId, ...] = ()
@@ -133,6 +137,7 @@ class Worker:
         view.arrived, view.step_done = self._arrived, self._step_done
         view.chunk_done, view.gone = self._chunk_done, self._gone
         self.view = view
+        self._shown = _containers(view)
 
     # --- what happens -------------------------------------------------------------------------------------------
 
@@ -140,6 +145,7 @@ class Worker:
         """A sample joins waiting."""
         sample.phase = WAITING
         if self.guard is not None:
+            self.guard.news += 1
             self.guard.enter(sample)
         self.waiting[sample.id] = sample
         self._arrived.append(sample)
@@ -169,6 +175,7 @@ class Worker:
         self._step_done.extend(step.samples)
         if self.guard is not None:
             self.guard.steps += len(step.samples)
+            self.guard.news += len(step.samples)
 
     def _spend_skip(self, sample: Sample, index: int) -> None:
         if self.guard is not None:
@@ -201,6 +208,7 @@ class Worker:
                 sample.chunks_done = self.chunk_count
                 if guard is not None:
                     guard.chunks += self.chunk_count
+                    guard.decode_started_ns[sample.id] = sample.decode_started_ns
                 self._end(sample, Phase.DONE)
         self.step = None
         return step
@@ -211,7 +219,17 @@ class Worker:
         starting = [lane for lane in self.lanes if lane.sample is not None and not lane.started]
         for lane in starting:
             lane.started = True
+            self._note(lane)
         return starting
+
+    def start_decode(self, sample: Sample, at_ns: int) -> None:
+        """A sample's first chunk starts."""
+        if self.guard is not None:
+            known = self.guard.decode_started_ns
+            if known.get(sample.id, -1) != sample.decode_started_ns:
+                self._refuse_written(at_ns, f"decode_started_ns of sample {sample.name}")
+            known[sample.id] = at_ns
+        sample.decode_started_ns = at_ns
 
     def end_chunk(self, lane: LaneView, now_ns: int) -> bool:
         """The lane's running chunk ends. True when the next chunk of the same launch follows by itself."""
@@ -219,20 +237,20 @@ class Worker:
         guard = self.guard
         if guard is not None:
             guard.chunks += 1
-            held = sample is not None and sample is guard.held[lane.index]
-            if not held or guard.chunks > self.chunk_count * len(guard.entered):
+            guard.news += 1
+            if lane_state(lane) != guard.lanes[lane.index] or guard.chunks > self.chunk_count * len(guard.entered):
                 self.require_unwritten(now_ns)
         assert sample is not None
         sample.chunks_done += 1
         lane.chunks_left -= 1
         self._chunk_done.append(sample)
         if lane.chunks_left:
+            self._note(lane)
             return True
         if lane is self.exclusive_lane:
             self.exclusive_lane = None
         lane.sample = None
-        if guard is not None:
-            guard.held[lane.index] = None
+        self._note(lane)
         sample.launched = False
         if sample.chunks_done == self.chunk_count:
             if self.sample_host_ns:
@@ -247,9 +265,8 @@ class Worker:
         for lane in self.lanes:
             if lane.sample is sample:
                 lane.sample = None
-                if self.guard is not None:
-                    self.guard.held[lane.index] = None
                 lane.chunks_left = 0
+                self._note(lane)
                 sample.launched = False
                 if lane is self.exclusive_lane:
                     self.exclusive_lane = None
@@ -261,6 +278,7 @@ class Worker:
     def _end(self, sample: Sample, phase: Phase) -> None:
         sample.phase = phase
         if self.guard is not None:
+            self.guard.news += 1
             self.guard.end(sample)
         self.ended += 1
         self._gone.append((sample, str(phase)))
@@ -290,18 +308,24 @@ class Worker:
         guard = self.guard
         if guard is None:
             return
-        view = self.view
         try:
             what = guard.anything(self.samples, self.lanes, self.chunk_count)
-            places = (view.waiting, view.active, view.decoding)
-            for place, mine in zip(places, (self.waiting, self.active, self.decoding), strict=True):
-                if what is None and [*place] != [*mine.values()]:
-                    what = "its view"
+            if what is None and not all(map(is_, _containers(self.view), self._shown)):
+                what = "its view"
         except Exception as error:
             what = f"a sample, a lane or its view ({type(error).__name__})"
         if what is not None:
-            guard.restore(self.samples)
-            self._refuse(now_ns, f"it wrote {what}, which it may only read")
+            self._refuse_written(now_ns, what)
+
+    def _refuse_written(self, now_ns: int, what: str) -> NoReturn:
+        if self.guard is not None:
+            self.guard.restore(self.samples, self.lanes)
+        self._refuse(now_ns, f"it wrote {what}, which it may only read")
+
+    def _note(self, lane: LaneView) -> None:
+        """What the lane runs has changed."""
+        if self.guard is not None:
+            self.guard.lanes[lane.index] = lane_state(lane)
 
     def apply(self, decision: Decision, now_ns: int) -> tuple[bool, list[LaneView]]:
         """Check a decision and carry it out.
@@ -311,7 +335,8 @@ class Worker:
         """
         guard = self.guard
         if guard is not None:
-            self._require_view(now_ns)
+            self._require_view(guard, now_ns)
+            guard.news = 0
         admit, reject, batch, pad_rows, chunks, wake_ns = decision
         tuples = type(admit) is tuple and type(reject) is tuple and type(batch) is tuple and type(chunks) is tuple
         if not tuples or type(pad_rows) is not int:
@@ -366,7 +391,7 @@ class Worker:
         self.wake_ns = wake_ns
         return step_starts, starting
 
-    def _require_view(self, now_ns: int) -> None:
+    def _require_view(self, guard: Guard, now_ns: int) -> None:
         view = self.view
         if (
             view.now_ns != now_ns
@@ -374,8 +399,9 @@ class Worker:
             or view.denoise_free is not self._denoise_free
             or view.closed is not self._closed
             or view.max_rows > self._max_rows
+            or guard.news != len(self._arrived) + len(self._step_done) + len(self._chunk_done) + len(self._gone)
         ):
-            self._refuse(now_ns, "it wrote to the view, which it may only read")
+            self._refuse_written(now_ns, "to the view")
 
     def _refuse_types(self, decision: Decision, now_ns: int) -> NoReturn:
         whole = {"pad_rows": (int,), "wake_at_ns": (int, NoneType)}
@@ -459,6 +485,8 @@ class Worker:
         if not 0 <= launch.lane < len(self.lanes):
             self._refuse(now_ns, f"there is no decode lane {launch.lane}; lanes count from 0 to {len(self.lanes) - 1}")
         lane = self.lanes[launch.lane]
+        if self.guard is not None and lane_state(lane) != self.guard.lanes[launch.lane]:
+            self._refuse_written(now_ns, f"decode lane {launch.lane}")
         if lane.sample is not None:
             self._refuse(now_ns, f"decode lane {launch.lane} is busy with sample {lane.sample.name}")
         if sample.launched:
@@ -472,13 +500,12 @@ class Worker:
                 self._refuse(now_ns, "an exclusive launch needs the denoise lane idle")
             self.exclusive_lane = lane
         lane.sample = sample
-        if self.guard is not None:
-            self.guard.held[launch.lane] = sample
         lane.chunks_left = launch.chunks
         lane.exclusive = launch.exclusive
         lane.forced = launch.forced
         # While the running step is shown as done before it is, what depends on its end waits for that.
         lane.started = self.step is None or not (launch.exclusive or sample.denoised_ns < 0)
+        self._note(lane)
         sample.launched = True
         return lane
 

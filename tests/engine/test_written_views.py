@@ -79,6 +79,7 @@ SAMPLES = [
     ("batch_key", ()),
     ("admitted_ns", 7),
     ("denoised_ns", 5),
+    ("decode_started_ns", 5),
     ("chunks_done", 1),
     ("id", 77),
     ("image", 5),
@@ -119,10 +120,65 @@ def test_the_view(play: Play, field: str, value: Any) -> None:
         play(REQUESTS, Writes(to_view(field, value), "dynamic", False), PROFILE)
 
 
-@pytest.mark.parametrize(("field", "value"), [("sample", None), ("index", 1), ("sample", "x")])
+@pytest.mark.parametrize("field", ["decode_lanes", "arrived", "step_done", "chunk_done", "gone"])
+def test_a_field_of_the_view_that_is_replaced_by_an_equal_one(play: Play, field: str) -> None:
+    with pytest.raises(ContractError, match="it wrote its view, which it may only read"):
+        play(REQUESTS, Writes(lambda view: setattr(view, field, [*getattr(view, field)]), "dynamic", False), PROFILE)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("how", ["clear()", "append(None)", "pop()", "extend(news)", "insert(0, None)"])
+@pytest.mark.parametrize("field", ["arrived", "step_done", "chunk_done", "gone"])
+def test_what_has_happened_is_for_reading(play: Play, field: str, how: str, before: bool) -> None:
+    def write(view: View) -> None:
+        if news := getattr(view, field):
+            eval(f"news.{how}", {"news": news})
+
+    with pytest.raises(ContractError, match=r"at .* s: (it wrote to the view|decide raised )"):
+        play(REQUESTS, Writes(write, "continuous-parallel", before), PROFILE)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("index", 1),
+        ("gpu", 1),
+        ("sample", None),
+        ("sample", "x"),
+        ("chunks_left", 0),
+        ("chunks_left", 2),
+        ("exclusive", True),
+        ("forced", True),
+        ("started", False),
+    ],
+)
 def test_lanes(play: Play, field: str, value: Any) -> None:
     with pytest.raises(ContractError, match="policy 'Writes' at "):
         play(REQUESTS, Writes(to_lane(field, value), "continuous-parallel", False), SLOW_DECODES)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("steps", 1), ("arrival_ns", -5), ("slo_ns", 10**12), ("guidance_scale", 1.0), ("prompt", "x")]
+)
+@pytest.mark.parametrize("policy", ["dynamic", "skip-cfg"])
+def test_requests_that_are_written_past_their_refusal(play: Play, field: str, value: Any, policy: str) -> None:
+    def write(view: View) -> None:
+        for sample, _ in view.gone:
+            object.__setattr__(sample.request, field, value)
+
+    with pytest.raises(ContractError, match=f"it wrote {field} of request 0, which it may only read"):
+        play(REQUESTS, Writes(write, policy, True), PROFILE, budget=BUDGET)
+
+
+def test_budgets_and_their_tables(play: Play) -> None:
+    def write(view: View) -> None:
+        for sample in view.waiting:
+            assert sample.budget.eligible_steps is not None
+            sample.budget.eligible_steps[4] = frozenset(range(4))
+
+    budget = SkipBudget(500_000, 1, 1, REUSE, {4: frozenset({2}), 3: frozenset({1})})
+    with pytest.raises(ContractError, match="it wrote a skip budget, which it may only read"):
+        play(REQUESTS, Writes(write, "dynamic", True), PROFILE, budget=budget)
 
 
 def test_lanes_are_no_list(play: Play) -> None:
