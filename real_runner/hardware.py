@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 import torch
@@ -139,8 +139,11 @@ def open_hardware(
     decode_lanes: int = 1,
     dtype: str | None = None,
     scheduler: str | None = None,
+    check: Callable[[DiffusionModel], None] | None = None,
 ) -> Hardware:
     """Load the model as the profile was measured (resolution, dtype, row buckets) and open its lanes.
+
+    ``check`` sees the model before anything is warmed up, and may refuse what it is to serve.
 
     Raises InputError when profile and model do not belong together or something cannot be loaded.
     """
@@ -155,6 +158,8 @@ def open_hardware(
         profile.head.size,
         scheduler,
     )
+    if check is not None:
+        check(model)
     return Hardware(model, device, decode_lanes, profile.row_buckets)
 
 

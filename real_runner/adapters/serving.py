@@ -18,18 +18,19 @@ import torch
 from real_runner.account import one_line
 from real_runner.adapters.controlnets import ControlNetSource, NumberedUse, calls_for, controlnet_place, forward
 from real_runner.adapters.ledger import Clock, Instant, Ledger
-from real_runner.adapters.loras import LoraStore, Weights
+from real_runner.adapters.loras import LoraStore, OwnReader, Weights
 from real_runner.adapters.peer import GuidancePeer, PeerLost
 from real_runner.adapters.processes import Processes
 from real_runner.hardware import Hardware
 from real_runner.intake import seed_of
 from real_runner.pieces import Image, StepPiece
 from synerdiff.config.cluster import Cluster
-from synerdiff.core import InputError, Mode, Request, Sample
+from synerdiff.core import ControlNetUse, InputError, Mode, Request, Sample
 from synerdiff.device.lanes import Work
 from synerdiff.diffusion.controlnet import read_control_image
 from synerdiff.diffusion.denoisers.controlnet import ControlUse
-from synerdiff.diffusion.model import PreparedStep
+from synerdiff.diffusion.merging import MergedWeights
+from synerdiff.diffusion.model import DiffusionModel, PreparedStep
 from synerdiff.diffusion.rows import RowInputs, bucket_of, select_rows
 from synerdiff.engine.adapters import LoraUsers, Restore, Wait, idle_restores, plan_weights
 from synerdiff.engine.worker import Worker
@@ -58,6 +59,34 @@ class Parts:
     clock: Clock
     processes: Processes | None = None
     """The processes beside the worker."""
+
+
+def require_files(requests: Sequence[Request], folders: Folders, model: DiffusionModel) -> None:
+    """Read every LoRA and conditioning picture that requests ask for once: before a run, not in it.
+
+    InputError names the first request whose adapters cannot be had or do not fit the model.
+    """
+    weights = MergedWeights(model.unet)
+    seen: set[object] = set()
+    for request in requests:
+        try:
+            for lora in request.loras:
+                if lora.file not in seen and folders.loras is not None:
+                    weights.check(OwnReader(folders.loras).read(lora.file))
+                seen.add(lora.file)
+            for use in request.controlnets:
+                image = picture_for(request, use)
+                if (use.name, image) not in seen and folders.images is not None:
+                    place = controlnet_place(use.name, folders.controlnets)
+                    read_control_image(image, folders.images, image_channels(place), model)
+                seen.add((use.name, image))
+        except InputError as error:
+            raise InputError(f"request {request.request_id}: {error}") from None
+
+
+def picture_for(request: Request, use: ControlNetUse) -> str:
+    """The file of the conditioning picture."""
+    return use.image or f"{seed_of(request)}.png"
 
 
 class Serving:
@@ -129,8 +158,9 @@ class Serving:
         for use in request.controlnets:
             assert self.folders.images is not None
             place = controlnet_place(use.name, self.folders.controlnets)
-            image = use.image or f"{seed_of(request)}.png"
-            tensor = read_control_image(image, self.folders.images, image_channels(place), self.hardware.model)
+            tensor = read_control_image(
+                picture_for(request, use), self.folders.images, image_channels(place), self.hardware.model
+            )
             # Strides as a message would give it: convolutions may round differently for other strides.
             plain = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
             uses.append(NumberedUse(use.name, plain, use.scale, next(self._numbers)))

@@ -13,7 +13,7 @@ from typing import Any
 from profiler.machine import device_name, kernels, software
 from real_runner.account import LaneHung
 from real_runner.adapters.beside import serve_under_torchrun
-from real_runner.adapters.serving import Folders
+from real_runner.adapters.serving import Folders, require_files
 from real_runner.adapters.start import open_serving
 from real_runner.engine import RealRun, run_real
 from real_runner.hardware import Hardware, open_hardware
@@ -76,6 +76,7 @@ class HardwareEngine:
         model = self.require(prepared)
         spec, requests, layout = prepared.spec, prepared.served, _layout(prepared)
         worker = layout.workers[0]
+        folders = Folders(self.loras, self.controlnets, self.controlnet_images)
         device = f"cuda:{worker.denoise_gpu}" if self.device == "cuda" else self.device
         hardware = self.opened.enter_context(
             open_hardware(
@@ -85,12 +86,12 @@ class HardwareEngine:
                 decode_lanes=len(worker.lanes),
                 dtype=self.dtype,
                 scheduler=self.scheduler,
+                check=lambda opened: require_files(requests, folders, opened),
             )
         )
         serving = None
         if spec.cluster is not None or any(request.loras or request.controlnets for request in requests):
             timeout_s = min(30.0, self.watchdog_s / 4)
-            folders = Folders(self.loras, self.controlnets, self.controlnet_images)
             serving = self.opened.enter_context(open_serving(hardware, layout, requests, folders, timeout_s))
         on_image: Callable[..., Any] | None = None
         if self.images is not None:

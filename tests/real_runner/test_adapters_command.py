@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,9 +19,12 @@ import pytest
 import torch
 
 from profiler.adapter_cells import Session
+from real_runner.hardware import Hardware
 from synerdiff import cli
+from synerdiff.core import InputError
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.controlnet import random_controlnet
+from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.profile.adapters import QUANTITIES, load_adapters
 from synerdiff.profile.folder import write_profile
 from synerdiff.results.records import read_requests, read_work
@@ -133,8 +137,39 @@ def test_bad_input_is_one_sentence(world: Any, capsys: pytest.CaptureFixture[str
     assert printed.count("\n") == 1
 
 
-def test_a_run_in_which_every_request_failed_is_a_failed_check(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    (world / "lost.csv").write_text(HEADER + "0,3,1,4.0,1,nowhere,\n0.05,3,1,4.0,2,nowhere,\n")
+@pytest.mark.parametrize(
+    ("cells", "sentence"),
+    [
+        ("1,nowhere,", r"request 1: .*nowhere\.safetensors: there is no such LoRA\."),
+        ("1,torn,", r"request 1: .*torn\.safetensors: this is not a whole safetensors file"),
+        ("1,wide,", r"request 1: LoRA wide: its layer .* changes a weight"),
+        ("1,../p/x,", r"request 1: \.\./p/x\.safetensors: this LoRA lies outside the folder of LoRAs"),
+        ("77,,nowhere", r"there is no ControlNet 'nowhere'"),
+        ("77,,edges", r"request 1: .*77\.png: there is no such conditioning picture\."),
+    ],
+)
+def test_files_are_read_before_the_run(
+    world: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, cells: str, sentence: str
+) -> None:
+    def warm(*_: object) -> None:
+        raise AssertionError("nothing is warmed up")
+
+    monkeypatch.setattr(Hardware, "__init__", warm)
+    (world / "ask.csv").write_text(HEADER + f"0,3,1,4.0,1,,\n0.05,3,1,4.0,{cells}\n")
+    assert cli.main(words(*FOLDERS, trace="ask.csv", out="ask")) == 2
+    printed = capsys.readouterr().err
+    assert re.search(sentence, printed)
+    assert printed.count("\n") == 1
+
+
+def test_a_run_in_which_every_request_failed_is_a_failed_check(
+    world: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vanished(*_: object) -> None:
+        raise InputError("it is gone.")
+
+    (world / "lost.csv").write_text(HEADER + "0,3,1,4.0,1,ink,\n0.05,3,1,4.0,2,ink,\n")
+    monkeypatch.setattr(MergedWeights, "merge", vanished)
     assert cli.main(words("--loras", "loras", trace="lost.csv", out="lost")) == 1
     assert capsys.readouterr().err == "No request was served: 2 failed.\n"
     assert set(read_requests(world / "lost")["status"]) == {"failed"}
