@@ -27,6 +27,11 @@ def capacity(
     gpus: Annotated[str | None, typer.Option(help="How many GPUs to look at: 1..32, or one number.")] = None,
     find: Annotated[str | None, typer.Option(help="gpus: the fewest; rate: the highest rate of so many.")] = None,
     price: Annotated[str | None, typer.Option(help="Per GPU-hour: h100=2.5,l40s=0.8.")] = None,
+    mixed: Annotated[bool, typer.Option("--mixed", help="Also fleets of two of the profiles, by price.")] = False,
+    stages: Annotated[
+        str | None, typer.Option(help="GPUs of their own: together,decode,encode,both; one or several.")
+    ] = None,
+    link: Annotated[float | None, typer.Option(help="GB/s between stages apart.")] = None,
     router: Annotated[str | None, typer.Option(help="Which worker serves a request (default: shortest-queue).")] = None,
     skip_fraction: Annotated[
         float | None, typer.Option(help="Share of a sample's steps that may skip guidance.")
@@ -52,6 +57,9 @@ def capacity(
         "gpus": gpus,
         "find": find,
         "prices": None if price is None else options.priced(price),
+        "mixed": mixed or None,
+        "stages": None if stages is None else [part.strip() for part in stages.split(",")],
+        "link": None if link is None else {"gb_per_s": link},
         "router": router,
         "skip_budget": None if skip_fraction is None else {"fraction": skip_fraction},
         "workload": None if trace is None else {"name": "trace", "trace": str(trace), "parameters": reading},

@@ -9,13 +9,15 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from synerdiff.config.cluster import RouterEntry, named_router
+from synerdiff.config.cluster import LinkSpeed, RouterEntry, named_router
 from synerdiff.config.experiment import Axis, Count, Name, PolicyEntry, Seed, SkipBudgetSection, Workload
 from synerdiff.files import read_yaml
 from synerdiff.schema import Listed, Section, validated
 
 MOST_GPUS = 1024
 DEFAULT_POLICY = "auto"
+StageLayout = Literal["together", "decode", "encode", "both"]
+"""What has GPUs of its own: nothing, the decoders, the text encoders, or both."""
 Price = Annotated[float, Field(gt=0, le=1e6)]
 _LATENCY = re.compile(r"p(\d{1,2}(?:\.\d+)?)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s|min)")
 _GOODPUT = re.compile(r"goodput\s*=\s*(\d+(?:\.\d+)?)\s*(%?)")
@@ -72,6 +74,11 @@ class Question(Section):
     find: Literal["gpus", "rate"] = "gpus"
     prices: dict[str, Price] = {}
     """Per GPU-hour, by profile or by the first words of its name: ``h100`` is the price of ``h100-sdxl-estimated``."""
+    stages: Axis[StageLayout] = Field(default=("together",), min_length=1)
+    link: LinkSpeed = LinkSpeed()
+    """Between stages that are apart."""
+    mixed: bool = False
+    """Also fleets of two of the profiles, where they are cheaper."""
     router: Annotated[RouterEntry, BeforeValidator(named_router)] = RouterEntry(kind="shortest-queue")
     seeds: Axis[Seed] = Field(default=tuple(range(1, 11)), min_length=1)
     """Of a generated workload; the first half chooses, the other half judges."""
@@ -108,6 +115,12 @@ class Question(Section):
         low, high = self.fleet_sizes
         if self.find == "rate" and low != high:
             raise ValueError(f"gpus is '{self.gpus}'; to find the highest rate one number of GPUs is needed, as 4")
+        if self.stages != ("together",) and self.link.gb_per_s is None:
+            raise ValueError("stages apart need link.gb_per_s (--link), how fast the link between them is")
+        if self.mixed and (self.find != "gpus" or len([p for p in self.profiles if self.price(p)]) < 2):
+            raise ValueError(
+                "mixed looks for the cheapest fleet of two cards: it needs prices of two profiles, and find gpus"
+            )
         if self.slo_seconds is not None and self.target.quantile is not None:
             raise ValueError(f"slo_seconds is the limit that goodput counts; '{self.slo}' has its own")
         for name in self.prices:

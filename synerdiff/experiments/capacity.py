@@ -8,20 +8,30 @@ four or more replicates chooses the fleet by the metric itself, the other half j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import combinations, product
 from math import ceil, exp, inf, log
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from policies.registry import policy_parameters
 from policies.routers import build_router
+from profiler.memory import require_fits
 from synerdiff.config.capacity import Question, Target
-from synerdiff.config.cluster import Cluster, WorkerEntry
 from synerdiff.config.experiment import BatchSearch, Experiment, PolicyEntry, Slo
 from synerdiff.core import NS_PER_S, PPM, InputError, Request
 from synerdiff.experiments.backends import Backend
+from synerdiff.experiments.capacity_fleets import (
+    APART,
+    cheaper_mixes,
+    division,
+    entries_of,
+    fleet,
+    mixed_fleet,
+    stage_seconds,
+)
 from synerdiff.experiments.compare import GridCell
 from synerdiff.experiments.grid import Grid, Run, with_key
 from synerdiff.experiments.offer import fitted, window_s
@@ -30,7 +40,7 @@ from synerdiff.experiments.store import run_file
 from synerdiff.experiments.sweep import Results, rows_of
 from synerdiff.files import require_writable_folder
 from synerdiff.profile.adapters import load_adapters
-from synerdiff.profile.capacity import least_lane_s, mix_of, most_samples, offered_load
+from synerdiff.profile.capacity import default_batch, least_lane_s, mix_of, most_samples, offered_load
 from synerdiff.profile.folder import find_profile, load_profile
 from synerdiff.profile.tables import Profile
 from synerdiff.results.intervals import BLOCKS, Interval, batch_means_interval, requests_per_block, t_interval
@@ -102,6 +112,10 @@ class Answer:
     tried: list[Verdict]
     run: Run | None
     """One that the answer rests on."""
+    kinds: Mapping[str, int] | None = None
+    """Of a fleet of several profiles: profile as the question names it -> workers."""
+    counts: Mapping[str, int] | None = None
+    """Of the best, where stages are apart: stage -> GPUs."""
 
 
 # The search
@@ -310,7 +324,9 @@ class Inquiry:
             slo = Slo(seconds=question.slo_seconds)
         else:
             slo = Slo(solo_multiple=SLO_FACTOR)
-        self.entries = _entries(question, base)
+        layouts = entries_of(_entries(question, base), question.stages)
+        self.entries = [entry for entry, _ in layouts.values()]
+        self.layouts = {name: layout for name, (_, layout) in layouts.items()}
         experiment = Experiment(
             name=question.name,
             profiles=question.profiles,
@@ -332,6 +348,20 @@ class Inquiry:
         self.choosing, self.judging = self.sources[:half], self.sources[half:]
         self.results = Results(folder)
         self._requests: dict[str, list[Request]] = {}
+        for name, entry in product(question.profiles, self.entries):
+            profile = self.grid.devices[name].profile
+            rows = min(self.batch_of(name, entry) * mix_of(self.requests(name)).sample_rows, profile.most_rows)
+            require_fits(profile, rows, f"policy '{entry.name}'")
+
+    def batch_of(self, name: str, entry: PolicyEntry) -> int:
+        """Images in a full step of the policy."""
+        given = entry.batch if isinstance(entry.batch, int) else entry.parameters.get("batch")
+        return given or default_batch(self.grid.devices[name].profile, mix_of(self.requests(name)).sample_rows)
+
+    def counts(self, name: str, entry: PolicyEntry, gpus: int) -> dict[str, int] | None:
+        """How so many GPUs are divided between workers and stages; None: too few for each to have one."""
+        seconds = stage_seconds(self.requests(name), self.grid.devices[name].profile, self.batch_of(name, entry))
+        return division(gpus, self.layouts[entry.name], seconds)
 
     def requests(self, name: str) -> list[Request]:
         """The requests of all replicates, as a profile serves them."""
@@ -358,11 +388,17 @@ class Inquiry:
         fraction = 1.0 if budget.eligible_steps is not None else budget.fraction_ppm / PPM
         return least_lane_s(requests, self.grid.devices[name].profile, fraction, entry.steps_scale) / self.length_s
 
-    def runs(self, name: str, entry: PolicyEntry, ask: Ask) -> list[Run]:
-        """The runs that a level needs."""
+    def runs(self, name: str, entry: PolicyEntry, ask: Ask, kinds: Mapping[str, int] | None = None) -> list[Run]:
+        """The runs that a level needs; ``kinds``: of several profiles so many workers each."""
         own = self.judging if ask.judging else self.choosing
-        workers = tuple(WorkerEntry(denoise_gpu=index) for index in range(ask.level.gpus))
-        cluster = Cluster(workers=workers, router=self.question.router)
+        if kinds is None:
+            counts = self.counts(name, entry, ask.level.gpus)
+            assert counts is not None  # the search starts where every stage has a GPU
+            cluster = fleet(self.question, counts)
+        else:
+            cluster = mixed_fleet(
+                self.question, [(str(self.grid.devices[kind].folder), n) for kind, n in kinds.items()]
+            )
         device = self.grid.devices[name]
         cell = GridCell(
             device.profile.name,
@@ -381,6 +417,7 @@ class Inquiry:
             spec = replace(
                 run.spec,
                 cluster=cluster,
+                worker_hashes={str(own.folder): own.profile.content_hash for own in self.grid.devices.values()},
                 rate_per_s=ask.level.rate_per_s,
                 adapters=device.adapters,
                 free_adapters=device.adapters is None,
@@ -401,6 +438,9 @@ class Inquiry:
     def search(self, name: str, entry: PolicyEntry) -> Generator[Ask, Verdict, tuple[Verdict | None, Verdict | None]]:
         """The levels to try, one after the other, given the verdicts so far."""
         low, high = self.question.fleet_sizes
+        low = max(low, 1 + len(APART[self.layouts[entry.name]]))
+        if low > high:
+            raise InputError(f"gpus is '{self.question.gpus}'; {entry.name} needs at least {low}.")
         bound = self.bound(name, entry)
         if self.question.find == "gpus":
             return fewest(low, high, max(1, ceil(bound)), bool(self.judging))
@@ -419,7 +459,52 @@ class Inquiry:
             run = self.runs(name, entry, Ask(best.level, best.judging, few=True))[0]
         if self.question.find == "rate":
             bound = self.question.fleet_sizes[0] / bound * self.rate_per_s
-        return Answer(self.grid.devices[name].profile, name, entry, best, beyond, bound, cost, tried, run)
+        counts = None
+        if best is not None and self.layouts[entry.name] != "together":
+            counts = self.counts(name, entry, best.level.gpus)
+        return Answer(
+            self.grid.devices[name].profile, name, entry, best, beyond, bound, cost, tried, run, counts=counts
+        )
+
+    def mixes(self, answers: Sequence[Answer], ask: Callable[[Sequence[Run]], None]) -> list[Answer]:
+        """For every policy the cheapest fleet of two profiles that is cheaper than any of one, where there is one."""
+        found = []
+        for entry in self.entries if self.question.mixed else ():
+            own = [a for a in answers if a.entry.name == entry.name and a.best is not None and a.cost is not None]
+            for one, other in combinations(own, 2):
+                best = min(a.cost or inf for a in own)
+                answer = self._mix(entry, one, other, best, ask) if self.layouts[entry.name] == "together" else None
+                found += [] if answer is None else [answer]
+        return found
+
+    def _mix(
+        self, entry: PolicyEntry, one: Answer, other: Answer, best: float, ask: Callable[[Sequence[Run]], None]
+    ) -> Answer | None:
+        assert one.best is not None
+        assert other.best is not None
+        prices = (self.question.price(one.name) or inf, self.question.price(other.name) or inf)
+        requests = self.requests(one.name)
+        images_per_s = self.rate_per_s * mix_of(requests).images / len(requests)
+        hour = best * images_per_s * 3600 / 1000
+        search = cheaper_mixes((one.best.level.gpus, other.best.level.gpus), prices, hour)
+        verdicts: dict[tuple[int, int], Verdict] = {}
+        try:
+            pair = next(search)
+            while True:
+                level = Ask(Level(sum(pair), None), judging=bool(self.judging), few=False)
+                runs = self.runs(one.name, entry, level, {one.name: pair[0], other.name: pair[1]})
+                ask(runs)
+                verdicts[pair] = self.verdict(one.name, level, runs)
+                pair = search.send(verdicts[pair].keeps)
+        except StopIteration as end:
+            found: tuple[int, int] | None = end.value
+        if found is None:
+            return None
+        verdict = verdicts[found]
+        cost = (found[0] * prices[0] + found[1] * prices[1]) / 3600 / images_per_s * 1000
+        bound = sum(found) / (found[0] / one.bound + found[1] / other.bound)
+        kinds = {one.name: found[0], other.name: found[1]}
+        return Answer(one.profile, one.name, entry, verdict, None, bound, cost, [*verdicts.values()], runs[0], kinds)
 
     def solve(self, backend: Backend, on_progress: Callable[[int], None] | None = None) -> list[Answer]:
         """Every profile under every policy, all searches side by side; ``on_progress`` hears how many runs are done."""
@@ -446,7 +531,12 @@ class Inquiry:
                 except StopIteration as end:
                     ended[key] = end.value
                     del asks[key]
-        return [self.answer(key[0], entries[key[1]], ended[key], tried[key]) for key in keys]
+        answers = [self.answer(key[0], entries[key[1]], ended[key], tried[key]) for key in keys]
+
+        def compute(runs: Sequence[Run]) -> None:
+            rows_of({run.key: run for run in runs}, backend, self.results, tell)
+
+        return answers + self.mixes(answers, compute)
 
 
 def request_table(run: Run) -> pandas.DataFrame:

@@ -11,6 +11,7 @@ from typing import Any
 from synerdiff.config.capacity import Question, load_question
 from synerdiff.experiments.backends import make_backend
 from synerdiff.experiments.capacity import Answer, Ask, Inquiry, Verdict, best_of, by_size, limits_s, request_table
+from synerdiff.experiments.capacity_fleets import APART, TITLES, stage_seconds
 from synerdiff.experiments.report import Printed
 from synerdiff.experiments.sources import arrivals
 from synerdiff.experiments.sweep import MANIFEST, write_manifest
@@ -44,9 +45,9 @@ def open_capacity(
 def publish(study: Inquiry, answers: Sequence[Answer]) -> list[Printed]:
     """Write the answers and the figure; what is to be printed, the answer first."""
     question, folder = study.question, study.folder
-    parts: list[Printed] = [*sentences(question, answers), "", _table(question, answers)]
+    parts: list[Printed] = [*sentences(question, answers), *_apart(study, answers), "", _table(question, answers)]
     chosen = winner(question, answers)
-    if chosen is not None and chosen.best is not None:
+    if chosen is not None and chosen.best is not None and chosen.kinds is None:
         ask = Ask(chosen.best.level, chosen.best.judging, few=False)
         sizes = by_size([request_table(run) for run in study.runs(chosen.name, chosen.entry, ask)])
         parts += ["", f"By size of request, {_who(question, chosen)}:", _size_table(sizes)]
@@ -56,7 +57,7 @@ def publish(study: Inquiry, answers: Sequence[Answer]) -> list[Printed]:
     save(figure, folder / "figures", FIGURE)
     document = {
         "question": question.model_dump(mode="json"),
-        "answer": sentences(question, answers),
+        "answer": [*sentences(question, answers), *_apart(study, answers)],
         "answers": [_plain(question, answer) for answer in answers],
         "rests_on": _rests_on(study, answers),
     }
@@ -134,7 +135,44 @@ def _who(question: Question, answer: Answer, verdict: Verdict | None = None) -> 
     verdict = verdict or answer.best
     assert verdict is not None
     rate = "" if verdict.level.rate_per_s is None else f" at {verdict.level.rate_per_s:g} requests/s"
-    return f"{verdict.level.gpus} {answer.profile.name} with {answer.entry.name}{rate}"
+    fleet = f"{verdict.level.gpus} {answer.profile.name}" if answer.kinds is None else _kinds(answer)
+    counts = answer.counts if verdict is answer.best and answer.counts is not None else {}
+    stages = f" ({', '.join(f'{count} {stage}' for stage, count in counts.items())})" if counts else ""
+    return f"{fleet} with {answer.entry.name}{stages}{rate}"
+
+
+def _kinds(answer: Answer) -> str:
+    """The cards of a fleet of several."""
+    return " + ".join(f"{count} {name}" for name, count in (answer.kinds or {}).items())
+
+
+def _apart(study: Inquiry, answers: Sequence[Answer]) -> list[str]:
+    """Whether moving a stage to GPUs of its own pays: its fleet beside the one that does everything together."""
+    lines = []
+    together = {(a.name, a.entry.name): a for a in answers if study.layouts[a.entry.name] == "together"}
+    for answer in answers:
+        layout = study.layouts[answer.entry.name]
+        base = together.get((answer.name, answer.entry.name.removesuffix(f", {TITLES[layout]}")))
+        if layout == "together" or base is None:
+            continue
+        if answer.best is None or base.best is None:
+            what = "keeps the SLO within --gpus " + (
+                "only so" if answer.best else "only together" if base.best else "never"
+            )
+        else:
+            more = answer.best.level.gpus - base.best.level.gpus
+            what = "pays" if more < 0 else "makes no difference in GPUs" if not more else "does not pay"
+            what += f": {_who(study.question, answer)} against {base.best.level.gpus} together"
+        lines.append(f"{TITLES[layout][0].upper()}{TITLES[layout][1:]}, {answer.profile.name}: {what}.")
+        if "encode" in APART[layout]:
+            batch = study.batch_of(answer.name, answer.entry)
+            seconds = stage_seconds(study.requests(answer.name), answer.profile, batch)
+            share = seconds["encode"] / sum(seconds.values())
+            lines.append(
+                f"Encoding is {share:.1%} of the GPU work of {answer.profile.name}: at most that is gained "
+                "where workers no longer encode, and is not in these numbers: together, encoding holds no lane."
+            )
+    return list(dict.fromkeys(lines))
 
 
 def _value(question: Question, verdict: Verdict) -> str:
@@ -163,7 +201,7 @@ def _table(question: Question, answers: Sequence[Answer]) -> Printed:
     rows = []
     for answer in answers:
         best = answer.best
-        row = [answer.profile.name, answer.entry.name]
+        row = [answer.profile.name if answer.kinds is None else _kinds(answer), answer.entry.name]
         if by_rate:
             rate = "none" if best is None else f"{best.level.rate_per_s:g}"
             row += [str(question.fleet_sizes[0]), rate]
@@ -238,7 +276,7 @@ def _rests_on(study: Inquiry, answers: Sequence[Answer]) -> list[str]:
 def _points(question: Question, answers: Sequence[Answer]) -> list[dict[str, Any]]:
     """Every level that was tried, as judged last."""
     rows = []
-    for answer in answers:
+    for answer in (answer for answer in answers if answer.kinds is None):
         last = {verdict.level: verdict for verdict in answer.tried}
         for level in sorted(last, key=lambda level: (level.gpus, level.rate_per_s or 0)):
             verdict = last[level]
@@ -274,6 +312,8 @@ def _plain(question: Question, answer: Answer) -> dict[str, Any]:
         "profile": answer.profile.name,
         "provenance": answer.profile.provenance,
         "policy": answer.entry.name,
+        "kinds": answer.kinds,
+        "stages": answer.counts,
         "best": numbers(answer.best),
         "beyond": numbers(answer.beyond),
         "bound": answer.bound,

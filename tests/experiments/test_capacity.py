@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Generator
+from dataclasses import replace
 from functools import partial
 from heapq import heapreplace
 from math import inf
@@ -13,14 +15,20 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from profiler.estimate import estimate_profile
+from profiler.memory import card_bytes, needed_bytes
 from synerdiff import cli
 from synerdiff.config.capacity import Question, Target, target_of
 from synerdiff.config.experiment import PolicyEntry
+from synerdiff.core import InputError
 from synerdiff.experiments.backends import LokyBackend
 from synerdiff.experiments.capacity import Answer, Ask, Inquiry, Level, Verdict, by_size, fewest, highest, verdict_of
+from synerdiff.experiments.capacity_fleets import cheaper_mixes, divided, division
+from synerdiff.experiments.capacity_report import publish
 from synerdiff.experiments.sources import Source, arrivals
 from synerdiff.experiments.sweep import compute
 from synerdiff.profile.folder import write_profile
+from synerdiff.profile.tables import Head
 from synerdiff.schema import validated
 from tests.builders import affine_profile, make_profile
 
@@ -364,3 +372,107 @@ def test_batches_become_lines_of_their_own_and_prices_go_by_the_first_words(worl
     own = question(profiles=["h200-sdxl-estimated"], prices={"h200": 3, "h200-sdxl": 4.0})
     assert own.price("h200-sdxl-estimated") == 4
     assert PolicyEntry(policy="static").name == "static"
+
+
+# --- memory, stages apart, mixed fleets -------------------------------------------------------------------------------
+
+
+def test_a_card_whose_memory_is_too_small_is_refused_in_a_sentence(world: Path) -> None:
+    write_profile(world / "small", estimate_profile("rtx3070", "sdxl", precision="fp16"))
+    with pytest.raises(InputError, match=r"needs at least 9\.6 GB for steps of 16 rows.*RTX 3070 8 GB, has 8"):
+        solved(question(profiles=["small"], policies=[{"policy": "static", "batch": 8}]), world)
+    weights, one = needed_bytes(estimate_profile("h100", "sdxl"), 2) or (0, 0)
+    assert weights == pytest.approx(2 * (2.567e9 + 0.0496e9 + 0.77e9), rel=0.05), (
+        "UNet, decoder and encoders at 16 bits"
+    )
+    more = needed_bytes(estimate_profile("h100", "sdxl"), 4)
+    assert more is not None
+    assert one < more[1] < 2 * one, "the decode counts once"
+    assert (card_bytes("h200"), card_bytes("mine"), needed_bytes(affine_profile(), 2)) == (141 * 10**9, None, None)
+
+
+def test_gpus_are_divided_so_that_the_busiest_stage_is_least_busy() -> None:
+    seconds = {"encode": 1.0, "denoise": 70.0, "decode": 29.0}
+    assert divided(10, {"denoise": 70.0, "decode": 30.0}) == {"denoise": 7, "decode": 3}
+    assert division(2, "together", seconds) == {"denoise": 2}
+    assert division(10, "decode", seconds) == {"denoise": 7, "decode": 3}
+    assert division(10, "both", seconds) == {"denoise": 6, "encode": 1, "decode": 3}
+    assert division(2, "both", seconds) is None
+    source = random.Random(1)
+    for _ in range(50):
+        own = {name: source.uniform(0.1, 9) for name in "abc"}
+        counts = divided(9, own) or {}
+        least = min(
+            max(own["a"] / a, own["b"] / b, own["c"] / (9 - a - b)) for a in range(1, 8) for b in range(1, 9 - a)
+        )
+        assert max(own[name] / counts[name] for name in own) == pytest.approx(least)
+
+
+def test_a_mix_is_the_cheapest_that_keeps_the_slo() -> None:
+    """Cards that do 3 and 1 of 10: every mix is tried that costs less, and none other."""
+    for prices in ((2.5, 1.0), (3.2, 1.0), (2.0, 1.0), (10.0, 1.0)):
+        best = min(4 * prices[0], 10 * prices[1])
+        search = cheaper_mixes((4, 10), prices, best)
+        asked = []
+        try:
+            pair = next(search)
+            while True:
+                asked.append(pair)
+                pair = search.send(3 * pair[0] + pair[1] >= 10)
+        except StopIteration as end:
+            found = end.value
+        cost = {(a, b): a * prices[0] + b * prices[1] for a in range(1, 4) for b in range(1, 10) if 3 * a + b >= 10}
+        cheaper = {pair: value for pair, value in cost.items() if value < best - 1e-9}
+        assert (found is None) == (not cheaper)
+        assert found is None or cost[found] == min(cheaper.values())
+        assert all(a * prices[0] + b * prices[1] < best for a, b in asked)
+
+
+def test_stages_apart_and_two_cards_are_answered_beside_the_rest(world: Path) -> None:
+    fast, slow = affine_profile(decode_ms=60), replace(affine_profile(base_ms=25, decode_ms=90), name="q")
+    write_profile(world / "p", fast)
+    write_profile(world / "q", slow)
+    asked = question(
+        profiles=["p", "q"], gpus="1..12", slo="p99=400ms", seeds=[1, 2, 3], prices={"p": 2.5, "q": 1.0}, mixed=True,
+        stages=["together", "decode"], link={"gb_per_s": 25}, requests=60,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"stages.latent_bytes is missing, and the model '' of profile 'test'"):
+        solved(asked, world)
+    sdxl = Head(model="sdxl", resolutions=((1024, 1024),))
+    write_profile(world / "p", replace(fast, head=sdxl))
+    write_profile(world / "q", replace(slow, head=sdxl))
+    study = Inquiry(asked, world, world / "again")
+    answers = study.solve(LokyBackend(1))
+    by_name = {(answer.name, answer.entry.name): answer for answer in answers if answer.kinds is None}
+    assert [entry.name for entry in study.entries] == ["continuous-serial", "continuous-serial, decoders apart"]
+    apart = by_name["p", "continuous-serial, decoders apart"]
+    assert apart.best is not None
+    assert apart.counts is not None
+    assert sum(apart.counts.values()) == apart.best.level.gpus
+    own = apart.run
+    assert own is not None
+    assert own.spec.cluster is not None
+    assert own.spec.cluster.stages is not None
+    for answer in answers:
+        if answer.kinds is not None:
+            alone = [a.cost for a in by_name.values() if a.entry.name == answer.entry.name and a.cost is not None]
+            assert answer.best is not None
+            assert answer.best.keeps
+            assert answer.cost is not None
+            assert answer.cost < min(alone)
+    text = [part for part in publish(study, answers) if isinstance(part, str)]
+    assert any(line.startswith("Decoders apart, test: ") and " together" in line for line in text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": "decode"}, "stages apart need link.gb_per_s"),
+        ({"stages": "vae"}, r"stages\[0\] is 'vae'"),
+        ({"mixed": True}, "it needs prices of two profiles"),
+        ({"stages": "both", "link": {"gb_per_s": 25}, "gpus": 2}, "needs at least 3"),
+    ],
+)
+def test_what_no_fleet_is(world: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        solved(question(**changes), world)
