@@ -27,6 +27,7 @@ from synerdiff.device.link import LinkLost
 from synerdiff.diffusion.controlnet import example_call, load_controlnet, random_controlnet
 from synerdiff.diffusion.denoisers.controlnet import ControlNet
 from synerdiff.diffusion.denoisers.unet import Residuals, add_residuals, sum_residuals
+from synerdiff.diffusion.execution import execution_of
 from synerdiff.diffusion.lora import random_lora, read_lora, save_lora
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.diffusion.rows import RowInputs
@@ -72,7 +73,8 @@ def settings_of(profile: Profile, device: torch.device, quick: bool) -> Settings
     head = profile.head
     if not head.model or profile.row_buckets is None:
         raise InputError(f"profile '{profile.name}' does not name its model or its row buckets; measure it again.")
-    return Settings(head.model, str(device), profile.row_buckets, head.dtype or None, head.size, quick)
+    execution = execution_of(profile, None, device.type == "cuda")
+    return Settings(head.model, str(device), profile.row_buckets, head.dtype or None, head.size, quick, execution)
 
 
 @contextmanager

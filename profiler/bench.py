@@ -13,8 +13,9 @@ from profiler.settings import Settings
 from synerdiff.device import open_device
 from synerdiff.device.lanes import Device, Lane, available_cores
 from synerdiff.diffusion.checkpoint import load_model
+from synerdiff.diffusion.kernels import apply_execution
 from synerdiff.diffusion.model import DiffusionModel
-from synerdiff.diffusion.stages import ChunkFunction, prepare_steps
+from synerdiff.diffusion.stages import ChunkFunction, captures, prepare_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,13 @@ def open_bench(settings: Settings, device: torch.device) -> Iterator[Bench]:
     try:
         dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
         model = load_model(settings.model, device, dtype, settings.resolution)
+        if settings.execution is not None:
+            apply_execution(model, settings.execution)
         with open_device(device) as lanes:
             cores = (None, None) if on_gpu else lane_cores()
-            denoise = lanes.lane("denoise", high_priority=True, core=cores[0])
-            decode = lanes.lane("decode0", core=cores[1])
+            own_thread = on_gpu and not captures(model)
+            denoise = lanes.lane("denoise", high_priority=True, core=cores[0], launch_thread=own_thread)
+            decode = lanes.lane("decode0", core=cores[1], launch_thread=own_thread)
             prepare_steps(model, settings.rows, denoise)
             yield Bench(model, lanes, denoise, decode, QUICK if settings.quick else FULL_GPU if on_gpu else FULL_CPU)
     finally:

@@ -51,7 +51,7 @@ def software() -> dict[str, str]:
 
 
 def kernels(denoiser: torch.nn.Module) -> dict[str, Any]:
-    """What decides which kernels run, none of which is set here: memory format, attention, and torch's switches."""
+    """What decides which kernels run, as the levers left it: memory format, attention, and torch's switches."""
     convolutions = [weight for weight in denoiser.parameters() if weight.dim() == 4 and min(weight.shape[1:]) > 1]
     last = sum(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
     processors = {type(one).__name__ for one in getattr(denoiser, "attn_processors", {}).values()}

@@ -255,5 +255,6 @@ def _conditions(settings: Settings, device: torch.device) -> dict[str, Any]:
         "resolution": None if settings.resolution is None else list(settings.resolution),
         "rows": list(settings.rows),
         "quick": settings.quick,
+        "execution": None if settings.execution is None else str(settings.execution),
         **software(),
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from synerdiff.core import InputError
 from synerdiff.diffusion import DTYPES
+from synerdiff.diffusion.execution import ModelExecution, choose_execution
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 QUICK_ROWS = (1, 2, 4, 8, 16)
@@ -19,7 +20,8 @@ MOST_ROWS = 1024
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """``rows``: the row buckets, rising. ``resolution``: (height, width) in pixels; None is the model's own."""
+    """``rows``: the row buckets, rising. ``resolution``: (height, width) in pixels; None is the model's own.
+    ``execution``: None is the device's own."""
 
     model: str
     device: str
@@ -27,6 +29,7 @@ class Settings:
     dtype: str | None = None
     resolution: tuple[int, int] | None = None
     quick: bool = False
+    execution: ModelExecution | None = None
 
     @property
     def corun_rows(self) -> tuple[int, ...]:
@@ -54,12 +57,16 @@ def make_settings(
     resolution: str | None = None,
     rows: str | None = None,
     quick: bool = False,
+    execution: str | None = None,
+    levers: str | None = None,
 ) -> Settings:
     """Check the options' texts. Raises InputError, one sentence, for what is not allowed."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype is '{dtype}'; allowed are {', '.join(DTYPES)}.")
     chosen = _rows(rows) if rows is not None else QUICK_ROWS if quick else ROWS
-    return Settings(model, device, chosen, dtype, None if resolution is None else _sides(resolution), quick)
+    sides = None if resolution is None else _sides(resolution)
+    how = choose_execution(execution, levers, device.startswith("cuda"))
+    return Settings(model, device, chosen, dtype, sides, quick, how if execution or levers is not None else None)
 
 
 def _rows(text: str) -> tuple[int, ...]:
@@ -90,6 +97,8 @@ def command_line(settings: Settings, out: str) -> str:
         words.append(f"--rows {listed(settings.rows, ',')}")
     if settings.quick:
         words.append("--quick")
+    if settings.execution is not None:
+        words += settings.execution.options
     return " ".join([*words, f"--out {out}"])
 
 

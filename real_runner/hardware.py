@@ -16,8 +16,10 @@ from synerdiff.device.cuda import CudaDevice
 from synerdiff.device.lanes import Device, Lane, available_cores
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.decoder import WHOLE, Chunking
+from synerdiff.diffusion.execution import execution_of
+from synerdiff.diffusion.kernels import apply_execution
 from synerdiff.diffusion.model import DiffusionModel
-from synerdiff.diffusion.stages import ChunkFunction, prepare_chunks, prepare_steps
+from synerdiff.diffusion.stages import ChunkFunction, captures, prepare_chunks, prepare_steps
 from synerdiff.profile.tables import Profile
 
 ChunkFunctions = tuple[ChunkFunction, ...]
@@ -27,7 +29,8 @@ class Hardware:
     """One denoise lane, decode lanes, and two places that are no lanes of the worker: ``intake`` and ``results``.
 
     On a CPU the first lane is pinned to the first core and decode lanes to the others; on a GPU the denoise stream has
-    the higher priority, and with row buckets every step and chunk is a captured graph. Use as a context manager.
+    the higher priority, and with row buckets every step and chunk is a captured graph unless the model's execution is
+    eager. Use as a context manager.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class Hardware:
             # What the engine's own thread computes must not spread over the lanes' cores.
             torch.set_num_threads(1)
         # Without graphs a launch takes long, so each lane launches from a thread of its own.
-        threads = not on_cpu and row_buckets is None
+        threads = not on_cpu and (row_buckets is None or not captures(model))
         self.denoise = self._lane("denoise", cores[:1], high_priority=True, launch_thread=threads)
         others = cores[1:] or cores
         self.decode = [
@@ -140,8 +143,9 @@ def open_hardware(
     dtype: str | None = None,
     scheduler: str | None = None,
     check: Callable[[DiffusionModel], None] | None = None,
+    execution: str | None = None,
 ) -> Hardware:
-    """Load the model as the profile was measured (resolution, dtype, row buckets) and open its lanes.
+    """Load the model as the profile was measured (resolution, dtype, row buckets, execution) and open its lanes.
 
     ``check`` sees the model before anything is warmed up, and may refuse what it is to serve.
 
@@ -151,6 +155,7 @@ def open_hardware(
     if made_for and made_for != model_name:
         raise InputError(f"profile '{profile.name}' was made for the model {made_for}, not for {model_name}.")
     device = open_device(device_name)
+    chosen = execution_of(profile, execution, device.torch_device.type == "cuda")
     model = load_model(
         model_name,
         device.torch_device,
@@ -160,6 +165,7 @@ def open_hardware(
     )
     if check is not None:
         check(model)
+    apply_execution(model, chosen)
     return Hardware(model, device, decode_lanes, profile.row_buckets)
 
 

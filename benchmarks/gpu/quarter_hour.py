@@ -44,7 +44,12 @@ LEAST_S = 6.0
 """A step with less time than this is not begun."""
 MOST_FILES = 8
 RESOLUTION = {"sd15": 512, "sdxl": 1024}
-GPU_TESTS = ("tests/real_runner/test_gpu.py", "tests/device", "tests/profiler/test_measure.py")
+GPU_TESTS = (
+    "tests/diffusion/test_execution.py",
+    "tests/real_runner/test_gpu.py",
+    "tests/device",
+    "tests/profiler/test_measure.py",
+)
 POLICIES = ("continuous-serial", "synerdiff-feedback", "continuous-parallel", "auto", "dynamic", "static")
 """In the order of their value; time that is short cuts the last."""
 VALIDATED = ("continuous-serial", "synerdiff-feedback")
@@ -138,6 +143,7 @@ PLAN = (
     QuarterStep("validate, small model", (90, 20), _validate, (0, 1)),
     QuarterStep("runs, small model", (140, 12), _task("runs", "--slot", "small")),
     QuarterStep("runs, large model", (66, 8), _task("runs", "--slot", "large")),
+    QuarterStep("across resolutions, small model", (8, 8), _task("across")),
 )
 
 
@@ -358,65 +364,164 @@ def _seconds(run: Callable[[], object], device: Any, repeats: int = 10) -> float
     return (time.monotonic() - began_s) / repeats
 
 
+def variants(on_gpu: bool) -> list[tuple[str, Any]]:
+    """What is put beside what, in the order of its value: no lever, each alone, those that need no compiler together,
+    then torch's compiler, and 8-bit products last."""
+    from synerdiff.diffusion.execution import LEVERS, ModelExecution
+
+    kind, exact = "graphs" if on_gpu else "eager", [name for name in LEVERS if name != "float8"]
+    if not on_gpu:
+        exact.remove("cudnn-benchmark")
+    quick = tuple(name for name in exact if name != "compile")
+    alone = [("channels-last", "group-norm"), *((name,) for name in quick if name != "group-norm")]
+    named = {kind: (), **{" + ".join(levers): levers for levers in alone}, "all but compile": quick}
+    if on_gpu:
+        named |= {"compile": ("compile",), "compiled": tuple(exact), "compiled + float8": LEVERS}
+    found = [(name, ModelExecution(kind, tuple(levers))) for name, levers in named.items()]
+    return [*found, ("eager", ModelExecution("eager"))] if on_gpu else found
+
+
 def forward_task(options: Options, slot: str, until_s: float) -> None:
-    """The large model's forward alone at 2 and 8 rows: eager, as a CUDA graph, and last compiled."""
+    """The large model's forward at 2 and 8 rows and its decode, with each lever alone and with all of them; and how far
+    three steps and a decode are from those without a lever."""
+    import gc
+
     import torch
 
+    from profiler.bench import TimedChunk
     from profiler.machine import device_name
     from profiler.sampling import QUICK, spread_of, warm_up
-    from profiler.timing import Side, alone
+    from profiler.timing import Repeatable, Side, alone
+    from synerdiff.core import InputError
     from synerdiff.device import open_device
     from synerdiff.device.lanes import find_device
     from synerdiff.diffusion.checkpoint import load_model
-    from synerdiff.diffusion.denoisers.unet import EagerDenoiser
-    from synerdiff.diffusion.stages import prepare_steps
+    from synerdiff.diffusion.decoder import WHOLE
+    from synerdiff.diffusion.kernels import apply_execution
+    from synerdiff.diffusion.model import DiffusionModel
+    from synerdiff.diffusion.stages import prepare_chunks, prepare_steps
 
     device, name = find_device(options.device), options.model_of("large")
-    on_gpu = device.type == "cuda"
+    on_gpu, buckets = device.type == "cuda", (2, 8)
     if not on_gpu:
         torch.set_num_threads(1)
-    model = load_model(name, device, torch.bfloat16 if on_gpu else None)
-    condition = model.encode_prompt(model.prompts.default_prompt(0))
     found: dict[str, Any] = {"model": name, "times": [], "skipped": {}}
     if not on_gpu:
         found["skipped"] = {"graphs": "CUDA graphs need a GPU", "compiled": "compiling for a CPU takes minutes"}
+    plain: list[torch.Tensor] = []
 
     class Forward:
-        def __init__(self, denoise: Any, inputs: Any) -> None:
-            self._denoise, self._inputs = denoise, inputs
+        def __init__(self, model: DiffusionModel, rows: int) -> None:
+            self._model = model
+            self._inputs = model.example_rows(rows, model.encode_prompt(model.prompts.default_prompt(0)))
 
         def again(self) -> Callable[[], object]:
             return self._run
 
         @torch.inference_mode()
         def _run(self) -> None:
-            self._denoise(self._inputs)
+            self._model.denoise(self._inputs)
 
-    with open_device(device) as lanes:
-        lane = lanes.lane("denoise")
-        for kind in ("eager", "graphs", "compiled") if on_gpu else ("eager",):
-            for rows in (2,) if kind == "compiled" else (2, 8):
-                if time.monotonic() > until_s:
-                    found["skipped"][f"{kind}, {rows} rows"] = "no time was left"
-                    continue
-                began_s = time.monotonic()
-                denoise: Any = EagerDenoiser(model.unet)
-                if kind == "compiled":
-                    denoise = EagerDenoiser(torch.compile(model.unet, dynamic=False))
-                elif kind == "graphs":
-                    model.denoise = denoise
-                    prepare_steps(model, (rows,), lane)
-                    denoise = model.denoise
-                side = Side(lane, Forward(denoise, model.example_rows(rows, condition)))
-                warm_up(lambda n, side=side: alone(side, n), 1.0)  # type: ignore[misc]
-                prepared_s = time.monotonic() - began_s
-                spread = spread_of(alone(side, QUICK.most))
-                row: dict[str, Any] = {"kind": kind, "rows": rows, "n": spread.n, "prepared_s": prepared_s}
-                row |= {"ms": spread.median / 1e6, "it_per_s": NS_PER_S / spread.median}
+    def measure(kind: str, execution: Any, lanes: Any) -> None:
+        torch.backends.cudnn.benchmark = False
+        began_s = time.monotonic()
+        model = load_model(name, device, torch.bfloat16 if on_gpu else None)
+        apply_execution(model, execution)
+        threads = on_gpu and execution.kind == "eager"
+        denoise, decode = (lanes.lane(f"{lane}, {kind}", launch_thread=threads) for lane in ("denoise", "decode"))
+        prepare_steps(model, buckets, denoise)
+        (whole,) = prepare_chunks(model, WHOLE, decode)
+        state = model.start(1, 3, 4.0)
+        latent = state.latent
+        while not state.done:
+            denoise.submit(lambda: model.step([state])).result()
+        image = decode.submit(lambda: whole(state.latent)).result().float().cpu()
+        plain.append(image)
+        sides: dict[str, tuple[Any, Repeatable]] = {
+            f"{rows} rows": (denoise, Forward(model, rows)) for rows in buckets
+        } | {"decode": (decode, TimedChunk(whole, latent))}
+        prepared_s = time.monotonic() - began_s
+        for what, (lane, piece) in sides.items():
+            if time.monotonic() > until_s:
+                found["skipped"][f"{kind}, {what}"] = "no time was left"
+                continue
+            side = Side(lane, piece)
+            warm_up(lambda n, side=side: alone(side, n), 0.5)  # type: ignore[misc]
+            spread = spread_of(alone(side, QUICK.most))
+            row: dict[str, Any] = {"kind": kind, "what": what, "n": spread.n, "prepared_s": prepared_s}
+            row |= {"levers": list(execution.levers), "ms": spread.median / 1e6}
+            row["image_apart"] = float((image - plain[0]).abs().max())
+            if what != "decode":
+                rows = int(what.split()[0])
+                row |= {"rows": rows, "it_per_s": NS_PER_S / spread.median}
                 if name in RESOLUTION:
                     row |= beside_floor(spread.median, *work_of(name, rows), card_of(device_name(device)))
-                found["times"].append(row)
-                keep(options.work / "forward.json", found)
+            found["times"].append(row)
+            keep(options.work / "forward.json", found)
+
+    with open_device(device) as lanes:
+        for kind, execution in variants(on_gpu):
+            if time.monotonic() > until_s:
+                found["skipped"][kind] = "no time was left"
+                continue
+            try:
+                measure(kind, execution, lanes)
+            except (InputError, RuntimeError) as error:  # a lever that fails costs the others nothing
+                found["skipped"][kind] = str(error).strip().splitlines()[0]
+            gc.collect()
+            if on_gpu:
+                torch.cuda.empty_cache()
+    keep(options.work / "forward.json", found)
+
+
+ELSEWHERE = {"sd15": 768, "digits": 48}
+"""A second resolution of the small model."""
+
+
+def across_task(options: Options, slot: str, until_s: float) -> None:
+    """Four pairs of a step at a second resolution and a chunk at the profile's, beside what the rule for slowdowns
+    across resolutions makes of the profile's own cells: those beside steps that take as long alone."""
+    from profiler.bench import Bench, TimedStep, lane_cores
+    from profiler.sampling import QUICK, spread_of
+    from profiler.timing import Side, alone, chunk_pieces, measure_corun
+    from real_runner.hardware import chunking_of
+    from synerdiff.device import open_device
+    from synerdiff.device.lanes import find_device
+    from synerdiff.diffusion.checkpoint import load_model
+    from synerdiff.diffusion.stages import prepare_chunks, prepare_steps
+
+    profile, device = load_profile(options.profile("small")), find_device(options.device)
+    name, base = profile.head.model, profile.head.size
+    if name not in ELSEWHERE or base is None:
+        raise InputError(f"no second resolution of {name} is planned")
+    away = (ELSEWHERE[name],) * 2
+    on_gpu = device.type == "cuda"
+    cores = (None, None) if on_gpu else lane_cores()
+    found: list[dict[str, Any]] = []
+    with open_device(device) as lanes:
+        own, other = (load_model(name, device, profile.head.dtype, size) for size in (base, away))
+        denoise = lanes.lane("denoise", high_priority=True, core=cores[0])
+        bench = Bench(own, lanes, denoise, lanes.lane("decode0", core=cores[1]), QUICK)
+        buckets = [rows for rows in (profile.row_buckets or (1, 2)) if rows in (1, 2, 4)][-2:]
+        prepare_steps(other, buckets, denoise)
+        for rows in buckets:
+            step = TimedStep(other, rows)
+            solo = spread_of(alone(Side(denoise, step), 5))
+            both = replace(profile, others={away: replace(profile, steps={rows: solo}, row_buckets=(rows,), corun={})})
+            for chunking in profile.chunkings[:2]:
+                if time.monotonic() > until_s:
+                    return
+                functions = prepare_chunks(own, chunking_of(profile, chunking), bench.decode)
+                times = [spread.median for spread in profile.chunks[chunking]]
+                chunk = times.index(max(times))
+                pair = measure_corun(bench, step, chunk_pieces(bench, functions)[chunk], ([], []), until_s)
+                measured = [spread_of(samples).median / 1e6 for samples in pair]
+                predicted = both.slowdowns_beside(away, rows, chunking, chunk, base)
+                row: dict[str, Any] = {"step_side": away[0], "chunk_side": base[0], "rows": rows}
+                row |= {"chunking": chunking, "chunk": chunk, "s_u": measured[0], "s_v": measured[1]}
+                row |= {"predicted_s_u": predicted[0] / 1e6, "predicted_s_v": predicted[1] / 1e6}
+                found.append({**row, "clamped": predicted[2] == 2})
+                keep(options.work / "across.json", found)
 
 
 def runs_task(options: Options, slot: str, until_s: float) -> None:
@@ -494,6 +599,7 @@ TASKS = {
     "environment": environment_task,
     "ceilings": ceilings_task,
     "forward": forward_task,
+    "across": across_task,
     "runs": runs_task,
 }
 

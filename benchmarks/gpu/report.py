@@ -109,6 +109,7 @@ def read_results(work: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"runs": {}, "profiles": {}}
     for name in ("environment", "ceilings", "forward"):
         found[name] = _json(work / f"{name}.json") or {}
+    found["across"] = _json(work / "across.json") or []
     found["validation"] = _json(work / "validate" / "validation.json") or {}
     for slot in ("small", "large"):
         found["runs"][slot] = list(_json_lines(work / f"runs-{slot}.jsonl"))
@@ -171,6 +172,9 @@ def gates(results: Results) -> list[Gate]:
     steps = {row["rows"]: row for row in large.get("steps", ())}
     decode = next((row["ms"] for row in large.get("decodes", ()) if row["chunking"] == "whole"), None)
     step_ms = steps.get(2, {}).get("ms")
+    levered = [row for row in results.get("forward", {}).get("times", ()) if real and row.get("levers")]
+    own = [row["ms"] for row in levered if row["what"] == "2 rows" and "float8" not in row["levers"]]
+    own_ms = min([*own, *([] if step_ms is None else [step_ms])], default=None)
     gap_ms = large.get("overheads_ms", {}).get("step_dispatch")
     gaps = {run["policy"]: 100 * run["gap_s"] / run["step_s"] for run in runs if run.get("gap_s") and run["step_s"]}
     rates = {run["policy"]: run["images_per_s"] for run in runs if run["kind"] == "saturation" and run["images_per_s"]}
@@ -183,7 +187,7 @@ def gates(results: Results) -> list[Gate]:
     card = card_of(str(environment.get("device", "")))
     return [
         Gate("guided step (2 rows)", step_ms, 40, "ms"),
-        Gate("guided step (2 rows), with kernels of our own", step_ms, 30, "ms"),
+        Gate("guided step (2 rows), with kernels of our own", own_ms, 30, "ms"),
         Gate("products at 8 rows", steps.get(8, {}).get("tflop_per_s"), 400, "TFLOP/s", at_most=False),
         Gate("decode, whole", decode, 40, "ms"),
         Gate("lane gap, profiled", 100 * gap_ms / step_ms if gap_ms is not None and step_ms else None, 2, "%"),
@@ -217,12 +221,22 @@ def report_text(results: Results, ledger: Sequence[Mapping[str, Any]], planned: 
         lines += ["", "## Ceilings", "", *_table(("what", "found", "unit"), _ceiling_rows(ceilings))]
     if times := results.get("forward", {}).get("times"):
         lines += ["", f"## Forward of {results['forward']['model']}", ""]
-        cells = ("ms", "it_per_s", "floor_ms", "prepared_s")
-        body = [(row["kind"], str(row["rows"]), *(_number(row, cell) for cell in cells)) for row in times]
-        lines += _table(("execution", "rows", "ms", "it/s", "floor, ms", "prepared in, s"), body)
+        cells = ("ms", "it_per_s", "floor_ms", "image_apart", "prepared_s")
+        body = [(row["kind"], row["what"], *(_number(row, cell) for cell in cells)) for row in times]
+        headers = ("levers", "", "ms", "it/s", "floor, ms", "largest difference of an image", "prepared in, s")
+        lines += _table(headers, body)
         published = H100_IT_PER_S.get(results["forward"]["model"], {})
         lines += ["", *(f"Published for an H100 at 2 rows, {name}: {rate} it/s  " for name, rate in published.items())]
         lines += [f"Not measured: {kind}: {why}  " for kind, why in results["forward"].get("skipped", {}).items()]
+    if across := results.get("across"):
+        lines += ["", "## Slowdowns across two resolutions, small model", ""]
+        names = ("s_u", "predicted_s_u", "s_v", "predicted_s_v")
+        body = [
+            (f"{row['step_side']}, {row['rows']} rows", f"{row['chunk_side']}, {row['chunking']}.{row['chunk']}")
+            + tuple(_number(row, name) for name in names)
+            for row in across
+        ]
+        lines += _table(("step", "chunk", "step's", "by the rule", "chunk's", "by the rule"), body)
     for slot, runs in results["runs"].items():
         if runs:
             lines += ["", f"## Runs, {slot} model", "", *_run_lines(runs)]

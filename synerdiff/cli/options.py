@@ -67,6 +67,13 @@ FidelityFolder = Annotated[
     ),
 ]
 ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="Cluster file (YAML): workers, adapters, links.")]
+ExecutionOption = Annotated[
+    str | None,
+    typer.Option(
+        "--execution",
+        help="eager, graphs (on a GPU, the default there) or compiled; a run's default is the profile's.",
+    ),
+]
 Timeline = Annotated[bool, typer.Option("--timeline", help="Also write timeline.json for Perfetto.")]
 
 MOST_SKIPS = 10_000

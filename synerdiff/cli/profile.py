@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from profiler.settings import make_settings
+from synerdiff.cli import options
 from synerdiff.cli.progress import progress
 from synerdiff.core import NS_PER_S, InputError
 from synerdiff.files import claim_folder
@@ -54,6 +55,11 @@ def profile(
         float | None,
         typer.Option(min=0.05, help="Stop in time: the most valuable cells first, and profile.yaml names the rest."),
     ] = None,
+    execution: options.ExecutionOption = None,
+    levers: Annotated[
+        str | None,
+        typer.Option(help="Kernels to replace, not the execution's own: channels-last,qkv; +float8 adds to its own."),
+    ] = None,
     adapters: Annotated[
         bool,
         typer.Option("--adapters", help="Measure adapters.csv of the finished profile in --out: LoRAs, ControlNets."),
@@ -71,7 +77,7 @@ def profile(
     if adapters:
         _adapters(model, out, device, quick)
         return
-    settings = make_settings(model, device, dtype, resolution, rows, quick)
+    settings = make_settings(model, device, dtype, resolution, rows, quick, execution, levers)
     from profiler import measure
 
     try:

@@ -28,6 +28,7 @@ def run(
         str | None, typer.Option(help="digits, sd15, sdxl, a checkpoint folder or a hub name (default: the profile's).")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    execution: options.ExecutionOption = None,
     settings: options.Settings = None,
     load: options.LoadOption = None,
     rate: options.RateOption = None,
@@ -102,7 +103,16 @@ def run(
         _require_empty(images)
     prepared = run.prepare(spec)
     engine = hardware.HardwareEngine(
-        device, model, dtype, scheduler, loras, controlnets, controlnet_images, images=images, watchdog_s=watchdog
+        device,
+        model,
+        dtype,
+        scheduler,
+        loras,
+        controlnets,
+        controlnet_images,
+        images=images,
+        watchdog_s=watchdog,
+        execution=execution,
     )
     engine.require(prepared)
     with (

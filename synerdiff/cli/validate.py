@@ -32,6 +32,7 @@ def validate(
         str | None, typer.Option(help="digits, sd15, sdxl, a checkpoint folder or a hub name (default: the profile's).")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    execution: options.ExecutionOption = None,
     tolerance: Annotated[str | None, typer.Option(help="strict or cpu (default: cpu on a CPU, else strict).")] = None,
     window: options.Window = None,
     map: options.Map = None,
@@ -66,7 +67,7 @@ def validate(
     plan = session.ValidationPlan(spec, policies, loads, repeats)
     name = session.require(plan, model)
     claim_folder(out, "validate")
-    with session.opened(plan, name, device) as hardware, stop_on_interrupt() as stop:
+    with session.opened(plan, name, device, execution) as hardware, stop_on_interrupt() as stop:
         with progress("validating") as on_progress:
             measured = session.measure_session(plan, hardware, stop, on_progress)
         if measured.repeats == 0:

@@ -77,8 +77,11 @@ class Device(ABC):
         self._lanes: list[Lane] = []
 
     @abstractmethod
-    def lane(self, name: str, *, high_priority: bool = False, core: int | None = None) -> Lane:
-        """Open a lane. `high_priority` is a hint for streams, `core` the processor that a CPU lane is pinned to."""
+    def lane(
+        self, name: str, *, high_priority: bool = False, core: int | None = None, launch_thread: bool = False
+    ) -> Lane:
+        """Open a lane. `high_priority` is a hint for streams, `core` the processor that a CPU lane is pinned to;
+        `launch_thread`: a stream's launches get a thread of their own, as a CPU lane's always have."""
 
     @abstractmethod
     def wait_any(self, works: Sequence[Work[object]], until_ns: int | None = None) -> None:
@@ -222,7 +225,9 @@ class CpuDevice(Device):
         self.torch_device = torch.device("cpu")
         self._ended = threading.Condition()
 
-    def lane(self, name: str, *, high_priority: bool = False, core: int | None = None) -> CpuLane:
+    def lane(
+        self, name: str, *, high_priority: bool = False, core: int | None = None, launch_thread: bool = False
+    ) -> CpuLane:
         """Raises InputError when this process may not use `core`."""
         if core is not None and core not in available_cores():
             raise InputError(f"Lane {name} cannot be pinned to core {core}; usable cores: {available_cores()}.")

@@ -6,8 +6,9 @@ Light to import: only names here. torch and diffusers load with the modules that
 - `model`: `DiffusionModel` (start, step, decode, chunks) and `SampleState`; `rows`: what one forward reads
 - `denoisers`: a forward as a whole and in two halves; `decoder`: the exact atoms of a VAE decode, and chunkings
 - `solvers`, `schedulers`: noise schedules per sample; `conditioning`: from a prompt to what the denoiser reads
+- `execution`, `kernels`, `group_norm`: eager, graphs or compiled, and the levers that replace kernels
 - `lora`, `merging`: LoRA files, and LoRAs in a UNet's weights, taken out again to the last bit; `controlnet`
-- `stages`: steps and decodes as devices run them: CUDA graphs per row bucket and per chunk
+- `stages`: steps and decodes as devices run them: CUDA graphs per row bucket and per chunk, blocks compiled
 - `digits`: the embedded model's images and its gate
 """
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from synerdiff.core import InputError
+from synerdiff.diffusion.kernels import Float8Linear
 from synerdiff.diffusion.lora import LoraFile
 
 
@@ -29,6 +30,8 @@ class MergedWeights:
         }
         self._originals: dict[str, torch.Tensor] = {}
         self._held: dict[str, tuple[LoraFile, float]] = {}
+        self._derived = [module for module in unet.modules() if isinstance(module, Float8Linear)]
+        """Hold a copy of their weight in another form."""
 
     @property
     def held(self) -> Mapping[str, float]:
@@ -83,6 +86,9 @@ class MergedWeights:
             for name in list(self._originals):
                 self._write_one(name)
             raise
+        finally:
+            for derived in self._derived:
+                derived.refresh()
 
     def _write_one(self, module: str) -> None:
         weight = self._modules[module].weight

@@ -14,6 +14,7 @@ from synerdiff.diffusion.conditioning import Condition, PromptEncoder
 from synerdiff.diffusion.decoder import WHOLE, Chunk, ChunkedDecoder, Chunking
 from synerdiff.diffusion.denoisers.controlnet import ControlNet, ControlUse, control_calls
 from synerdiff.diffusion.denoisers.unet import EagerDenoiser, SplitDenoiser, sum_residuals
+from synerdiff.diffusion.execution import ModelExecution
 from synerdiff.diffusion.rows import Denoise, RowInputs, assemble, bucket_of, combine, order_by_mode, rows_of
 from synerdiff.diffusion.solvers import LinearProgress, Progress, Solver, to_device
 
@@ -91,6 +92,7 @@ class DiffusionModel:
 
     `row_buckets` (None = eager, any number of rows) pads each step up to a bucket; `denoise` may be replaced by a
     graph per bucket (`stages.GraphedDenoiser`); `split` is the same forward in two halves, always eager.
+    `execution`: how it is to be launched, and with which levers (`kernels.apply_execution`).
     `controlnets`: by name, those that `step` runs itself. `weights`: `trained`, `checkpoint` or `random`;
     `own_scheduler`: the class of the scheduler that the model came with, whichever `solver` runs. Work is
     enqueued on the current CUDA stream and never waited for. Steps of different samples and chunks of different decodes
@@ -123,6 +125,7 @@ class DiffusionModel:
         self.split = SplitDenoiser(unet)
         self.controlnets: dict[str, ControlNet] = {}
         self.row_buckets: tuple[int, ...] | None = None
+        self.execution = ModelExecution("graphs" if self.device.type == "cuda" else "eager")
         factor = vae_factor(vae)
         _check_resolution(name, resolution, factor * 2 ** (len(unet.config.block_out_channels) - 1))
         self.latent_shape = (1, int(unet.config.in_channels), self.height // factor, self.width // factor)

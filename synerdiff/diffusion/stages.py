@@ -19,6 +19,7 @@ from synerdiff.device.lanes import Lane
 from synerdiff.diffusion.decoder import Chunking
 from synerdiff.diffusion.model import DiffusionModel
 from synerdiff.diffusion.rows import RowInputs
+from synerdiff.diffusion.solvers import first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,21 +31,40 @@ WARM_UPS = 3
 
 
 def prepare_steps(model: DiffusionModel, row_buckets: Sequence[int], lane: Lane) -> None:
-    """From now on the model pads every step to one of `row_buckets`; on a GPU each bucket becomes a CUDA graph.
+    """From now on the model pads every step to one of `row_buckets`; unless it is eager, each becomes a CUDA graph.
 
     Buckets on a CPU too, although nothing is captured there: its kernels are also chosen and cached per shape, and
     both devices then follow the rule that the profile states. `lane` is the one that will run the steps.
     """
-    if model.device.type == "cuda":
+    if "compile" in model.execution.levers:
+        condition = model.encode_prompt(model.prompts.default_prompt(0))
+        for rows in row_buckets:
+            example = model.example_rows(rows, condition)
+            lane.submit(lambda example=example: _compile_forward(model, example)).result()  # type: ignore[misc]
+    if captures(model):
         assert isinstance(lane, CudaLane)
         capture_denoiser(model, row_buckets, lane.stream, lane.graph_pool)
     else:
         model.row_buckets = tuple(sorted(row_buckets))
 
 
+def captures(model: DiffusionModel) -> bool:
+    """Whether steps and chunks become CUDA graphs."""
+    return model.device.type == "cuda" and model.execution.kind != "eager"
+
+
+@torch.inference_mode()
+def _compile_forward(model: DiffusionModel, example: RowInputs) -> None:
+    """The first forward of these rows, which compiles blocks for them. InputError, one sentence, when that fails."""
+    try:
+        model.denoise(example)
+    except Exception as error:  # whatever a compiler raises
+        raise InputError(f"the lever compile: torch cannot compile {model.name} here: {first_line(error)}.") from error
+
+
 def prepare_chunks(model: DiffusionModel, chunking: Chunking, lane: Lane) -> tuple[ChunkFunction, ...]:
-    """The chunks of one sample's decode for one decode lane; on a GPU each is a CUDA graph of that lane."""
-    if model.device.type == "cuda":
+    """The chunks of one sample's decode for one decode lane; unless the model is eager, a GPU's are CUDA graphs."""
+    if captures(model):
         assert isinstance(lane, CudaLane)
         return capture_chunks(model, chunking, lane.stream, lane.graph_pool)
     return model.chunks(chunking)

@@ -20,7 +20,9 @@ from real_runner.hardware import Hardware, open_hardware
 from real_runner.pictures import PictureFolder
 from synerdiff.config.cluster import Cluster, cluster_of
 from synerdiff.core import NS_PER_S, InputError
+from synerdiff.diffusion.execution import other_execution
 from synerdiff.experiments.run import OnProgress, Prepared, Served
+from synerdiff.profile.tables import Profile
 
 
 @dataclass
@@ -39,6 +41,8 @@ class HardwareEngine:
     images: Path | None = None
     """Folder for the images."""
     watchdog_s: float = 60.0
+    execution: str | None = None
+    """None: the profile's, or the device's own."""
     stop: threading.Event = field(default_factory=threading.Event)
     """Ends the run early."""
     error: Exception | None = None
@@ -87,6 +91,7 @@ class HardwareEngine:
                 dtype=self.dtype,
                 scheduler=self.scheduler,
                 check=lambda opened: require_files(requests, folders, opened),
+                execution=self.execution,
             )
         )
         serving = None
@@ -112,7 +117,7 @@ class HardwareEngine:
             serving=serving,
         )
         self.error = run.error
-        facts = {"decode_gpus": list(worker.lanes), **_facts(hardware, run)}
+        facts = {"decode_gpus": list(worker.lanes), **_facts(hardware, run, prepared.profile)}
         facts["cluster"] = None if serving is None else layout.model_dump(mode="json")
         return Served(run.result, None, facts)
 
@@ -137,7 +142,7 @@ def _layout(prepared: Prepared) -> Cluster:
     return cluster_of({"workers": [{"denoise_gpu": 0, "decode_gpus": list(prepared.spec.decode_gpus)}]})
 
 
-def _facts(hardware: Hardware, run: RealRun) -> dict[str, Any]:
+def _facts(hardware: Hardware, run: RealRun, profile: Profile) -> dict[str, Any]:
     """What only a run on hardware has, for the summary."""
     model = hardware.model
     return {
@@ -147,6 +152,10 @@ def _facts(hardware: Hardware, run: RealRun) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "scheduler": model.solver.scheduler_name,
         "software": software(),
+        "execution": model.execution.kind,
+        "levers": list(model.execution.levers),
+        "not_as_measured": other_execution(profile, model.execution, model.device.type == "cuda"),
+        "decision_lead_s": profile.overhead_ns("decision_lead") / NS_PER_S,
         **kernels(model.unet),
         "warm_up_s": hardware.warm_up_ns / NS_PER_S,
         "max_rows_at_end": run.max_rows,
@@ -170,10 +179,17 @@ def hardware_lines(run: Mapping[str, Any]) -> list[str]:
     lines = [
         f"  lanes idle between pieces, ms: step  {spread('step_dispatch')}",
         f"                                chunk  {spread('chunk_dispatch')}",
+        f"  deciding, ms                         {spread('decide')}",
         f"  sender behind its schedule, ms       {spread('sender_lag')}",
         f"  warm-up     {run['warm_up_s']:.3g} s, not part of any number",
         f"  weights     {run['weights']}",
     ]
+    if run["decision_lead_s"]:
+        lines.append(f"  lead        {run['decision_lead_s'] * 1e3:.3g} ms, of which deciding takes the above")
+    if run["levers"] or run["execution"] == "compiled":
+        lines.append(f"  execution   {run['execution']} ({', '.join(run['levers'])})")
+    if run["not_as_measured"]:
+        lines.append(f"  execution   {run['not_as_measured']}")
     faults = run["faults"]
     for fault in faults[:5]:
         who = f" ({', '.join(fault['samples'])})" if fault["samples"] else ""

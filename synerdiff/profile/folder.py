@@ -214,6 +214,8 @@ def fields_of(head: Head) -> dict[str, Any]:
                 fields["resolution"] = height if height == width else [height, width]
         elif name == "cuts":
             fields |= {"cuts": {cut: list(places) for cut, places in value.items()}} if value else {}
+        elif name == "levers":
+            fields |= {"levers": list(value)} if value else {}
         elif name != "notes" and value not in (None, "", {}):
             fields[name] = value
     return {**fields, **head.notes}

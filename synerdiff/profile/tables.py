@@ -101,6 +101,9 @@ class Head(Section):
     """(height, width) in pixels, the first one first."""
     dtype: str = ""
     execution: str = ""
+    """Measured: eager, graphs or compiled (older ones in other words); estimated: eager, compiled or engine."""
+    levers: Listed[str] = Field(default=(), max_length=20)
+    """Which kernels were replaced."""
     cuts: dict[str, Listed[Annotated[int, Field(ge=1)]]] = {}
     """Chunking -> where it cuts the decoder's atoms, rising."""
     commit: str = ""

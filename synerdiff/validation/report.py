@@ -164,8 +164,10 @@ def report_text(data: Mapping[str, Any]) -> str:
         "",
         f"Model {data['model']} on {data['device']} ({data['date']}; {data['software']}). Trace {data['trace']}, "
         f"{data['requests']} requests. {data['repeats']} of {data['repeats_wanted']} repeats; profile cells "
-        f"and runs in turn, in one process. Warm-up {data['warm_up_s']:.1f} s, not part of any number.",
+        f"and runs in turn, in one process. Warm-up {data['warm_up_s']:.1f} s, not part of any number."
+        + (f" Execution: {data['execution']}." if "execution" in data else ""),
         "",
+        *([f"**Another execution**: {why}.", ""] if (why := data.get("not_as_measured")) else []),
         "Errors are measured / predicted - 1 (stages: as a share of the predicted mean latency; lanes and skipping: "
         "points); medians over repeats with 95% intervals. "
         f"Tolerances '{limits['name']}': stage times {limits['stage_times']:.0%}, throughput "

@@ -22,6 +22,7 @@ from profiler.machine import device_name, software
 from real_runner.engine import RealRun, run_real
 from real_runner.hardware import Hardware, chunking_of, open_hardware
 from synerdiff.core import NS_PER_S, InputError, WorkerInfo
+from synerdiff.diffusion.execution import other_execution
 from synerdiff.experiments.run import Outcome, Prepared, RunSpec, Served, execute, prepare
 from synerdiff.experiments.sources import Source
 from synerdiff.profile.tables import Profile
@@ -223,9 +224,9 @@ def require(plan: ValidationPlan, model: str | None) -> str:
     return name
 
 
-def opened(plan: ValidationPlan, model: str, device: str) -> Hardware:
+def opened(plan: ValidationPlan, model: str, device: str, execution: str | None = None) -> Hardware:
     """The model on its lanes, to be closed by leaving it."""
-    return open_hardware(model, device, prepare(plan.spec).profile)
+    return open_hardware(model, device, prepare(plan.spec).profile, execution=execution)
 
 
 def facts(session: Validation, hardware: Hardware) -> dict[str, Any]:
@@ -234,6 +235,10 @@ def facts(session: Validation, hardware: Hardware) -> dict[str, Any]:
     return {
         "model": hardware.model.name,
         "device": device_name(hardware.model.device),
+        "execution": str(hardware.model.execution),
+        "not_as_measured": other_execution(
+            prepared.profile, hardware.model.execution, hardware.model.device.type == "cuda"
+        ),
         "software": ", ".join(f"{key} {value}" for key, value in software().items()),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "trace": spec.source.name if isinstance(spec.source, Source) else "",

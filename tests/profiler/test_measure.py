@@ -92,6 +92,7 @@ def test_provenance_says_what_was_measured_and_how_well(measured: Any) -> None:
     assert set(info["overlap"]) == {"whole", "c4"}
     assert set(info["kappa"]["c4"]) == {1, 8}
     assert info["unguided_step"]["rows"] == 8
+    assert (head.execution, head.levers) == ("eager", ())
     assert info["memory_format"] == "contiguous"
     assert info["cudnn_benchmark"] is False
     assert info["attention"]["sdpa_allowed"]
@@ -334,11 +335,31 @@ def test_the_profile_that_ships_is_complete_and_was_measured_by_the_command_that
         assert all(ppm > 0 for ppm in profile.slowdown_ppm(rows, "c8", 7))
 
 
+def test_a_profile_says_which_kernels_were_replaced_and_others_do_not_go_on_with_it(tmp_path: Path) -> None:
+    asked = {"execution": "eager", "levers": "qkv,channels-last,group-norm"}
+    with pytest.raises(InputError, match=r"0\.001 minutes did not suffice"):
+        measure_profile(settings("1,2", **asked), tmp_path / "p", minutes=0.001)
+    with pytest.raises(
+        InputError, match=r"with execution eager \(channels-last, group-norm, qkv\); now it is not given"
+    ):
+        measure_profile(settings("1,2"), tmp_path / "p")
+    profile = measure_profile(settings("1,2", **asked), tmp_path / "p")
+    assert (profile.head.execution, profile.head.levers) == ("eager", ("channels-last", "group-norm", "qkv"))
+    info = profile.head.notes
+    assert info["command"].startswith(
+        "synerdiff profile --model digits --device cpu --rows 1,2 --quick --execution eager "
+        "--levers channels-last,group-norm,qkv --out "
+    )
+    assert info["memory_format"] == "channels_last"
+    assert info["attention"]["processors"] == ["FusedAttnProcessor2_0"]
+    assert load_profile(tmp_path / "p").head == profile.head
+
+
 @pytest.mark.gpu
 @needs_gpu
 def test_a_gpu_is_measured_with_its_clocks(tmp_path: Path) -> None:
     profile = measure_profile(make_settings("digits", "cuda", rows="1,2,4", quick=True), tmp_path / "p")
-    assert profile.head.execution == "CUDA graphs"
+    assert profile.head.execution == "graphs"
     assert profile.head.clocks["looks"] > 0
     assert profile.overhead_ns("decision_lead") > 0
     assert {name: profile.chunk_count(name) for name in profile.chunkings} == {"whole": 1, "c4": 4}

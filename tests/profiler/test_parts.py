@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from profiler.assemble import MeasuringPlan, decode_slowdowns, findings
+from profiler.assemble import MeasuringPlan, decode_slowdowns, findings, with_deciding
+from profiler.deciding import decision_times
 from profiler.machine import throttle_counts
 from profiler.partial import FILE, Partial, require_profile_folder
 from profiler.sampling import Rule, median_width, spread_of, warm_up
@@ -15,7 +16,9 @@ from profiler.settings import command_line, make_settings
 from profiler.timing import Side, _inside, active_times, alone, in_turn, together, visit_s
 from synerdiff.core import InputError
 from synerdiff.device import open_device
+from synerdiff.device.cuda import POLL_S
 from synerdiff.profile.tables import Corun, Profile, Spread
+from tests.builders import affine_profile, make_profile
 
 
 def spread(value: Any, n: int = 10) -> Any:
@@ -262,3 +265,19 @@ def test_findings_state_overlap_kappa_and_the_lookups_error() -> None:
 
 def test_throttle_reasons_are_named_and_counted() -> None:
     assert throttle_counts([0, 0x1, 0x4, 0x4 | 0x40]) == {"software power cap": 2, "hardware thermal slowdown": 1}
+
+
+def test_the_decision_lead_is_the_launchs_and_the_decisions_90th_percentile_together() -> None:
+    overheads = {"decision_lead": Spread(900, 500, 900, 40), "step_dispatch": spread(7)}
+    # Of ten samples the 90th percentile lies a tenth of the way from the ninth to the last.
+    both = with_deciding(overheads, [30] * 8 + [60, 100])
+    assert both == {"decision_lead": Spread(964, 530, 964, 40), "step_dispatch": spread(7)}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+def test_deciding_is_measured_at_a_full_batch_with_the_sleep_between_two_looks(rows: int) -> None:
+    slowdowns = {rows: (1_200_000, 1_100_000)}
+    profile = make_profile({rows: 10_000_000}, {"whole": [4_000_000]}, slowdowns) if rows < 16 else affine_profile()
+    times = decision_times(profile, 5)
+    assert len(times) == 5
+    assert min(times) >= POLL_S * 1e9

@@ -67,6 +67,30 @@ def test_a_run_writes_what_a_simulated_one_does_and_its_images(world: Any, capsy
     _check_images(world / "made")
 
 
+def test_a_run_takes_its_profiles_levers_and_says_when_it_does_not(
+    world: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = digits_profile()
+    profile.provenance = "measured"
+    profile.head = profile.head.model_copy(update={"execution": "eager", "levers": ("channels-last", "qkv")})
+    write_profile(world / "fused", profile)
+    more = ["--trace", "t.csv", "--policy", "static"]
+    assert cli.main(["run", "--profile", "fused", "--out", "one", *more]) == 0
+    facts = json.loads((world / "one" / "summary.json").read_text())["run"]
+    assert (facts["execution"], facts["levers"]) == ("eager", ["channels-last", "qkv"])
+    assert facts["memory_format"] == "channels_last"
+    assert facts["not_as_measured"] is None
+    assert "execution   eager (channels-last, qkv)" in capsys.readouterr().out
+    profile.head = profile.head.model_copy(update={"execution": "compiled"})
+    write_profile(world / "compiled", profile)
+    assert cli.main(["run", "--profile", "compiled", "--execution", "eager", "--out", "two", *more]) == 0
+    facts = json.loads((world / "two" / "summary.json").read_text())["run"]
+    assert (facts["execution"], facts["levers"]) == ("eager", [])
+    said = "profile 'test' was measured compiled (channels-last, qkv), this runs eager: its times are not"
+    assert facts["not_as_measured"].startswith(said)
+    assert said in capsys.readouterr().out
+
+
 def test_a_closed_loop_sends_one_when_the_one_before_has_ended(world: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--max-concurrency", "1", policy="continuous-serial") == 0
     table = read_requests(world / "out")

@@ -45,6 +45,7 @@ def test_a_validation_measures_predicts_and_judges(world: Any, capsys: pytest.Ca
     assert data["repeats"] == 1
     assert data["loads"] == ["0.5", "saturation"]
     assert data["tolerance"]["name"] == "cpu"
+    assert (data["execution"], data["not_as_measured"]) == ("eager", None)
     assert len(data["cases"]) == 4
     for case in data["cases"]:
         assert case["faults"] == 0
