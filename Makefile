@@ -29,7 +29,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-all: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e ".[hardware,dev]"
+	$(PIP) -e ".[hardware,cluster,tune,dev]"
 	touch $@ $(VENV)/.installed
 
 clean:

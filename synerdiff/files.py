@@ -47,6 +47,10 @@ def shown(value: object, longest: int = _LONGEST_SHOWN) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+PACKAGES = ("profiler", "simulator", "policies", "real_runner", "traces")
+"""Our top-level packages with generic names; another distribution's package may shadow one."""
+
+
 def install_hint(extra: str = "") -> str:
     """How to install the libraries of that extra: from this checkout, since synerdiff is on no package index."""
     root = Path(__file__).resolve().parents[1]

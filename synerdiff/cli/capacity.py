@@ -37,8 +37,9 @@ def capacity(
         float | None, typer.Option(help="Share of a sample's steps that may skip guidance.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results (default: results/NAME).")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes (default: one per core).")] = None,
-    backend: Annotated[str, typer.Option(help="loky: this machine; ray: a Ray cluster.")] = "loky",
+    jobs: options.Jobs = None,
+    backend: options.BackendName = "loky",
+    address: options.Address = None,
 ) -> None:
     """Find the fewest and the cheapest GPUs that keep an SLO on a trace, or the highest rate that a fleet keeps it at.
 
@@ -75,7 +76,7 @@ def capacity(
                 raise InputError(f"{option} is missing; give it, or a capacity file.")
     if batch is not None and policy is None:
         raise InputError("--batch is the batch of the policies that --policy names; give both.")
-    run = open_capacity(file, fields, out, jobs, backend)
+    run = open_capacity(file, fields, out, jobs, backend, address)
     with progress("capacity") as update:
         parts, met = run(lambda done: update(done, None, f"{done} runs"))
     for part in parts:

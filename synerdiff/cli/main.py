@@ -21,7 +21,7 @@ import typer.main
 
 from synerdiff import __version__
 from synerdiff.core import ContractError, InputError
-from synerdiff.files import MOST, install_hint, number, shown, whole_number
+from synerdiff.files import MOST, PACKAGES, install_hint, number, shown, whole_number
 
 GROUPS = {
     "Simulate": {
@@ -68,9 +68,6 @@ EXTRAS = {
     "optuna": "tune",
 }
 """Library -> the extra that installs it."""
-
-PACKAGES = ("profiler", "simulator", "policies", "real_runner", "traces")
-"""Our top-level packages with generic names; another distribution's package may shadow one."""
 
 DEBUG = "--debug"
 

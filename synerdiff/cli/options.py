@@ -74,6 +74,11 @@ ExecutionOption = Annotated[
         help="eager, graphs (on a GPU, the default there) or compiled; a run's default is the profile's.",
     ),
 ]
+Jobs = Annotated[int | None, typer.Option("--jobs", help="Processes (default: one per core), or Ray tasks at a time.")]
+BackendName = Annotated[str, typer.Option("--backend", help="loky: this machine; ray: a Ray cluster.")]
+Address = Annotated[
+    str | None, typer.Option("--address", help="Of the Ray cluster: HOST:PORT, ray://HOST:PORT or auto.")
+]
 Timeline = Annotated[bool, typer.Option("--timeline", help="Also write timeline.json for Perfetto.")]
 
 MOST_SKIPS = 10_000

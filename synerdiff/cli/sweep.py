@@ -7,19 +7,21 @@ from typing import Annotated
 
 import typer
 
+from synerdiff.cli import options
 from synerdiff.cli.progress import print_table, progress
 
 
 def sweep(
     file: Annotated[Path, typer.Argument(help="An experiment file (YAML).")],
     out: Annotated[Path | None, typer.Option(help="Folder for the results (default: results/NAME).")] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes (default: one per core).")] = None,
-    backend: Annotated[str, typer.Option(help="loky: this machine; ray: a Ray cluster.")] = "loky",
+    jobs: options.Jobs = None,
+    backend: options.BackendName = "loky",
+    address: options.Address = None,
 ) -> None:
     """Compute every run of an experiment that is missing, over all cores, and draw what changed."""
     from synerdiff.experiments.report import open_sweep
 
-    run = open_sweep(file, out, jobs, backend)
+    run = open_sweep(file, out, jobs, backend, address)
     with progress(file.stem) as update:
         parts = run(update)
     for part in parts:

@@ -6,24 +6,37 @@ Results come as they end. Work that was lost because a worker process died is gi
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import signal
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from synerdiff.core import ContractError, InputError
-from synerdiff.files import install_hint
+from synerdiff.experiments.store import ROOT
+from synerdiff.files import PACKAGES, install_hint
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Told = tuple[list[Any], InputError | ContractError | None, float]
+"""What a task has done, the error that ended it, and how many seconds it took."""
 
 ATTEMPTS = 3
 """How often in a row workers may die without finishing anything."""
+TASK_S = 2.0
+"""Work of a Ray task: long beside what giving it out costs (milliseconds), short beside what a lost machine loses."""
 
 
 class Backend(Protocol):
     """Runs a function on every item, in any order, and yields results as they come."""
+
+    elsewhere: bool
+    """Whether items are computed where this machine's files may not be."""
 
     def run_unordered(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]: ...
 
@@ -62,6 +75,8 @@ def _start_quiet_tracker() -> None:
 class LokyBackend:
     """Processes on this machine; ``jobs`` of them, one per core when it is None."""
 
+    elsewhere = False
+
     def __init__(self, jobs: int | None = None) -> None:
         self.jobs = jobs
 
@@ -94,61 +109,110 @@ class LokyBackend:
                     ) from None
 
 
-def _telling(function: Callable[[Item], Result]) -> Callable[[Item], tuple[Result | None, Exception | None]]:
-    """Gives errors back as values: Ray would wrap them into a page about the machine on which they were raised."""
+def _telling(function: Callable[[Item], Result]) -> Callable[[Sequence[Item]], Told]:
+    """Works on several items; an error comes back as a value, after what was done before it: Ray would wrap it into a
+    page about the machine on which it was raised."""
 
-    def task(item: Item) -> tuple[Result | None, Exception | None]:
-        try:
-            return function(item), None
-        except (InputError, ContractError) as error:
-            return None, error
+    def task(items: Sequence[Item]) -> Told:
+        began, done = time.perf_counter(), list[Any]()
+        for item in items:
+            try:
+                done.append(function(item))
+            except (InputError, ContractError) as error:
+                return done, error, time.perf_counter() - began
+        return done, None, time.perf_counter() - began
 
     return task
 
 
 class RayBackend:
-    """Tasks on a Ray cluster, retried by Ray when a machine is lost; at most ``jobs`` at a time when it is given."""
+    """Tasks on a Ray cluster, retried by Ray when a machine is lost; at most ``jobs`` at a time when it is given.
 
-    def __init__(self, jobs: int | None = None) -> None:
+    A task takes several items, about ``TASK_S`` long together. ``address``: of a running cluster, which is sent this
+    machine's modules of ours; without one Ray is started here (or found by RAY_ADDRESS).
+    """
+
+    elsewhere = True
+
+    def __init__(self, jobs: int | None = None, address: str | None = None) -> None:
         self.jobs = jobs
-        self.ray = _ray(jobs)
+        self.ray = _ray(jobs, address)
 
     def run_unordered(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        ray, waiting = self.ray, list(reversed(items))
+        ray, left = self.ray, list(items)
         task = ray.remote(max_retries=ATTEMPTS)(_telling(function))
         pending: list[Any] = []
+        ended, spent_s = 0, 0.0
         try:
-            while pending or waiting:
-                while waiting and (self.jobs is None or len(pending) < self.jobs):
-                    pending.append(task.remote(waiting.pop()))
+            while pending or left:
+                places = self.jobs or max(1, int(ray.cluster_resources().get("CPU", 1)))
+                while left and len(pending) < (self.jobs or 2 * places):
+                    size = task_size(len(left), places, spent_s / ended if ended else TASK_S)
+                    pending.append(task.remote(left[:size]))
+                    del left[:size]
                 done, pending = ray.wait(pending, num_returns=1)
                 for reference in done:
-                    result, error = ray.get(reference)
+                    results, error, seconds = ray.get(reference)
+                    ended, spent_s = ended + len(results), spent_s + seconds
+                    yield from results
                     if error is not None:
                         raise error
-                    yield result
+        except ray.exceptions.RayError as error:
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(
+                f"The Ray cluster gave up ({said[0].rstrip('.')}); what was finished is kept, so run it again."
+            ) from None
         finally:
             for reference in pending:
                 ray.cancel(reference)
 
 
-def _ray(jobs: int | None) -> Any:
+def task_size(left: int, places: int, item_s: float) -> int:
+    """How many items the next task takes: ``TASK_S`` of work, and towards the end less, so that no place is idle long.
+
+    The share of what is left is that of guided self-scheduling (Polychronopoulos and Kuck, 1987), halved.
+    """
+    return max(1, min(left // (2 * places), int(TASK_S / max(item_s, 1e-9))))
+
+
+def _ray(jobs: int | None, address: str | None) -> Any:
     try:
         import ray
     except ModuleNotFoundError:
         raise InputError(f"The backend ray needs the library ray; install it with: {install_hint('cluster')}") from None
-    if not ray.is_initialized():
+    if ray.is_initialized():
+        return ray
+    if address is None:
         ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else jobs, log_to_driver=False)
+        return ray
+    with tempfile.TemporaryDirectory() as folder:
+        for package in ("synerdiff", *PACKAGES):
+            shutil.copytree(ROOT / package, Path(folder) / package, ignore=_all_but_modules)
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"working_dir": folder})
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise InputError(f"--address {address}: no Ray cluster answers there ({why.rstrip('.')}).") from None
     return ray
 
 
-BACKENDS: dict[str, Callable[[int | None], Backend]] = {"loky": LokyBackend, "ray": RayBackend}
+def _all_but_modules(folder: str, names: list[str]) -> list[str]:
+    return [
+        name for name in names if not (name.endswith(".py") or Path(folder, name).is_dir()) or name == "__pycache__"
+    ]
 
 
-def make_backend(name: str, jobs: int | None) -> Backend:
+BACKENDS = ("loky", "ray")
+
+
+def make_backend(name: str, jobs: int | None, address: str | None = None) -> Backend:
     """A backend by name; InputError lists the known ones, and says so when its library is missing."""
     if jobs is not None and not 1 <= jobs <= 4096:
         raise InputError(f"--jobs is {jobs}; a whole number from 1 to 4096 is needed.")
     if name not in BACKENDS:
         raise InputError(f"There is no backend '{name}'; known are {', '.join(BACKENDS)}.")
-    return BACKENDS[name](jobs)
+    if name == "ray":
+        return RayBackend(jobs, address)
+    if address is not None:
+        raise InputError(f"--address is that of a Ray cluster; the backend is {name}, so give --backend ray too.")
+    return LokyBackend(jobs)

@@ -25,12 +25,12 @@ FIGURE = "capacity"
 
 
 def open_capacity(
-    file: Path | None, fields: dict[str, Any], out: Path | None, jobs: int | None, backend: str
+    file: Path | None, fields: dict[str, Any], out: Path | None, jobs: int | None, backend: str, address: str | None
 ) -> Callable[[Callable[[int], None]], tuple[list[Printed], bool]]:
     """What answers a question (a file, or the fields of one), telling how many runs are done: what is to be printed,
     and whether anything keeps the SLO. InputError before any work for what does not fit."""
     question = validated(Question, fields, "capacity") if file is None else load_question(file)
-    runner = make_backend(backend, question.jobs if jobs is None else jobs)
+    runner = make_backend(backend, question.jobs if jobs is None else jobs, address)
     folder = Path("results") / question.name if out is None else out
     study = Inquiry(question, Path() if file is None else file.parent, folder)
     claim_folder(folder, f"capacity {question.name}")

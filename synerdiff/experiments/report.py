@@ -93,14 +93,14 @@ class Report:
 
 
 def open_sweep(
-    file: Path, out: Path | None, jobs: int | None, backend: str
+    file: Path, out: Path | None, jobs: int | None, backend: str, address: str | None = None
 ) -> Callable[[Callable[[int, int], None]], list[Printed]]:
     """What runs an experiment's file, telling its progress, reports it, and gives what is to be printed.
 
     InputError before any work for what does not fit.
     """
     experiment = load_experiment(file)
-    runner = make_backend(backend, experiment.jobs if jobs is None else jobs)
+    runner = make_backend(backend, experiment.jobs if jobs is None else jobs, address)
     folder = Path("results") / experiment.name if out is None else out
     claim(folder, experiment.name)
     try:

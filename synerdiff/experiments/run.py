@@ -70,7 +70,7 @@ class RunSpec:
     contention: float = 1.0
     decode_share: float = 1.0
     """What the profile is scaled by (``scaling.scaled_profile``)."""
-    source: Source | tuple[Request, ...]
+    source: Source | Arrivals | tuple[Request, ...]
     """Where the requests come from, or the requests themselves, as they arrive before any stretching."""
     policy: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -358,7 +358,8 @@ def prepare(spec: RunSpec) -> Prepared:
             )
     if adapters is None and spec.cluster is not None and isinstance(spec.profile, Path):
         adapters = load_adapters(spec.profile, profile.name)
-    arriving = Arrivals(spec.source, None, {}) if isinstance(spec.source, tuple) else arrivals(spec.source)
+    given = Arrivals(spec.source, None, {}) if isinstance(spec.source, tuple) else spec.source
+    arriving = arrivals(given) if isinstance(given, Source) else given
     asked, window = arriving.requests, arriving.window
     requests = fitted(asked, profile, spec.slo_seconds, spec.slo_multiple)
     profile = at_its_resolutions(profile, requests, spec.policy, spec.base_folder)

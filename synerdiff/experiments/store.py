@@ -45,7 +45,7 @@ CODE = (
 """Besides ``synerdiff/*.py``: folders and files with every module of ours that a run loads."""
 NOT_CODE = tuple(
     f"synerdiff/experiments/{name}.py"
-    for name in ("backends", "capacity", "capacity_report", "compare", "pairs", "report")
+    for name in ("backends", "capacity", "capacity_report", "compare", "pairs", "parcel", "report")
 )
 """What only works on rows that are there."""
 LIBRARIES = ("numpy", "pandas", "pyarrow", "simpy")
@@ -78,14 +78,19 @@ def code_hash() -> str:
 
 
 def policy_hash(name: str, base_folder: Path) -> str:
-    """Hash over what a user's policy is made of; empty for a registered one.
+    """Hash over what a user's policy is made of (``policy_files``); empty for a registered one."""
+    return sha256_of_files(policy_files(name, base_folder)) if ":" in name else ""
+
+
+def policy_files(name: str, base_folder: Path) -> list[Path]:
+    """What a user's policy is made of; nothing for a registered one.
 
     These are the modules outside the standard library that importing it adds to ours, the files that it reads
     meanwhile, and those that its class lists in ``DATA_FILES`` (relative to the module). They are found by importing it
     in a fresh process, so it does not matter how they are imported and from where. InputError when that fails.
     """
     if ":" not in name:
-        return ""
+        return []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "files.json"
         paths = [str(Path(entry).resolve()) for entry in sys.path]
@@ -102,7 +107,7 @@ def policy_hash(name: str, base_folder: Path) -> str:
             said = done.stderr.strip().splitlines() or ["it ended without a word"]
             raise InputError(f"policy '{name}' cannot be imported in a process of its own ({said[-1]}).")
         files: list[str] = json.loads(report.read_text(encoding="utf-8"))
-    return sha256_of_files([*map(Path, files), *data_files(name, base_folder)])
+    return [*map(Path, files), *data_files(name, base_folder)]
 
 
 def report_files(name: str, base_folder: str, report: str) -> None:
@@ -173,6 +178,12 @@ def finished_row(folder: Path, key: str, with_requests: bool) -> dict[str, Any] 
         return None
     whole = row.get("key") == key and (head.num_rows > 0 or not with_requests)
     return row if whole else None
+
+
+def keep_file(folder: Path, key: str, content: bytes) -> None:
+    """Write a finished run as another machine wrote it."""
+    with atomic(run_file(folder, key)) as temporary:
+        temporary.write_bytes(content)
 
 
 def run_file(folder: Path, key: str) -> Path:

@@ -9,16 +9,26 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from synerdiff import __version__
 from synerdiff.core import RunResult
+from synerdiff.experiments import parcel
 from synerdiff.experiments.backends import Backend
 from synerdiff.experiments.grid import Grid, Run, best_batch
 from synerdiff.experiments.run import Outcome, execute, prepare, saturated
 from synerdiff.experiments.sources import arrivals
-from synerdiff.experiments.store import code_hash, finished_row, keep_run, library_versions, run_file, write_tables
+from synerdiff.experiments.store import (
+    code_hash,
+    finished_row,
+    keep_file,
+    keep_run,
+    library_versions,
+    run_file,
+    write_tables,
+)
 from synerdiff.fidelity.floor import run_ssim
 from synerdiff.fidelity.table import FidelityTable
 from synerdiff.files import atomic, claim_folder, require_writable_folder, sha256_of_files
@@ -99,11 +109,21 @@ def rows_of(
     missing.sort(key=lambda run: -len(arrivals(run.source).requests))
     if missing:
         _mark_incomplete(missing[0].folder)
-    for key, row in backend.run_unordered(compute, missing):
+    for key, row in _computed(missing, backend):
         rows[key] = row
         results.computed += 1
         tell()
     return rows
+
+
+def _computed(missing: Sequence[Run], backend: Backend) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, row) of runs that are kept now: written where they were computed, or here when that was elsewhere."""
+    if not backend.elsewhere:
+        yield from backend.run_unordered(compute, missing)
+        return
+    for key, row, content in backend.run_unordered(partial(parcel.computed, compute=compute), parcel.packed(missing)):
+        keep_file(missing[0].folder, key, content)
+        yield key, row
 
 
 def compute(run: Run) -> tuple[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from synerdiff.config.experiment import load_experiment
 from synerdiff.core import InputError, SkipBudget
 from synerdiff.experiments import run as run_module
 from synerdiff.experiments import store
-from synerdiff.experiments.backends import LokyBackend, make_backend
+from synerdiff.experiments.backends import LokyBackend
 from synerdiff.experiments.compare import GridCell
 from synerdiff.experiments.grid import Grid, Place, best_batch, nearest
 from synerdiff.experiments.report import publish
@@ -287,7 +287,7 @@ def test_the_code_in_a_key_is_all_that_a_run_loads(world: Path) -> None:
     done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=True)
     ours = {Path(line) for line in done.stdout.splitlines() if line.startswith(f"{ROOT}/") and ".venv" not in line}
     assert len(ours) > 30
-    allowed = {"synerdiff/experiments/backends.py", "synerdiff/experiments/compare.py"}
+    allowed = {f"synerdiff/experiments/{name}.py" for name in ("backends", "compare", "parcel")}
     assert {str(path.relative_to(ROOT)) for path in ours - set(store.code_files())} <= allowed
 
 
@@ -774,43 +774,6 @@ def test_workers_that_always_die_end_the_sweep() -> None:
 def test_an_error_in_a_worker_arrives_as_itself() -> None:
     with pytest.raises(InputError, match=r"^three is not allowed\.$"):
         list(LokyBackend(2).run_unordered(_refuse, range(20)))
-
-
-def test_the_ray_backend_streams_results_and_asks_for_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against a stand-in with Ray's calls: the order of completion is Ray's, and pending work is cancelled."""
-    import types
-
-    asked: dict[str, object] = {}
-    cancelled: list[object] = []
-
-    def remote(**options: object) -> Any:
-        asked.update(options)
-        return lambda function: types.SimpleNamespace(remote=lambda item: (function, item))
-
-    fake = types.ModuleType("ray")
-    fake.is_initialized = lambda: True  # type: ignore[attr-defined]
-    fake.remote = remote  # type: ignore[attr-defined]
-    fake.wait = lambda pending, num_returns: (pending[-1:], pending[:-1])  # type: ignore[attr-defined]
-    fake.get = lambda reference: reference[0](reference[1])  # type: ignore[attr-defined]
-    fake.cancel = cancelled.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ray", fake)
-    results = make_backend("ray", None).run_unordered(_refuse, [0, 1, 2])
-    assert next(results) == 2
-    assert list(results) == [1, 0]
-    assert asked == {"max_retries": 3}
-    assert cancelled == []
-    with pytest.raises(InputError, match="three"):
-        list(make_backend("ray", None).run_unordered(_refuse, [1, 2, 3]))
-    assert [item for _, item in cancelled] == [1, 2]  # type: ignore[has-type, misc]
-    sizes: list[int] = []
-
-    def wait(pending: list[object], num_returns: int) -> tuple[list[object], list[object]]:
-        sizes.append(len(pending))
-        return pending[:1], pending[1:]
-
-    monkeypatch.setattr(fake, "wait", wait)
-    assert list(make_backend("ray", 2).run_unordered(_refuse, [0, 1, 2, 4])) == [0, 1, 2, 4]
-    assert sizes == [2, 2, 2, 1], "no more than --jobs tasks at a time"
 
 
 def test_a_profile_that_changes_under_a_running_sweep_is_noticed(world: Path) -> None:

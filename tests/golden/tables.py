@@ -106,6 +106,8 @@ _Result = TypeVar("_Result")
 class Here:
     """A backend without processes."""
 
+    elsewhere = False
+
     def run_unordered(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
         return map(function, items)
 
