@@ -91,8 +91,8 @@ def address() -> Iterator[str]:
         cluster.add_node(num_cpus=1)
         yield cluster.address
     finally:
-        ray.shutdown()  # type: ignore[no-untyped-call]
-        cluster.shutdown()
+        ray.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(
