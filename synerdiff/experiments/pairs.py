@@ -38,7 +38,9 @@ RATIOS = {
     "request_latency_mean_s": "mean latency",
     "request_latency_p99_s": "P99 latency",
     "request_throughput": "requests/s",
+    "saturation_throughput": "images/s at saturation",
 }
+SATURATED = "saturation_throughput"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ def compare_runs(a: Path, b: Path) -> SideBySide:
         )
         sentence += f" No interval: {why}."
     names = [_run_name(folder, summary) for folder, summary in zip((a, b), summaries, strict=True)]
-    parts: list[Printed] = [sentence, f"A: {names[0]}", f"B: {names[1]}", ""]
+    parts: list[Printed] = [sentence, f"A: {names[0]}", f"B: {names[1]}", *_other_arrivals(summaries), ""]
     parts.append((["s", "A", "B", "B / A", "B - A [95%]"], [row[:5] for row in rows]))
     estimated = any(summary["run"].get("provenance") == "estimated" for summary in summaries)
     return SideBySide(parts, lambda: paired_requests(left, right, names, sentence, estimated))
@@ -152,7 +154,16 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 def _run_name(folder: Path, summary: Mapping[str, Any]) -> str:
     run = summary["run"]
-    return f"{folder.name}: {run.get('policy')} on {run.get('profile')}, {run.get('trace')}"
+    how = f"measured on {run['device']}" if "device" in run else "simulated"
+    return f"{folder.name}: {run.get('policy')} on {run.get('profile')}, {run.get('trace')}, {how}"
+
+
+def _other_arrivals(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """That the same requests came at another pace, which alone changes latencies."""
+    rates = [summary["run"].get("rate_per_s") for summary in summaries]
+    if None in rates or abs(rates[1] / rates[0] - 1) < 1e-6:
+        return []
+    return [f"The requests came at another pace: {rates[0]:.4g} a second in A, {rates[1]:.4g} in B."]
 
 
 def _row(name: str, values: Sequence[float], interval: Interval | None = None) -> list[str]:
@@ -192,28 +203,39 @@ def compare_sweeps(a: Path, b: Path) -> SideBySide:
         ratios = {}
         for column, title in RATIOS.items():
             values = [{seed: own[place][seed].get(column) or 0.0 for seed in seeds} for own in cells]
-            if all(value > 0 for side in values for value in side.values()):
+            waits = _from_the_start(cells[0][place][seeds[0]])
+            if waits is (column == SATURATED) and all(value > 0 for side in values for value in side.values()):
                 ratios[title] = paired_log_ratio(values[1], values[0])
         name = ", ".join(
             _worded(column, value) for column, value in zip(CELL, place, strict=True) if value not in (None, "")
         )
-        lines.append([name or "all", str(len(seeds)), *(_ratio(ratios.get(title)) for title in RATIOS.values())])
+        name += f"{', ' * bool(name)}saturation" if _from_the_start(cells[0][place][seeds[0]]) else ""
+        lines.append([name or "all", str(len(seeds))])
         drawn.append((name or "all", ratios))
     if not drawn:
         raise InputError(f"{a} and {b} have no cell in common ({', '.join(CELL)}, seed), so nothing can be paired.")
+    titles = [title for title in RATIOS.values() if any(title in ratios for _, ratios in drawn)]
+    lines = [
+        [*line[:2], *(_ratio(ratios.get(t)) for t in titles)] for line, (_, ratios) in zip(lines, drawn, strict=True)
+    ]
     names = [_sweep_name(folder, rows, alone) for folder, rows in zip((a, b), sides, strict=True)]
     sentence = f"B / A on {len(drawn)} cells, paired by seed; below 1 B is lower. Ratios with 95% t intervals."
     left_out = len(cells[0].keys() ^ cells[1].keys())
     parts: list[Printed] = [sentence, f"A: {names[0]}", f"B: {names[1]}"]
     parts += [f"{left_out} cells are only in one of them and left out."] if left_out else []
-    parts += ["", (["cell", "seeds", *RATIOS.values()], lines)]
+    parts += ["", (["cell", "seeds", *titles], lines)]
     estimated = any(row.get("estimated") for rows in sides for row in rows)
     return SideBySide(parts, lambda: paired_sweeps(drawn, names, estimated))
 
 
 def _sweep_rows(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = read_table(folder / RUNS, {})[0].to_pylist()
-    return [row for row in rows if row["purpose"] == "grid" and row.get("load") is not None]
+    return [row for row in rows if row["purpose"] == "grid"]
+
+
+def _from_the_start(row: Mapping[str, Any]) -> bool:
+    """Whether all requests of the run waited from the start, so that only its throughput means something."""
+    return row.get("load") is None and row.get("max_concurrency") is None
 
 
 def _worded(column: str, value: Any) -> str:

@@ -93,6 +93,54 @@ def test_sweeps_are_paired_by_seed_and_what_is_one_on_each_side_may_differ(world
     assert len(compare_results(world / "out-p", world / "out-slow", world / "c")) == len(parts) + 1
 
 
+def test_runs_say_whether_they_were_measured_and_at_which_pace(world: Path) -> None:
+    simulated("a", "--policy", "static")
+    simulated("b", "--policy", "static", "--load", "0.2")
+    summary = json.loads((world / "b/summary.json").read_text())
+    summary["run"]["device"] = "a card"  # as the hardware's engine says
+    (world / "b/summary.json").write_text(json.dumps(summary))
+    parts = compare_runs(world / "a", world / "b").parts
+    assert str(parts[1]).endswith("t.csv, simulated")
+    assert str(parts[2]).endswith("t.csv, measured on a card")
+    rates = [json.loads((world / name / "summary.json").read_text())["run"]["rate_per_s"] for name in "ab"]
+    assert parts[3] == f"The requests came at another pace: {rates[0]:.4g} a second in A, {rates[1]:.4g} in B."
+    assert not any("pace" in str(part) for part in compare_runs(world / "a", world / "a").parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "cells", "headers"),
+    [
+        ("max_concurrency: [2]", ["continuous-serial", "dynamic"], ["mean latency", "P99 latency", "requests/s"]),
+        (
+            "loads: [0.5]\nsaturation: 40",
+            [
+                "continuous-serial, load 0.5",
+                "continuous-serial, saturation",
+                "dynamic, load 0.5",
+                "dynamic, saturation",
+            ],
+            ["mean latency", "P99 latency", "requests/s", "images/s at saturation"],
+        ),
+    ],
+)
+def test_closed_loops_and_saturation_are_compared(
+    world: Path, change: str, cells: list[str], headers: list[str]
+) -> None:
+    for name in ("p", "slow"):
+        text = SWEEP.format(profile=name).replace("loads: [0.5]", change)
+        (world / f"{name}.yaml").write_text(text)
+        assert cli.main(["sweep", f"{name}.yaml", "--out", f"out-{name}", "--jobs", "1"]) == 0
+    parts = compare_sweeps(world / "out-p", world / "out-slow").parts
+    assert not isinstance(parts[-1], str)
+    found, rows = parts[-1]
+    assert list(found) == ["cell", "seeds", *headers]
+    assert sorted(str(row[0]) for row in rows) == cells
+    for row in rows:
+        # Twice the times: twice the latency in a closed loop and at a load, half the rate.
+        expected = ["-", "-", "-", "0.500"] if "saturation" in str(row[0]) else ["2.000", "2.000", "0.500", "-"]
+        assert [str(cell).split()[0] for cell in row[2:]] == expected[: len(headers)]
+
+
 def test_what_cannot_be_paired_is_one_sentence(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     simulated("a", "--policy", "static")
     simulated("b", "--policy", "static")
