@@ -37,6 +37,8 @@ class Parameter:
     unit: str = ""
     help: str = ""
     choices: tuple[str, ...] = ()
+    tuned: bool = True
+    """Whether a search for better values has something to find."""
 
     def check(self, owner: str, value: Any) -> Any:
         """The value in its type; InputError names policy, parameter, what was found and what is allowed."""

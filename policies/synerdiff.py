@@ -260,7 +260,9 @@ class SynerDiffFeedback(SynerDiff):
         HORIZON,
         SKIP_PENALTY,
         MAX_DECODE_WAIT,
-        Parameter("trail", int, 0, 0, 10_000_000, "steps", "how many points of the controller's path are kept"),
+        Parameter(
+            "trail", int, 0, 0, 10_000_000, "steps", "how many points of the controller's path are kept", tuned=False
+        ),
     )
 
     def first_theta_ppm(self) -> int:

@@ -7,6 +7,7 @@ and whatever is wrong becomes one sentence: where, the field's path, what was fo
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Strict, ValidationError, model_validator
@@ -22,6 +23,17 @@ Listed = Annotated[tuple[_T, ...], Strict(False)]
 
 _BRANCH = re.compile(r"constrained-|(literal|tuple|list|dict|nullable|lax-or-strict|function-\w+)\[")
 """What pydantic adds to a place for each branch of a field that may be one of several types."""
+
+
+class Also:
+    """In the JSON schema of a field: another form that a file may use, made of the schema of the form that is kept."""
+
+    def __init__(self, form: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self.form = form
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        own: dict[str, Any] = handler(core)
+        return {"anyOf": [own, self.form(own)]}
 
 
 class Section(BaseModel):
@@ -40,6 +52,15 @@ class Section(BaseModel):
             if key not in cls.model_fields:
                 raise ValueError(f"there is no field '{shown(key)}'; known are {', '.join(cls.model_fields)}")
         return data
+
+
+def json_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a file that holds this section. Rules between fields are not in it."""
+    own = model.model_json_schema()
+    for part in (own, *own.get("$defs", {}).values()):
+        if "properties" in part:
+            part["additionalProperties"] = False
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **own}
 
 
 def validated(model: type[_Model], data: Any, where: str) -> _Model:

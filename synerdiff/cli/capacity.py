@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from synerdiff.cli import options
-from synerdiff.cli.progress import print_table, progress
+from synerdiff.cli.progress import print_parts, progress
+from synerdiff.config.experiment import PolicyEntry, is_policy_file, load_policy
 from synerdiff.core import InputError
 
 
@@ -22,7 +23,9 @@ def capacity(
     slo_seconds: Annotated[
         float | None, typer.Option(help="goodput: the latency limit (default: 3 times the latency alone).")
     ] = None,
-    policy: Annotated[str | None, typer.Option(help="Policies, separated by commas (default: auto).")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Policies or policy files, separated by commas (default: auto).")
+    ] = None,
     batch: Annotated[str | None, typer.Option(help="Batch of the policies: a size, sizes to try, or best.")] = None,
     gpus: Annotated[str | None, typer.Option(help="How many GPUs to look at: 1..32, or one number.")] = None,
     find: Annotated[str | None, typer.Option(help="gpus: the fewest; rate: the highest rate of so many.")] = None,
@@ -40,6 +43,7 @@ def capacity(
     jobs: options.Jobs = None,
     backend: options.BackendName = "loky",
     address: options.Address = None,
+    emit: options.Emit = None,
 ) -> None:
     """Find the fewest and the cheapest GPUs that keep an SLO on a trace, or the highest rate that a fleet keeps it at.
 
@@ -76,20 +80,20 @@ def capacity(
                 raise InputError(f"{option} is missing; give it, or a capacity file.")
     if batch is not None and policy is None:
         raise InputError("--batch is the batch of the policies that --policy names; give both.")
-    run = open_capacity(file, fields, out, jobs, backend, address)
+    run = open_capacity(file, fields, out, jobs, backend, address, emit)
     with progress("capacity") as update:
         parts, met = run(lambda done: update(done, None, f"{done} runs"))
-    for part in parts:
-        if isinstance(part, str):
-            typer.echo(part)
-        else:
-            print_table(*part)
+    print_parts(parts)
     if not met:
         raise typer.Exit(1)
 
 
-def _policy(name: str, batch: str | None) -> dict[str, Any]:
-    """``4``, ``4,8`` or ``best``; what it is not stays a text, for the section to refuse."""
+def _policy(name: str, batch: str | None) -> dict[str, Any] | PolicyEntry:
+    """A policy file, or a name with ``4``, ``4,8`` or ``best``; what that is not stays a text, to be refused."""
+    if is_policy_file(name.strip()):
+        if batch is not None:
+            raise InputError(f"{name.strip()} holds its own batch, which excludes --batch.")
+        return load_policy(Path(name.strip()))
     if batch is None:
         return {"policy": name.strip()}
     sizes = [int(part) if part.strip().isdigit() else part for part in batch.split(",")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from synerdiff.cli.progress import print_table
+from synerdiff.cli.progress import print_parts
 
 
 def compare(
@@ -18,8 +18,4 @@ def compare(
     """Set two results side by side: two runs request by request (simulated and real too), two sweeps seed by seed."""
     from synerdiff.experiments.pairs import compare_results
 
-    for part in compare_results(a, b, out):
-        if isinstance(part, str):
-            typer.echo(part)
-        else:
-            print_table(*part)
+    print_parts(compare_results(a, b, out))

@@ -28,7 +28,9 @@ GROUPS = {
         "simulate": "synerdiff.cli.simulate:simulate",
         "sweep": "synerdiff.cli.sweep:sweep",
         "capacity": "synerdiff.cli.capacity:capacity",
+        "tune": "synerdiff.cli.tune:tune",
         "compare": "synerdiff.cli.compare:compare",
+        "schema": "synerdiff.cli.schema:schema",
     },
     "Inputs": {
         "profile": "synerdiff.cli.profile:profile_app",

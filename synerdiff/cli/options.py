@@ -13,7 +13,8 @@ import typer
 from policies.base import Parameter
 from policies.registry import policy_parameters
 from synerdiff.config.cluster import load_cluster
-from synerdiff.core import PPM, InputError, Mode, SkipBudget
+from synerdiff.config.experiment import PolicyEntry, is_policy_file, load_policy
+from synerdiff.core import NO_SKIPS, PPM, InputError, Mode, SkipBudget
 from synerdiff.files import MOST, number, shown, whole_number
 from synerdiff.profile.folder import find_profile
 from traces.columns import MAX_ARRIVAL_S
@@ -25,7 +26,7 @@ ProfileName = Annotated[str, typer.Option("--profile", help="Folder of a profile
 TraceFile = Annotated[
     Path, typer.Option("--trace", help="Trace file: CSV, parquet, JSON or JSON lines, with the names of many engines.")
 ]
-PolicyName = Annotated[str, typer.Option("--policy", help="Name of a policy, or module:Class.")]
+PolicyName = Annotated[str, typer.Option("--policy", help="Name of a policy, module:Class, or a policy file (YAML).")]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the records.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, a parameter of the policy; may be repeated.")
@@ -78,6 +79,9 @@ Jobs = Annotated[int | None, typer.Option("--jobs", help="Processes (default: on
 BackendName = Annotated[str, typer.Option("--backend", help="loky: this machine; ray: a Ray cluster.")]
 Address = Annotated[
     str | None, typer.Option("--address", help="Of the Ray cluster: HOST:PORT, ray://HOST:PORT or auto.")
+]
+Emit = Annotated[
+    str | None, typer.Option("--emit", help="Also write a serving engine's batching rules: sglang or vllm-omni.")
 ]
 Timeline = Annotated[bool, typer.Option("--timeline", help="Also write timeline.json for Perfetto.")]
 
@@ -182,17 +186,36 @@ def run_spec(
 
     if cluster is not None and decode_gpus != "0":
         raise InputError("--decode-gpus excludes --cluster, whose workers list their decode_gpus.")
+    entry = load_policy(Path(policy)) if is_policy_file(policy) else PolicyEntry(policy=policy)
+    home = Path(entry.folder or ".")
+    known = policy_parameters(entry.policy, home)
+    parameters = _own_parameters(policy, entry) | parameter_values(entry.policy, known, settings or [])
+    if entry.skip_budget is not None:
+        if budget != NO_SKIPS or fields.get("min_ssim") is not None:
+            raise InputError(f"{policy} holds a skip budget, which excludes --min-ssim and the options --skip-...")
+        section = entry.skip_budget
+        budget = section.budget if section.min_ssim is None else NO_SKIPS
+        fields |= {"min_ssim": section.min_ssim, "fidelity": section.fidelity and Path(section.fidelity)}
+    if not entry.may_skip:
+        budget, fields = NO_SKIPS, fields | {"min_ssim": None, "fidelity": None}
     return run.RunSpec(
         profile=find_profile(profile),
         source=sources.trace_source(trace, window_of(window), mapping, sort),
-        policy=policy,
-        parameters=parameter_values(policy, policy_parameters(policy, Path()), settings or []),
-        base_folder=Path(),
+        policy=entry.policy,
+        parameters=parameters,
+        base_folder=home,
         decode_gpus=decode_lanes(decode_gpus),
         cluster=None if cluster is None else load_cluster(cluster),
         budget=budget,
+        steps_scale=entry.steps_scale,
         **fields,
     )
+
+
+def _own_parameters(file: str, entry: PolicyEntry) -> dict[str, Any]:
+    if entry.searched:
+        raise InputError(f"{file}: batch is {entry.batch!r}; one run needs one size.")
+    return dict(entry.parameters) if entry.batch is None else {**entry.parameters, "batch": entry.batch}
 
 
 def report(outcome: Outcome, title: str, more: Sequence[str] = ()) -> None:

@@ -59,6 +59,15 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
         typer.echo(line)
 
 
+def print_parts(parts: Sequence[str | tuple[Sequence[str], Sequence[Sequence[object]]]]) -> None:
+    """Print lines and tables in their order."""
+    for part in parts:
+        if isinstance(part, str):
+            typer.echo(part)
+        else:
+            print_table(*part)
+
+
 def table_lines(headers: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> list[str]:
     """The table's lines, at most ``width`` characters long where a column beside the first one fits into that."""
     table = [[str(cell) for cell in row] for row in (headers, *rows)]

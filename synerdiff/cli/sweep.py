@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from synerdiff.cli import options
-from synerdiff.cli.progress import print_table, progress
+from synerdiff.cli.progress import print_parts, progress
 
 
 def sweep(
@@ -24,8 +24,4 @@ def sweep(
     run = open_sweep(file, out, jobs, backend, address)
     with progress(file.stem) as update:
         parts = run(update)
-    for part in parts:
-        if isinstance(part, str):
-            typer.echo(part)
-        else:
-            print_table(*part)
+    print_parts(parts)

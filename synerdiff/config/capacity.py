@@ -10,9 +10,19 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from synerdiff.config.cluster import LinkSpeed, RouterEntry, named_router
-from synerdiff.config.experiment import Axis, Count, Name, PolicyEntry, Seed, SkipBudgetSection, Workload
+from synerdiff.config.experiment import (
+    Axis,
+    Count,
+    Name,
+    PolicyEntry,
+    PolicyOrFile,
+    Seed,
+    SkipBudgetSection,
+    Workload,
+    with_policy_files,
+)
 from synerdiff.files import read_yaml
-from synerdiff.schema import Listed, Section, validated
+from synerdiff.schema import Also, Listed, Section, validated
 
 MOST_GPUS = 1024
 DEFAULT_POLICY = "auto"
@@ -66,7 +76,7 @@ class Question(Section):
     name: Name = "capacity"
     profiles: Axis[str] = Field(min_length=1)
     workload: Workload
-    policies: Listed[PolicyEntry] = Field(default=(PolicyEntry(policy=DEFAULT_POLICY),), min_length=1)
+    policies: Listed[PolicyOrFile] = Field(default=(PolicyEntry(policy=DEFAULT_POLICY),), min_length=1)
     slo: str
     slo_seconds: float | None = Field(default=None, gt=0, le=1e9)
     """goodput: the latency limit of a request without one of its own; without it 3 times its latency alone."""
@@ -79,7 +89,9 @@ class Question(Section):
     """Between stages that are apart."""
     mixed: bool = False
     """Also fleets of two of the profiles, where they are cheaper."""
-    router: Annotated[RouterEntry, BeforeValidator(named_router)] = RouterEntry(kind="shortest-queue")
+    router: Annotated[RouterEntry, BeforeValidator(named_router), Also(lambda own: {"type": "string"})] = RouterEntry(
+        kind="shortest-queue"
+    )
     seeds: Axis[Seed] = Field(default=tuple(range(1, 11)), min_length=1)
     """Of a generated workload; the first half chooses, the other half judges."""
     requests: Count = 1000
@@ -148,4 +160,4 @@ def _named(name: str, profile: str) -> bool:
 
 def load_question(path: Path) -> Question:
     """Read a capacity file; InputError names the file and the field that is wrong."""
-    return validated(Question, read_yaml(path, "capacity file"), str(path))
+    return validated(Question, with_policy_files(read_yaml(path, "capacity file"), path.parent), str(path))

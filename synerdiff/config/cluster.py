@@ -16,7 +16,7 @@ from synerdiff.core import NS_PER_S, PPM
 from synerdiff.files import read_yaml
 from synerdiff.profile.folder import is_profile
 from synerdiff.profile.tables import Profile
-from synerdiff.schema import Listed, Section, sentence, validated
+from synerdiff.schema import Also, Listed, Section, sentence, validated
 
 Gpu = Annotated[int, Field(ge=0, le=4095)]
 MIB = 1 << 20
@@ -200,7 +200,9 @@ def named_router(given: Any) -> Any:
 class Cluster(Section):
     """Workers, services and how they work together."""
 
-    router: Annotated[RouterEntry, BeforeValidator(named_router)] = RouterEntry(kind="shortest-queue")
+    router: Annotated[RouterEntry, BeforeValidator(named_router), Also(lambda own: {"type": "string"})] = RouterEntry(
+        kind="shortest-queue"
+    )
 
     workers: Listed[WorkerEntry] = Field(min_length=1, max_length=4096)
     strategies: Strategies = Strategies()

@@ -20,10 +20,14 @@ from pydantic import (
 from synerdiff.config.cluster import Degree, LinkSpeed, RouterEntry, Stages, named_router
 from synerdiff.core import PPM, Mode, SkipBudget
 from synerdiff.files import read_yaml, shown
-from synerdiff.schema import Listed, Section, validated
+from synerdiff.schema import Also, Listed, Section, validated
 
 _T = TypeVar("_T")
-Axis = Annotated[Listed[_T], BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,))]
+Axis = Annotated[
+    Listed[_T],
+    BeforeValidator(lambda value: value if isinstance(value, list | tuple) else (value,)),
+    Also(lambda own: own["items"]),
+]
 """One value or a list of them: every one is a cell of the grid."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Load = Annotated[float, Field(ge=1e-6, le=10)]
@@ -130,7 +134,9 @@ class PolicyEntry(Section):
     """A policy at one set of parameters; ``batch`` is a size, a list of sizes to search, or ``best``.
 
     With ``steps_scale`` below 1 its requests take that share of their steps, rounded, all with full guidance: the
-    equal-cost baseline of every policy that skips. ``skip`` false: guidance may not be skipped.
+    equal-cost baseline of every policy that skips. ``skip`` false: guidance may not be skipped; ``skip_budget``: its
+    own instead of the experiment's. ``folder``, relative to the file: where a ``module:Class`` is looked up (default:
+    the file's).
     """
 
     policy: str
@@ -139,6 +145,8 @@ class PolicyEntry(Section):
     batch: Sizes = None
     steps_scale: float = Field(default=1.0, ge=0.001, le=1)
     skip: bool = True
+    skip_budget: SkipBudgetSection | None = None
+    folder: str | None = None
 
     _a_batch = field_validator("batch", mode="wrap")(_a_batch)
 
@@ -161,6 +169,10 @@ class PolicyEntry(Section):
     def searched(self) -> bool:
         """Whether its batch is searched for."""
         return self.batch == "best" or isinstance(self.batch, tuple)
+
+
+PolicyOrFile = Annotated[PolicyEntry, Also(lambda own: {"type": "string", "pattern": r"\.ya?ml$"})]
+"""In a file also the path of a policy file, which is read before the rest is checked."""
 
 
 class BatchSearch(Section):
@@ -193,9 +205,9 @@ class Machines(Section):
     profiles: Axis[str] = ()
     contention: Axis[Factor] = Field(default=(1.0,), min_length=1)
     decode_share: Axis[Annotated[Factor, Field(gt=0)]] = Field(default=(1.0,), min_length=1)
-    decode_gpus: Annotated[Listed[Lanes], BeforeValidator(lambda value: _lanes(value))] = Field(
-        default=((0,),), min_length=1
-    )
+    decode_gpus: Annotated[
+        Listed[Lanes], BeforeValidator(lambda value: _lanes(value)), Also(lambda own: own["items"])
+    ] = Field(default=((0,),), min_length=1)
 
     @model_validator(mode="after")
     def _lanes_are_named(self) -> Machines:
@@ -319,13 +331,13 @@ class Experiment(Machines):
     """Blocks of machines, instead of profiles and what belongs to them."""
     fleets: Listed[Fleet] = ()
     workloads: Listed[Workload] = Field(min_length=1)
-    policies: Listed[PolicyEntry] = Field(min_length=1)
+    policies: Listed[PolicyOrFile] = Field(min_length=1)
     batch: Sizes = None
     """Of every policy that has one and states none."""
     loads: Axis[Load] = Field(default=(0.5, 0.6, 0.7, 0.8, 0.9, 1.0), min_length=1)
     max_concurrency: Axis[Annotated[int, Field(ge=1, le=1_000_000)]] = ()
     """Closed loops instead of loads: so many requests in the system, the next sent when one has ended."""
-    saturation: Annotated[Count | None, BeforeValidator(_images)] = None
+    saturation: Annotated[Count | None, BeforeValidator(_images), Also(lambda own: {"type": "boolean"})] = None
     """Also runs in which so many images (true: ``SATURATION_IMAGES``) wait from the start."""
     seeds: Axis[Seed] = Field(default=(1, 2, 3), min_length=1)
     requests: Count = 1000
@@ -445,4 +457,31 @@ def _require_distinct(what: str, values: Sequence[Any]) -> None:
 
 def load_experiment(path: Path) -> Experiment:
     """Read an experiment file; InputError names the file and the path of the field that is wrong."""
-    return validated(Experiment, read_yaml(path, "sweep file"), str(path))
+    return validated(Experiment, with_policy_files(read_yaml(path, "sweep file"), path.parent), str(path))
+
+
+def with_policy_files(data: dict[str, Any], base: Path) -> dict[str, Any]:
+    """The fields ``policies`` and ``policy`` with the content of the policy files that they name."""
+
+    def read(value: Any) -> Any:
+        return load_policy(base / value) if is_policy_file(value) else value
+
+    changed = {name: read(data[name]) for name in ("policy",) if name in data}
+    if isinstance(data.get("policies"), list):
+        changed["policies"] = [read(value) for value in data["policies"]]
+    return {**data, **changed}
+
+
+def is_policy_file(name: Any) -> bool:
+    """Whether it is the path of a policy file, not the name of a policy."""
+    return isinstance(name, str) and name.endswith((".yaml", ".yml"))
+
+
+def load_policy(path: Path) -> PolicyEntry:
+    """Read a policy file, the fields of one policy; its folders are absolute then. InputError names the file."""
+    entry = validated(PolicyEntry, read_yaml(path, "policy file"), str(path))
+    changes: dict[str, Any] = {"folder": str((path.parent / (entry.folder or ".")).resolve())}
+    if entry.skip_budget is not None and entry.skip_budget.fidelity is not None:
+        fidelity = str((path.parent / entry.skip_budget.fidelity).resolve())
+        changes["skip_budget"] = entry.skip_budget.model_copy(update={"fidelity": fidelity})
+    return entry.model_copy(update=changes)

@@ -553,7 +553,8 @@ def _entries(question: Question, base: Path) -> list[PolicyEntry]:
         if not entry.searched:
             entries.append(entry)
             continue
-        if "batch" not in [parameter.name for parameter in policy_parameters(entry.policy, base)]:
+        home = base / (entry.folder or ".")
+        if "batch" not in [parameter.name for parameter in policy_parameters(entry.policy, home)]:
             raise InputError(f"policy '{entry.policy}' has no parameter 'batch'.")
         sizes = entry.batch if isinstance(entry.batch, tuple) else BatchSearch().batches
         fitting = [size for size in sorted(set(sizes)) if all(size <= most_samples(profile) for profile in rows)]

@@ -12,12 +12,14 @@ from synerdiff.config.capacity import Question, load_question
 from synerdiff.experiments.backends import make_backend
 from synerdiff.experiments.capacity import Answer, Ask, Inquiry, Verdict, best_of, by_size, limits_s, request_table
 from synerdiff.experiments.capacity_fleets import APART, TITLES, stage_seconds
+from synerdiff.experiments.emit import Choice, check_engine, emit
 from synerdiff.experiments.report import Printed
 from synerdiff.experiments.sources import arrivals
 from synerdiff.experiments.sweep import MANIFEST, write_manifest
 from synerdiff.figures.capacity import capacity_figure
 from synerdiff.figures.style import save
 from synerdiff.files import atomic, claim_folder
+from synerdiff.profile.capacity import mix_of
 from synerdiff.schema import validated
 
 ANSWERS = "capacity.json"
@@ -25,7 +27,13 @@ FIGURE = "capacity"
 
 
 def open_capacity(
-    file: Path | None, fields: dict[str, Any], out: Path | None, jobs: int | None, backend: str, address: str | None
+    file: Path | None,
+    fields: dict[str, Any],
+    out: Path | None,
+    jobs: int | None,
+    backend: str,
+    address: str | None,
+    engine: str | None,
 ) -> Callable[[Callable[[int], None]], tuple[list[Printed], bool]]:
     """What answers a question (a file, or the fields of one), telling how many runs are done: what is to be printed,
     and whether anything keeps the SLO. InputError before any work for what does not fit."""
@@ -33,17 +41,18 @@ def open_capacity(
     runner = make_backend(backend, question.jobs if jobs is None else jobs, address)
     folder = Path("results") / question.name if out is None else out
     study = Inquiry(question, Path() if file is None else file.parent, folder)
+    check_engine(engine, [device.profile for device in study.grid.devices.values()])
     claim_folder(folder, f"capacity {question.name}")
 
     def run(on_progress: Callable[[int], None]) -> tuple[list[Printed], bool]:
         answers = study.solve(runner, on_progress)
-        return publish(study, answers), any(answer.best is not None for answer in answers)
+        return publish(study, answers, engine), any(answer.best is not None for answer in answers)
 
     return run
 
 
-def publish(study: Inquiry, answers: Sequence[Answer]) -> list[Printed]:
-    """Write the answers and the figure; what is to be printed, the answer first."""
+def publish(study: Inquiry, answers: Sequence[Answer], engine: str | None = None) -> list[Printed]:
+    """Write the answers, the figure and an engine's rules; what is to be printed, the answer first."""
     question, folder = study.question, study.folder
     parts: list[Printed] = [*sentences(question, answers), *_apart(study, answers), "", _table(question, answers)]
     chosen = winner(question, answers)
@@ -64,8 +73,19 @@ def publish(study: Inquiry, answers: Sequence[Answer]) -> list[Printed]:
     with atomic(folder / ANSWERS) as temporary:
         temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     write_manifest(folder, {"experiment": question.name, "complete": True})
+    emitted = [] if engine is None or chosen is None else emit(engine, _choices(study, chosen), folder)
+    rules = "".join(f", {path.name}" for path in emitted)
     counts = f"{study.results.computed} runs computed now and {study.results.reused} found"
-    return [*parts, f"{folder}: {ANSWERS}, figures/{FIGURE}.png, {MANIFEST}; {counts}"]
+    return [*parts, f"{folder}: {ANSWERS}, figures/{FIGURE}.png, {MANIFEST}{rules}; {counts}"]
+
+
+def _choices(study: Inquiry, answer: Answer) -> list[Choice]:
+    """The batch of the fleet that is the answer, for each kind of card in it."""
+    question, entry = study.question, answer.entry
+    batch = entry.batch if isinstance(entry.batch, int) else entry.parameters.get("batch")
+    basis = {"policy": entry.policy, "slo": question.slo, "answer": _sentence(question, answer)}
+    rows = mix_of(study.requests(answer.name)).sample_rows
+    return [Choice(study.grid.devices[kind].profile, batch, rows, basis) for kind in answer.kinds or [answer.name]]
 
 
 # The sentence

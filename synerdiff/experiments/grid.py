@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from policies.registry import build_policy, policy_parameters
 from policies.routers import build_router
 from synerdiff.config.cluster import MIB, Cluster, cluster_of, load_cluster
-from synerdiff.config.experiment import Experiment, Fleet, Machines, PolicyEntry, Workload
+from synerdiff.config.experiment import Experiment, Fleet, Machines, PolicyEntry, SkipBudgetSection, Workload
 from synerdiff.core import NO_SKIPS, InputError, SkipBudget, WorkerInfo
 from synerdiff.experiments.adapter_mix import AdapterTrace
 from synerdiff.experiments.compare import GridCell
@@ -92,9 +92,9 @@ class Grid:
             (workload.name, share): sources(workload, experiment, self.base) for workload, share in self.workloads
         }
         self.policies = [self._entry(index) for index in range(len(experiment.policies))]
-        self._floors: dict[tuple[str, Source], SkipBudget] = {}
+        self._floors: dict[tuple[str, Source, SkipBudgetSection], SkipBudget] = {}
         self._check_policies()
-        self.policy_hashes = {entry.policy: policy_hash(entry.policy, self.base) for entry in self.policies}
+        self.policy_hashes = {entry.policy: policy_hash(entry.policy, self.home(entry)) for entry in self.policies}
         self.tables = self._fidelity_tables()
         """The fidelity table by profile, where a floor on fidelity is asked for; what it does not cover is refused."""
         self.searches = self._search_runs()
@@ -118,10 +118,18 @@ class Grid:
             devices[name] = device
         return devices
 
+    def home(self, entry: PolicyEntry) -> Path:
+        """Where the module of a policy of the user's own is looked up."""
+        return self.base if entry.folder is None else (self.base / entry.folder).resolve()
+
+    def section_of(self, entry: PolicyEntry) -> SkipBudgetSection:
+        """The policy's own skip budget, else the experiment's."""
+        return self.experiment.skip_budget if entry.skip_budget is None else entry.skip_budget
+
     def _entry(self, index: int) -> PolicyEntry:
         """A policy, with the batch of all where it has none of its own."""
         entry, batch = self.experiment.policies[index], self.experiment.batch
-        has_batch = "batch" in [parameter.name for parameter in policy_parameters(entry.policy, self.base)]
+        has_batch = "batch" in [parameter.name for parameter in policy_parameters(entry.policy, self.home(entry))]
         if entry.batch is not None and not has_batch:
             raise InputError(f"policies[{index}].batch: policy '{entry.policy}' has no parameter 'batch'.")
         stated = entry.batch is not None or "batch" in entry.parameters or not has_batch
@@ -135,9 +143,9 @@ class Grid:
                 parameters["batch"] = entry.batch
             for source in (source for replicates in self.sources.values() for source in replicates):
                 requests = fitted(arrivals(source).requests, device.profile)
-                profile = at_its_resolutions(device.profile, requests, entry.policy, self.base)
+                profile = at_its_resolutions(device.profile, requests, entry.policy, self.home(entry))
                 worker = WorkerInfo(profile.most_rows, 0, lanes, mix_of(requests).sample_rows)
-                build_policy(entry.policy, parameters, self.base).reset(worker, profile)
+                build_policy(entry.policy, parameters, self.home(entry)).reset(worker, profile)
 
     def _lanes(self) -> list[tuple[Measured, tuple[int, ...]]]:
         pairs = [pair for block in self.experiment.blocks for pair in product(block.profiles, block.decode_gpus)]
@@ -145,9 +153,12 @@ class Grid:
 
     def _fidelity_tables(self) -> dict[str, FidelityTable]:
         """Profile -> its fidelity table; empty without a floor. InputError where there is none or it lacks a number."""
-        section = self.experiment.skip_budget
-        if section.min_ssim is None:
+        sections = [self.section_of(entry) for entry in self.policies if entry.may_skip]
+        section = next((one for one in sections if one.min_ssim is not None), None)
+        if section is None:
             return {}
+        if len({one.fidelity for one in sections if one.min_ssim is not None}) > 1:
+            raise InputError("the policies' floors name several fidelity tables; one is needed to compare them.")
         given = None if section.fidelity is None else self.base / section.fidelity
         asked = {
             (request.steps, request.guidance_scale)
@@ -254,12 +265,12 @@ class Grid:
 
     def budget_of(self, name: str, source: Source, entry: PolicyEntry) -> SkipBudget:
         """How many steps a policy may run without guidance on that profile; a floor on fidelity is looked up once."""
-        device, section = self.devices[name], self.experiment.skip_budget
+        device, section = self.devices[name], self.section_of(entry)
         if not entry.may_skip:
             return NO_SKIPS
         if section.min_ssim is None:
             return section.budget
-        key = (device.profile.name, source)
+        key = (device.profile.name, source, section)
         if key not in self._floors:
             assert device.folder is not None  # _fidelity_tables refuses a profile without one
             table = None if section.fidelity is None else self.base / section.fidelity
@@ -290,7 +301,7 @@ class Grid:
             source=source,
             policy=entry.policy,
             parameters=dict(entry.parameters) if batch is None else {**entry.parameters, "batch": batch},
-            base_folder=self.base,
+            base_folder=self.home(entry),
             decode_gpus=tuple(map(int, cell.decode_gpus.split(","))) if cell.decode_gpus else (0,),
             budget=self.budget_of(name, source, entry),
             load=load,

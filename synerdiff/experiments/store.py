@@ -45,7 +45,18 @@ CODE = (
 """Besides ``synerdiff/*.py``: folders and files with every module of ours that a run loads."""
 NOT_CODE = tuple(
     f"synerdiff/experiments/{name}.py"
-    for name in ("backends", "capacity", "capacity_report", "compare", "pairs", "parcel", "report")
+    for name in (
+        "backends",
+        "capacity",
+        "capacity_report",
+        "compare",
+        "emit",
+        "pairs",
+        "parcel",
+        "report",
+        "tune",
+        "tune_report",
+    )
 )
 """What only works on rows that are there."""
 LIBRARIES = ("numpy", "pandas", "pyarrow", "simpy")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from synerdiff import __version__
-from synerdiff.core import RunResult
+from synerdiff.core import NO_SKIPS, RunResult
 from synerdiff.experiments import parcel
 from synerdiff.experiments.backends import Backend
 from synerdiff.experiments.grid import Grid, Run, best_batch
@@ -88,7 +88,7 @@ def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], No
         results.batches.append({**where, "best_batch": best[place], column: values})
     results.grid_runs = {run.key: run for run in grid.runs(best)}
     rows = rows_of(results.grid_runs, backend, results, tell)
-    results.rows = [_with_ssim(rows[key], results.grid_runs[key], grid.tables) for key in sorted(rows)]
+    results.rows = [with_ssim(rows[key], results.grid_runs[key], grid.tables) for key in sorted(rows)]
     _write(grid, results, [searched[key] for key in sorted(searched) if key not in rows])
     return results
 
@@ -174,10 +174,10 @@ def _fleet_columns(run: Run, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _with_ssim(row: dict[str, Any], run: Run, tables: Mapping[str, FidelityTable]) -> dict[str, Any]:
+def with_ssim(row: Mapping[str, Any], run: Run, tables: Mapping[str, FidelityTable]) -> dict[str, Any]:
     """The row with the mean SSIM of its images against full guidance in the steps that were asked for."""
-    if not tables or not run.keep_requests:
-        return row
+    if not tables or not run.keep_requests or (run.spec.budget != NO_SKIPS and run.spec.budget.eligible_steps is None):
+        return dict(row)  # a budget by its parts allows what no table was made for
     frame = read_table(run_file(run.folder, run.key), REQUEST_COLUMNS)[0]
     asked = {request.request_id: request.steps for request in arrivals(run.source).requests}
 

@@ -105,7 +105,7 @@ KNOWN = ", ".join(Experiment.model_fields)
         ({"dispersion": "1"}, "dispersion is 1; it must be a valid boolean."),
         (
             {"policies": "[static]"},
-            "policies[0]: named fields are needed: policy, label, parameters, batch, steps_scale, skip.",
+            "policies[0]: named fields are needed: policy, label, parameters, batch, steps_scale, skip, skip_budget, f",
         ),
         ({"policies": "[{polic: s}]"}, "policies[0]: there is no field 'polic'; known are policy, label, parameters, "),
         ({"policies": "[{label: s}]"}, "policies[0].policy is missing."),
