@@ -16,17 +16,18 @@ than taking turns (caches thrash). Low, mid (0.5, the default) and high should a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 from math import sqrt
 from typing import Any
 
-from profiler.datasheets import FLOPS_PER_JOULE, GPUS, MODELS, Model, gpu_key, known
+from profiler.datasheets import FLOPS_PER_JOULE, GPUS, MODELS, Gpu, Model, gpu_key, known
 from profiler.durations import FITTED, ForwardMode, Occupancy, forward, joined
-from profiler.operations import decoder, text_encoders, total, unet
+from profiler.operations import Operations, decoder, text_encoders, total, unet
 from synerdiff.core import NS_PER_S, PPM, InputError
 from synerdiff.files import number, shown
 from synerdiff.profile.folder import combined
-from synerdiff.profile.tables import Corun, Head, Profile, Spread
+from synerdiff.profile.tables import MOST_DEGREE, Corun, Head, Profile, Spread
 
 ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CORUN_ROWS = (1, 2, 4, 8, 16, 32)
@@ -39,6 +40,11 @@ CHUNK_DISPATCH_S = 50e-6
 COPY_BYTES_PER_S = 25e9
 COPY_LATENCY_S = 100e-6
 LARGEST_SIDE = 4096
+NVLINK_GB_PER_S = 450.0
+"""One direction of an H100's NVLink, data sheet."""
+EXCHANGE_S = 10e-6
+"""What an exchange between GPUs takes at the least; assumed."""
+ACTIVATION_BYTES = 2
 BAND = {"eager": (0.88, 1.18), "compiled": (0.92, 1.29), "engine": (0.86, 1.25)}
 """Execution -> multiples of the estimate between which eight of ten published times lie, each card left out of the fit
 that judges it (``synerdiff scorecard --only times``; a test holds them against it)."""
@@ -81,11 +87,14 @@ def estimate_profile(
     precision: str = "bf16",
     vae_bits: int = 16,
     resolution: str = "",
+    degrees: Sequence[int] = (),
+    link_gb_per_s: float = NVLINK_GB_PER_S,
 ) -> Profile:
     """The estimated profile of a known GPU and model.
 
     ``contention``: a name of CONTENTION_LEVELS or a number from 0 to 3. ``decode_scale`` multiplies the time of the
-    decode. Text encoders run eagerly unless ``execution`` is ``engine``. Every cell has n = 0 and p10 = p90 = median.
+    decode. ``degrees``: also steps that so many GPUs take together over links of ``link_gb_per_s`` (``together``).
+    Text encoders run eagerly unless ``execution`` is ``engine``. Every cell has n = 0 and p10 = p90 = median.
     InputError lists what is known.
     """
     gpu = gpu_key(gpu)
@@ -121,6 +130,11 @@ def estimate_profile(
         "text_encode": text.seconds,
         "result_copy": COPY_LATENCY_S + 3 * height * width / COPY_BYTES_PER_S,
     }
+    for degree in degrees:
+        if not 2 <= degree <= MOST_DEGREE:
+            raise InputError(f"degrees holds {degree}; allowed are whole numbers from 2 to {MOST_DEGREE}.")
+    if not 1e-3 <= link_gb_per_s <= 1e6:
+        raise InputError(f"link-gb-per-s is {link_gb_per_s:g}; allowed is a number from 0.001 to 1000000.")
     own_size, usual = f"{network.resolution}x{network.resolution}", f"{CONTENTION_LEVELS[DEFAULT_CONTENTION]:g}"
     options = [
         (f"--{flag} {value}", text)
@@ -131,11 +145,20 @@ def estimate_profile(
             ("vae-precision", str(vae_bits), "16", f"vae{vae_bits}"),
             ("contention", f"{severity:.15g}", usual, f"contention{severity:g}"),
             ("decode-scale", f"{decode_scale:.15g}", "1", f"decode{decode_scale:g}"),
+            ("degrees", ",".join(map(str, degrees)), "", ""),
+            ("link-gb-per-s", f"{link_gb_per_s:.15g}", f"{NVLINK_GB_PER_S:.15g}", ""),
         )
         if value != default
     ]
-    name = "-".join([f"{gpu}-{model}-estimated", *(text for _, text in options)])
+    name = "-".join([f"{gpu}-{model}-estimated", *(text for _, text in options if text)])
     command = " ".join([f"synerdiff estimate --gpu {gpu} --model {model}", *(option for option, _ in options)])
+    head = _head(gpu, model, (height, width), mode, vae_bits, severity, decode_scale, command)
+    if degrees:
+        head.notes["assumptions"]["link"] = {
+            "value": link_gb_per_s,
+            "unit": "GB/s between GPUs that take a step together, one direction",
+            "source": "option --link-gb-per-s; each GPU has an equal share of the pixels (profiler/estimate.py)",
+        }
     return Profile(
         name=name,
         provenance="estimated",
@@ -144,8 +167,35 @@ def estimate_profile(
         chunks={name: tuple(_exactly(piece.seconds) for piece in pieces) for name, pieces in chunks.items()},
         corun=corun,
         overheads={key: _exactly(value) for key, value in overheads.items()},
-        head=_head(gpu, model, (height, width), mode, vae_bits, severity, decode_scale, command),
+        degrees={
+            degree: {
+                rows: _exactly(together(operations, rows, device, mode, degree, link_gb_per_s * 1e9))
+                for rows in ROW_BUCKETS
+            }
+            for degree in degrees
+        },
+        head=head,
     )
+
+
+def together(
+    operations: Operations, rows: int, device: Gpu, mode: ForwardMode, degree: int, link_bytes_per_s: float
+) -> float:
+    """Seconds of a step that ``degree`` GPUs take together, each with its share of every image's pixels.
+
+    Every GPU does 1/g of each operation with all weights. Each self-attention exchanges its queries, keys, values and
+    outputs between all GPUs (Jacobs et al., DeepSpeed Ulysses, 2023): 4 tensors of which a GPU sends (g - 1) / g^2.
+    The borders of convolutions and the sums of group norms travel too, and are taken to hide behind work (Li et al.,
+    DistriFusion, 2024).
+    """
+    shared = tuple(
+        (o._replace(flops=o.flops / degree, elements=o.elements / degree, m=-(-o.m // degree)), times)
+        for o, times in operations
+    )
+    own = [(o, times) for o, times in operations if o.kind == "attention" and o.elements == 4 * o.m * o.n]
+    sent = sum(times * o.elements for o, times in own) * rows * ACTIVATION_BYTES * (degree - 1) / degree**2
+    exchanges = 4 * sum(times for _, times in own)
+    return forward(shared, rows, device, mode).seconds + sent / link_bytes_per_s + exchanges * EXCHANGE_S
 
 
 def estimate_profiles(resolution: str, *given: Any, **fields: Any) -> Profile:

@@ -15,7 +15,7 @@ from pathlib import Path
 from profiler.estimate import estimate_profile
 from synerdiff.core import NS_PER_S, InputError
 from synerdiff.files import Row, read_rows
-from synerdiff.profile.tables import Head, Profile, Spread
+from synerdiff.profile.tables import MOST_DEGREE, Head, Profile, Spread
 
 NS_PER_MS = 1_000_000
 KINDS = ("step", "decode", "encode")
@@ -92,27 +92,29 @@ def _named(head: Head, source: str, notes: Mapping[str, str]) -> Head:
 
 
 def table_profile(path: Path, name: str, source: str, model: str, resolution: str | None, guided: bool) -> Profile:
-    """The profile in a table of times: columns kind (step, decode, encode), milliseconds, resolution (``HxW``), and
-    rows or batch.
+    """The profile in a table of times: columns kind (step, decode, encode), milliseconds, resolution (``HxW``), rows or
+    batch, and degree (GPUs that take a step together, 1 where it is empty).
 
     A batch of steps has two rows an image when ``guided``. A decode or encode of several images counts per image; of
     several sizes the smallest counts. InputError names the line, and the resolutions where one must be chosen.
     """
     rows = [_Time.of(row, guided) for row in read_rows(path, ("kind", "milliseconds"), "table of times",
-                                                      ("rows", "batch", "resolution"))]  # fmt: skip
+                                                      ("rows", "batch", "resolution", "degree"))]  # fmt: skip
     sizes = list(dict.fromkeys(time.resolution for time in rows if time.resolution))
     chosen = resolution or (sizes[0] if len(sizes) == 1 else "")
     if sizes and chosen not in sizes:
         what = f"resolution {resolution} is not among them" if resolution else "choose one with --resolution"
         raise InputError(f"{path}: it has times at {', '.join(sizes)}; {what}.")
     rows = [time for time in rows if time.resolution in ("", chosen)]
-    steps: dict[int, float] = {}
+    degrees: dict[int, dict[int, float]] = {1: {}}
     for time in (time for time in rows if time.kind == "step"):
-        if time.count in steps:
+        own = degrees.setdefault(time.degree, {})
+        if time.count in own:
             raise InputError(f"{time.place}: a step of {time.count} rows is given twice.")
-        steps[time.count] = time.ns
+        own[time.count] = time.ns
+    steps = degrees.pop(1)
     if not steps:
-        raise InputError(f"{path}: it has no step.")
+        raise InputError(f"{path}: it has no step{' on one GPU' if degrees else ''}.")
     decode_ns, encode_ns = (
         min(((t.count, t.ns / t.count) for t in rows if t.kind == kind), default=(0, 0.0))[1]
         for kind in ("decode", "encode")
@@ -120,7 +122,10 @@ def table_profile(path: Path, name: str, source: str, model: str, resolution: st
     notes = {"imported_from": path.name} | ({} if decode_ns else {"decode": "not in the table: taken to cost nothing"})
     height, _, width = chosen.partition("x")
     head = Head(model=model, resolutions=((int(height), int(width)),) if chosen else (), source=source, notes=notes)
-    return _profile(name, dict(sorted(steps.items())), decode_ns, {"text_encode": encode_ns} if encode_ns else {}, head)
+    overheads = {"text_encode": encode_ns} if encode_ns else {}
+    profile = _profile(name, dict(sorted(steps.items())), decode_ns, overheads, head)
+    together = {g: {rows: _spread(time_ns) for rows, time_ns in own.items()} for g, own in sorted(degrees.items())}
+    return replace(profile, degrees=together)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +138,7 @@ class _Time:
     count: int
     """Rows of a step, images of anything else."""
     ns: float
+    degree: int = 1
 
     @classmethod
     def of(cls, row: Row, guided: bool) -> _Time:
@@ -149,7 +155,8 @@ class _Time:
         count = row.integer(column, 1, 100_000)
         if kind == "step" and column == "batch" and guided:
             count *= 2
-        return cls(row.place, kind, resolution, count, row.number("milliseconds", 1e-6, 1e9) * NS_PER_MS)
+        degree = row.integer("degree", 1, MOST_DEGREE) if kind == "step" and row.text("degree") else 1
+        return cls(row.place, kind, resolution, count, row.number("milliseconds", 1e-6, 1e9) * NS_PER_MS, degree)
 
 
 def _profile(

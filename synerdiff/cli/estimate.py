@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from profiler.estimate import estimate_profiles
-from synerdiff.core import NS_PER_S
-from synerdiff.files import claim_folder
+from synerdiff.core import NS_PER_S, InputError
+from synerdiff.files import claim_folder, shown, whole_number
 from synerdiff.profile.folder import write_profile
+from synerdiff.profile.tables import MOST_DEGREE
 
 
 def estimate(
@@ -34,6 +35,8 @@ def estimate(
         ),
     ] = "mid",
     decode_scale: Annotated[float, typer.Option(help="Factor on the time of the decode.")] = 1.0,
+    degrees: Annotated[str, typer.Option(help="Also steps that several GPUs take together: 2,4,8.")] = "",
+    link_gb_per_s: Annotated[float, typer.Option(help="Link between these (default: an H100's NVLink).")] = 450.0,
 ) -> None:
     """Estimate a profile from data sheets and the operations of a model; nothing is measured."""
     profile = estimate_profiles(
@@ -45,6 +48,8 @@ def estimate(
         execution=execution,
         precision=precision,
         vae_bits=vae_precision,
+        degrees=_degrees(degrees),
+        link_gb_per_s=link_gb_per_s,
     )
     claim_folder(out, "estimate")
     write_profile(out, profile)
@@ -55,3 +60,11 @@ def estimate(
         f"{out}: {profile.name}, step of 2 rows {step_ms:.1f} ms, decode {decode_ms:.1f} ms (estimated, not measured: "
         f"times {band['low']:g} to {band['high']:g}; {band['card']}; assumptions in profile.yaml)"
     )
+
+
+def _degrees(text: str) -> list[int]:
+    """``2,4,8``."""
+    try:
+        return [whole_number(part.strip(), 2, MOST_DEGREE) for part in text.split(",")] if text else []
+    except ValueError:
+        raise InputError(f"--degrees {shown(text)}: numbers from 2 to {MOST_DEGREE} are needed, as 2,4,8.") from None

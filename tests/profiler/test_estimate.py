@@ -16,7 +16,7 @@ from profiler.durations import FITTED, ForwardMode, Occupancy, filled, forward, 
 from profiler.operations import EXECUTIONS, Layers, Operation, decoder, text_encoders, total, unet
 from synerdiff.cli.estimate import estimate
 from synerdiff.core import InputError
-from synerdiff.profile.folder import SHIPPED, load_profile
+from synerdiff.profile.folder import SHIPPED, load_profile, write_profile
 
 SQUARE = ForwardMode("engine", "fp16")
 
@@ -327,3 +327,44 @@ def test_several_resolutions_are_those_of_each_alone() -> None:
     assert est.estimate_profiles("", "h200", "sdxl") == est.estimate_profile("h200", "sdxl")
     with pytest.raises(InputError, match="are both of 512x512"):
         est.estimate_profiles("512x512,512x512", "h200", "sdxl")
+
+
+def test_a_step_of_several_gpus_by_hand() -> None:
+    """One self-attention over 4 tokens of 8 channels beside a product, on a link of 1 byte a second."""
+    device, mode = GPUS["h100"], ForwardMode("engine", "bf16")
+    wait_s = 12 * est.EXCHANGE_S
+    product = Operation("linear", 2.0 * 64 * 8 * 8, 64 * 16.0, 64.0, 1, 64, 8)
+    attention = Operation("attention", 4.0 * 4 * 4 * 8, 2.0 * 8 * 8, 0.0, 1, 4 * 2, 4)
+    across = attention._replace(elements=2.0 * (4 + 77) * 8)
+    listed = ((product, 1), (attention, 3), (across, 2))
+    halves = tuple((o._replace(flops=o.flops / 2, elements=o.elements / 2, m=o.m // 2), n) for o, n in listed)
+    alone = forward(halves, 2, device, mode).seconds
+    # 3 layers of 4 tensors of 32 elements, 2 rows, 2 bytes; of each a GPU of two sends a quarter. 12 exchanges.
+    assert est.together(listed, 2, device, mode, 2, 1.0) == pytest.approx(alone + 3 * 4 * 32 * 2 * 2 / 4 + wait_s)
+
+
+def test_degrees_are_estimated_written_and_read_back(tmp_path: Path) -> None:
+    profile = est.estimate_profile("h100", "sdxl", degrees=(2, 4))
+    at = {degree: profile.on_gpus(degree).step_ns(16) for degree in (1, 2, 4)}
+    assert at[1] > at[2] > at[4] > at[1] / 4
+    slow = est.estimate_profile("h100", "sdxl", degrees=(4,), link_gb_per_s=25)
+    assert slow.on_gpus(4).step_ns(16) > at[4]
+    assert slow.head.notes["assumptions"]["link"]["value"] == 25
+    assert slow.name == est.estimate_profile("h100", "sdxl").name
+    write_profile(tmp_path / "p", profile)
+    again = load_profile(tmp_path / "p")
+    assert again.degrees == profile.degrees
+    assert again.on_gpus(4).decode_ns() == profile.decode_ns()
+    with pytest.raises(InputError, match=r"no step times on 8 GPUs at 1024x1024; its degrees.csv has 2, 4"):
+        again.on_gpus(8)
+    file = tmp_path / "p" / "degrees.csv"
+    text = file.read_text()
+    for old, new, message in (
+        ("1024x1024,2,1,", "1024x1024,1,1,", "degree"),
+        ("1024x1024,2,2,", "1024x1024,2,1,", "rows 1 is given twice for degree 2"),
+    ):
+        file.write_text(text.replace(old, new, 1))
+        with pytest.raises(InputError, match=rf"degrees.csv.*{message}"):
+            load_profile(tmp_path / "p")
+    with pytest.raises(InputError, match="degrees holds 16"):
+        est.estimate_profile("h100", "sdxl", degrees=(16,))

@@ -98,6 +98,17 @@ def test_a_table_of_times_is_a_profile(tmp_path: Path) -> None:
     assert (list(unguided.steps), unguided.head.notes["decode"]) == ([1], "not in the table: taken to cost nothing")
 
 
+def test_a_table_holds_steps_that_several_gpus_take_together(tmp_path: Path) -> None:
+    path = tmp_path / "times.csv"
+    path.write_text("kind,milliseconds,rows,degree\nstep,150,1,\nstep,90,1,2\nstep,60,1,4\ndecode,30,,\n")
+    profile = table_profile(path, "own", "", "", None, guided=False)
+    times = [profile.on_gpus(degree).step_ns(1) for degree in (1, 2, 4)]
+    assert (times, profile.decode_ns()) == ([150_000_000, 90_000_000, 60_000_000], 30_000_000)
+    path.write_text("kind,milliseconds,rows,degree\nstep,90,1,2\n")
+    with pytest.raises(InputError, match="it has no step on one GPU"):
+        table_profile(path, "own", "", "", None, guided=False)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
