@@ -35,7 +35,6 @@ class Auto(ContinuousPolicy):
     """
 
     NAME: ClassVar[str] = "auto"
-    MIXES_RESOLUTIONS = True
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (
         BATCH,
         Parameter("size_weight", float, 2.0, 0.0, 1000.0, "service times", "how far a small request goes first"),

@@ -98,9 +98,6 @@ NO_LIMITS: Limits = {}
 class BatchedPolicy:
     """Parameters by keyword, and the batch limit that every batching policy has, with several resolutions at each."""
 
-    MIXES_RESOLUTIONS: ClassVar[bool] = False
-    """Whether it serves requests of several resolutions."""
-
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (BATCH,)
     NAME: ClassVar[str] = ""
     chunking = "whole"

@@ -16,7 +16,6 @@ class Static(BatchedPolicy):
     """
 
     NAME = "static"
-    MIXES_RESOLUTIONS = True
     PARAMETERS = (
         BATCH,
         Parameter("max_wait_s", float, 1.0, 0.0, 3600.0, "s", "longest wait of the oldest sample for a full batch"),
@@ -63,7 +62,6 @@ class Dynamic(BatchedPolicy):
     """
 
     NAME = "dynamic"
-    MIXES_RESOLUTIONS = True
 
     def decide(self, view: View) -> Decision:
         if not view.denoise_free:

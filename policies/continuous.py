@@ -46,7 +46,6 @@ class ContinuousSerial(ContinuousPolicy):
 
     NAME = "continuous-serial"
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (BATCH, *TURN_PARAMETERS)
-    MIXES_RESOLUTIONS = True
 
     def decide(self, view: View) -> Decision:
         turns = self.turns
@@ -98,7 +97,6 @@ class ContinuousParallel(ContinuousPolicy):
 
     NAME = "continuous-parallel"
     PARAMETERS: ClassVar[tuple[Parameter, ...]] = (BATCH, *TURN_PARAMETERS)
-    MIXES_RESOLUTIONS = True
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         super().reset(worker, profile)

@@ -13,11 +13,12 @@ so that no plan counts on it. Whether overlap pays is decided without any roundi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
 from policies.base import Parameter
-from synerdiff.core import PPM
+from synerdiff.core import PPM, Sample
 from synerdiff.profile.tables import Profile, Size
 
 CHUNKING = Parameter(
@@ -53,9 +54,9 @@ class DecodeCosts:
     def __init__(self, profile: Profile, chunking: str, sizes: tuple[Size, Size] | None = None) -> None:
         profile.require_corun()
         self._whole, self._sizes = profile, sizes
-        self._profile = profile if sizes is None else profile.at(*sizes[0])
+        self._profile = profile if sizes is None else profile.at(sizes[0])
         if sizes is not None:
-            profile = profile.at(*sizes[1])
+            profile = profile.at(sizes[1])
         self._chunking = chunking
         self._step_dispatch_ns = profile.overhead_ns("step_dispatch")
         self.count = profile.chunk_count(chunking)
@@ -64,6 +65,20 @@ class DecodeCosts:
         self._step: dict[int, int] = {}
         self._beside: dict[int, Beside] = {}
         self._pays: dict[tuple[int, int], bool] = {}
+
+    @classmethod
+    def by_size(cls, profile: Profile, chunking: str) -> Callable[[Sample | None, Sample], DecodeCosts]:
+        """(a member of the step, None: as the decode; the sample to decode) -> costs at their resolutions."""
+        known: dict[tuple[Size, Size] | None, DecodeCosts] = {None: cls(profile, chunking)}
+
+        def costs_of(member: Sample | None, decoded: Sample) -> DecodeCosts:
+            size, step = decoded.request.size, (member or decoded).request.size
+            pair = (step, size) if profile.others and step is not None and size is not None else None
+            if pair not in known:
+                known[pair] = cls(profile, chunking, pair)
+            return known[pair]
+
+        return costs_of
 
     def step_ns(self, rows: int) -> int:
         """T(rows) with its dispatch."""

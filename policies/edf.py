@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from policies.base import BATCH, Parameter
+from policies.base import BATCH, Parameter, limits_at
 from policies.load_skip import WHOLE, CheapestPlacement, Launches
 from policies.step_batch import OrderedBatch, skipping_step
 from synerdiff.core import NOTHING, NS_PER_S, Decision, Sample, View, WorkerInfo
@@ -23,7 +23,7 @@ class Edf(CheapestPlacement):
 
     Missed deadlines go last, samples without a deadline before them. A sample is in danger when, at full guidance in
     the coming batch, it would end later than ``slack_s`` before its deadline; a waiting one starts at the earliest
-    when the first active sample ends. Decodes go where they cost least.
+    when the first active sample ends, and steps at its own resolution. Decodes go where they cost least.
     """
 
     NAME = "edf"
@@ -36,7 +36,7 @@ class Edf(CheapestPlacement):
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         self.chunking = self.parameters["chunking"]
         super().reset(worker, profile)
-        self.members = self.earliest = OrderedBatch(self.batch, urgency)
+        self.members = self.earliest = OrderedBatch(self.batch, urgency, self.limits)
         self.slack_ns = round(self.parameters["slack_s"] * NS_PER_S)
 
     def decide(self, view: View) -> Decision:
@@ -58,9 +58,10 @@ class Edf(CheapestPlacement):
 
     def in_danger(self, now_ns: int) -> bool:
         """Whether a member of the coming step, or the most urgent waiting sample, has too little slack."""
-        members = self.members.members
-        step_ns = self.costs.step_ns(self.members.rows)
-        ready_ns = now_ns + sum(self.costs.solo) + self.slack_ns
+        members, rows = self.members.members, self.members.rows
+        costs = self.costs_of(members[0], members[0])
+        step_ns = costs.step_ns(rows)
+        ready_ns = now_ns + sum(costs.solo) + self.slack_ns
         for sample in members:
             deadline_ns = sample.deadline_ns
             if deadline_ns is not None and now_ns < deadline_ns < ready_ns + sample.steps_left * step_ns:
@@ -68,5 +69,7 @@ class Edf(CheapestPlacement):
         first = self.earliest.first(now_ns)
         if first is None or first.deadline_ns is None or first.deadline_ns <= now_ns:
             return False
-        steps = min(sample.steps_left for sample in members) + first.steps
-        return bool(first.deadline_ns < ready_ns + steps * step_ns)
+        costs = self.costs_of(first, first)
+        own_rows = min(rows, limits_at(first, self.batch, rows, self.limits)[1])
+        until_ns = min(sample.steps_left for sample in members) * step_ns + first.steps * costs.step_ns(own_rows)
+        return bool(first.deadline_ns < now_ns + until_ns + sum(costs.solo) + self.slack_ns)

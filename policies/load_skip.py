@@ -21,7 +21,7 @@ class CheapestPlacement(ContinuousPolicy):
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         super().reset(worker, profile)
-        self.costs = DecodeCosts(profile, self.chunking)
+        self.costs_of = DecodeCosts.by_size(profile, self.chunking)
         self.denoise_gpu = worker.denoise_gpu
 
     def place(self, view: View, decoding: Iterable[Sample], rows: int) -> Launches:
@@ -30,6 +30,7 @@ class CheapestPlacement(ContinuousPolicy):
         Beside a step of ``rows`` rows (0: no step comes) when sum(delta) <= sum(c), which on another GPU is always
         so; else exclusively. An exclusive launch is the last of the answer and excludes the step.
         """
+        member = next(iter(self.members.members), None)
         free = [lane for lane in view.decode_lanes if lane.free]
         free.sort(key=lambda lane: lane.gpu == self.denoise_gpu)
         launches: list[ChunkLaunch] = []
@@ -38,11 +39,11 @@ class CheapestPlacement(ContinuousPolicy):
                 continue
             if len(launches) == len(free):
                 break
-            lane = free[len(launches)]
+            lane, costs = free[len(launches)], self.costs_of(member, sample)
             first = sample.chunks_done
             contends = rows > 0 and lane.gpu == self.denoise_gpu
-            exclusive = contends and not self.costs.overlap_pays(rows, first)
-            launches.append(ChunkLaunch(sample.id, self.costs.count - first, lane.index, exclusive))
+            exclusive = contends and not costs.overlap_pays(rows, first)
+            launches.append(ChunkLaunch(sample.id, costs.count - first, lane.index, exclusive))
             if exclusive:
                 break
         return tuple(launches)

@@ -8,7 +8,8 @@ Throughput is accounted for in a credit: credit + T_full - theta * elapsed after
 +-4 * (1 - theta) * T_full. When no plan is feasible, for two images nor for one, a debt that an idle step cannot repay
 is repaid first; else the rest of the first decode is launched at once, beside or exclusively, whichever costs less, and
 so is one that has waited ``max_decode_wait_s``. Such launches are marked as forced, and steps beside them do not count
-in the credit. While no step comes, chunks are launched one by one, so that a new step meets one of them at most.
+in the credit. While no step comes, chunks are launched one by one, so that a new step meets one of them at most. With
+several resolutions two images are planned together only where they have the same.
 """
 
 from __future__ import annotations
@@ -57,9 +58,10 @@ class SynerDiff(ContinuousPolicy):
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         self.chunking = chosen_chunking(self.parameters["chunking"], profile)
         super().reset(worker, profile)
-        self.costs = DecodeCosts(profile, self.chunking)
+        self.costs_of = DecodeCosts.by_size(profile, self.chunking)
+        self.plans: dict[DecodeCosts, tuple[Planner, dict[tuple[int, ...], Action]]] = {}
         self.horizon: int = self.parameters["horizon"]
-        self.planner = Planner(self.costs, self.horizon, round(self.parameters["skip_penalty_s"] * NS_PER_S))
+        self.take_costs(DecodeCosts(profile, self.chunking))
         self.max_wait_ns = round(self.parameters["max_decode_wait_s"] * NS_PER_S)
         self.lead_ns = profile.overhead_ns("decision_lead")
         self.home_lanes = [i for i, gpu in enumerate(worker.decode_gpus) if gpu == worker.denoise_gpu][:1]
@@ -71,8 +73,15 @@ class SynerDiff(ContinuousPolicy):
         self.step_full_ns = 0
         self.owed: tuple[Sample, int] | None = None
         """A second image's chunks of the plan, launched when the first one's end."""
-        self.actions: dict[tuple[int, ...], Action] = {}
         self.patterns: dict[tuple[int, int, int, bool], int] = {}
+
+    def take_costs(self, costs: DecodeCosts) -> None:
+        """Plan with these costs from now on, and with what was planned with them before."""
+        self.costs = costs
+        if costs not in self.plans:
+            penalty_ns = round(self.parameters["skip_penalty_s"] * NS_PER_S)
+            self.plans[costs] = (Planner(costs, self.horizon, penalty_ns), {})
+        self.planner, self.actions = self.plans[costs]
 
     def first_theta_ppm(self) -> int:
         """The threshold at reset."""
@@ -92,6 +101,8 @@ class SynerDiff(ContinuousPolicy):
         members.refresh(view)
         step = members.step
         if step:
+            if self.limits:
+                self.take_costs(self.costs_of(members.members[0], members.members[0]))
             self.adjust(view)
         launches: Launches = ()
         forced = False
@@ -166,6 +177,9 @@ class SynerDiff(ContinuousPolicy):
         if not members.step:
             return (), (ChunkLaunch(first.id, 1, lane),)
         rows = members.rows
+        if self.limits:
+            self.take_costs(self.costs_of(members.members[0], first))
+            second = second if second is None or second.request.size == first.request.size else None
         left = self.costs.count - done
         waited_long = 0 <= first.denoised_ns <= view.now_ns - self.max_wait_ns
         chunks, skip = (-1, False) if waited_long else self.action(rows, done, 1 if second is None else 2)

@@ -38,6 +38,11 @@ class Candidate(NamedTuple):
     """Solo, at the rows that it would take."""
 
 
+def size_of(key: BatchKey) -> tuple[int, int] | None:
+    """(height, width) in pixels of the key's requests."""
+    return None if key[1] is None or key[2] is None else (key[1], key[2])
+
+
 class TurnBatch(StepBatch):
     """The members of the coming step when batch keys take turns: ``drr`` or ``srtf``.
 
@@ -182,9 +187,9 @@ class TurnBatch(StepBatch):
     def _full_ns(self, key: BatchKey, view: View) -> int:
         """Solo time of the key's step at full batch and guidance."""
         profile = self._at(key)
-        size = None if key[1] is None or key[2] is None else (key[1], key[2])
+        size = size_of(key)
         batch, rows = self.limits.get(size, (self.limit, view.max_rows)) if size else (self.limit, view.max_rows)
         return profile.step_ns(min(batch * self._sample_rows, rows, view.max_rows))
 
     def _at(self, key: BatchKey) -> Profile:
-        return self._profile.at(key[1], key[2])
+        return self._profile.at(size_of(key))

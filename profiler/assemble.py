@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import permutations, product
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple, cast
@@ -16,7 +18,8 @@ from profiler.settings import Settings, command_line
 from profiler.timing import VISITS
 from synerdiff.core import PPM, InputError
 from synerdiff.diffusion.decoder import WHOLE, Chunking, choose_cuts
-from synerdiff.profile.tables import OVERHEADS, Corun, Head, Profile, Spread, Weights
+from synerdiff.profile.folder import combined
+from synerdiff.profile.tables import OVERHEADS, Corun, Head, Profile, Spread, Weights, pixels_of
 
 VALUABLE_ROWS = (2, 8)
 """One guided sample, and four: what most runs meet."""
@@ -27,16 +30,29 @@ Tables = Mapping[str, Mapping[str, Any]]
 
 
 class Cell(NamedTuple):
-    """One co-run: a chunk beside steps of so many rows."""
+    """One co-run: a chunk beside steps of so many rows; with several resolutions, the step's and the chunk's."""
 
     chunking: str
     chunk: int
     rows: int
+    step_at: str = ""
+    chunk_at: str = ""
 
     @property
     def key(self) -> str:
         """Its name in the partial file."""
-        return f"{self.chunking} {self.chunk} {self.rows}"
+        pair = f" step {self.step_at} chunk {self.chunk_at}" if self.step_at else ""
+        return f"{self.chunking} {self.chunk} {self.rows}{pair}"
+
+    @property
+    def crosses(self) -> bool:
+        """The two sides have different resolutions."""
+        return self.step_at != self.chunk_at
+
+
+def point(name: str, at: str) -> str:
+    """The name of a solo point at that resolution; empty where there is one."""
+    return f"{name} at {at}" if at else name
 
 
 class MeasuringPlan:
@@ -44,20 +60,24 @@ class MeasuringPlan:
     wanted number of chunks that the decoder has atoms for. ``cells``: the co-runs in the order of their value, which
     decides what a measurement that runs out of time still has: the whole decode beside one and four guided samples,
     the longest chunk of each cut there, the rest of the whole decode, chunking by chunking the ends of the range and
-    then its inside, and last what is held out. ``longest``: the longest chunk of each chunking, by the atoms.
+    then its inside, then pairs of two resolutions, and last what is held out. ``longest``: the longest chunk of each
+    chunking, by the atoms. ``sizes``: the resolutions (HxW), the first one first, whose atoms decide the cuts of all;
+    one empty text where there is one.
     """
 
-    def __init__(self, settings: Settings, atoms_ns: Sequence[int]) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, atoms_ns: Sequence[int], sizes: Sequence[str] = ("",)) -> None:
+        self.settings, self.sizes = settings, tuple(sizes)
         counts = [count for count in settings.chunk_counts if count <= len(atoms_ns)]
         self.chunkings = (WHOLE, *(choose_cuts(atoms_ns, count) for count in counts))
         self.longest = {cut.name: _longest(cut, atoms_ns) for cut in self.chunkings}
         cells = [
-            Cell(cut.name, chunk, rows)
+            Cell(cut.name, chunk, rows, step_at, chunk_at)
+            for step_at, chunk_at in product(self.sizes, self.sizes)
+            if step_at == chunk_at or settings.across
             for cut in self.chunkings
             for chunk in range(len(cut))
             for rows in settings.rows
-            if rows in settings.corun_rows or chunk == self.longest[cut.name]
+            if rows in settings.corun_rows or (step_at == chunk_at and chunk == self.longest[cut.name])
         ]
         self.cells = tuple(sorted(cells, key=self._rank))
 
@@ -67,7 +87,9 @@ class MeasuringPlan:
         place, ends = names.index(cell.chunking), (self.settings.rows[0], self.settings.rows[-1])
         early = cell.rows in VALUABLE_ROWS and cell.chunk == self.longest[cell.chunking]
         if self.held_out(cell):
-            return (3, place)
+            return (4, place)
+        if cell.crosses:
+            return (3, place, int(cell.rows not in ends))
         if early:
             return (0 if place == 0 else 1, place)
         return (2, place, int(cell.rows not in ends))
@@ -80,17 +102,29 @@ class MeasuringPlan:
         """How many of ``rounds`` solo rounds belong before the next visit of a pair, spread evenly over all of them."""
         return min(rounds, 1 + visits_done * rounds // (VISITS * len(self.cells)))
 
-    def complete(self, corun: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[Chunking, ...]]:
-        """What a profile can be made of: the range of rows that the whole decode was measured beside, and the
-        chunkings all of whose chunks were measured at both ends of it. InputError while there is none."""
-        beside = [cell.rows for cell in self.cells if cell.chunking == "whole" and self._usable(cell, corun)]
-        if not beside:
+    def complete(self, corun: Mapping[str, Any]) -> tuple[dict[str, tuple[int, int]], tuple[Chunking, ...]]:
+        """What a profile can be made of: the range of rows that the whole decode was measured beside, at each
+        resolution that has one, and the chunkings all of whose chunks were measured at both ends of these ranges.
+        InputError while the first resolution has none."""
+        ends: dict[str, tuple[int, int]] = {}
+        for at in self.sizes:
+            own = [
+                cell for cell in self.cells if cell.chunking == "whole" and (cell.step_at, cell.chunk_at) == (at, at)
+            ]
+            beside = [cell.rows for cell in own if self._usable(cell, corun)]
+            if beside:
+                ends[at] = (min(beside), max(beside))
+        if self.sizes[0] not in ends:
             raise InputError("Nothing can be made of this measurement yet: no step was measured beside a decode.")
-        ends = (min(beside), max(beside))
         full = [
             cut
             for cut in self.chunkings
-            if all(Cell(cut.name, chunk, rows).key in corun for chunk in range(len(cut)) for rows in ends)
+            if all(
+                Cell(cut.name, chunk, rows, at, at).key in corun
+                for at, of_size in ends.items()
+                for chunk in range(len(cut))
+                for rows in of_size
+            )
         ]
         return ends, tuple(full)
 
@@ -105,8 +139,11 @@ class MeasuringPlan:
             missing["not_measured"] = lacking
         if skipped:
             missing["not_settled"] = dict(skipped)
-        if left := [cut.name for cut in self.chunkings if cut not in self.complete(corun)[1]]:
+        ends, full = self.complete(corun)
+        if left := [cut.name for cut in self.chunkings if cut not in full]:
             missing["chunkings_left_out"] = left
+        if left := [at for at in self.sizes if at not in ends]:
+            missing["resolutions_left_out"] = left
         again = tables.get(f"visit {VISITS}", {})
         if once := sum(cell.key in corun and cell.key not in again for cell in self.cells):
             missing["pairs_visited_less_than_twice"] = once
@@ -127,36 +164,63 @@ def assemble(
     is nothing.
     """
     settings, solo = plan.settings, tables["solo"]
-    (low, high), chunkings = plan.complete(tables["corun"])
-    names = {cut.name for cut in chunkings}
-    corun: dict[tuple[str, int], dict[int, Corun]] = {}
-    for cell in plan.cells:
-        if cell.key in tables["corun"] and cell.chunking in names and low <= cell.rows <= high:
-            step, chunk = (spread_of(samples) for samples in tables["corun"][cell.key])
-            corun.setdefault((cell.chunking, cell.chunk), {})[cell.rows] = Corun(step, chunk, plan.held_out(cell))
-    held_out_rows = [rows for rows in settings.held_out_step_rows if rows <= high]
-    profile = Profile(
-        name=Path(out).resolve().name,
-        provenance="measured",
-        row_buckets=tuple(rows for rows in settings.rows if low <= rows <= high),
-        steps={rows: spread_of(solo[f"step {rows}"][0]) for rows in settings.rows},
-        held_out_steps={rows: spread_of(solo[f"step {rows}"][0]) for rows in held_out_rows},
-        chunks={cut.name: tuple(map(spread_of, solo[f"chunks {cut.name}"])) for cut in chunkings},
-        corun={key: dict(sorted(corun[key].items())) for key in sorted(corun, key=_table_place(chunkings))},
-        overheads={name: _overhead(name, solo) for name in OVERHEADS},
-        step_launch={rows: _launch(rows, solo) for rows in settings.rows},
-    )
+    ends, chunkings = plan.complete(tables["corun"])
+    faces = {at: face for at, face in zip(plan.sizes, bench.faces, strict=True) if at in ends}
+    overheads = {name: _overhead(name, solo) for name in OVERHEADS}
+    launches = {rows: _launch(rows, solo, plan.sizes[0]) for rows in settings.rows}
+
+    def cells(step_at: str, chunk_at: str) -> dict[tuple[str, int], dict[int, Corun]]:
+        corun: dict[tuple[str, int], dict[int, Corun]] = {}
+        low, high = ends[step_at]
+        names = [cut.name for cut in chunkings]
+        for cell in plan.cells:
+            within = low <= cell.rows <= high and cell.chunking in names
+            if (cell.step_at, cell.chunk_at) == (step_at, chunk_at) and within and cell.key in tables["corun"]:
+                step, chunk = (spread_of(samples) for samples in tables["corun"][cell.key])
+                corun.setdefault((cell.chunking, cell.chunk), {})[cell.rows] = Corun(step, chunk, plan.held_out(cell))
+        return {key: dict(sorted(corun[key].items())) for key in sorted(corun, key=_table_place(chunkings))}
+
+    def sized(at: str, face: Bench) -> Profile:
+        def steps(rows: Iterable[int]) -> dict[int, Spread]:
+            return {r: spread_of(solo[point(f"step {r}", at)][0]) for r in rows}
+
+        low, high = ends[at]
+        profile = Profile(
+            name=Path(out).resolve().name,
+            provenance="measured",
+            row_buckets=tuple(rows for rows in settings.rows if low <= rows <= high),
+            steps=steps(settings.rows),
+            held_out_steps=steps(rows for rows in settings.held_out_step_rows if rows <= high),
+            chunks={cut.name: tuple(map(spread_of, solo[point(f"chunks {cut.name}", at)])) for cut in chunkings},
+            corun=cells(at, at),
+            overheads=overheads,
+            step_launch=launches,
+        )
+        found = findings(profile, [rows for rows in settings.corun_rows if low <= rows <= high])
+        profile.head = _head(chunkings, face, watch, found)
+        return profile
+
+    every = [sized(at, face) for at, face in faces.items()]
     if bench.on_gpu:
-        profile.overheads = with_deciding(profile.overheads, decision_times(profile))
+        lead = with_deciding(overheads, decision_times(every[0]))
+        every = [replace(one, overheads=lead) for one in every]
+    profile = every[0] if len(every) == 1 else combined(every, every[0].name)
+    size_of = {at: (face.model.height, face.model.width) for at, face in faces.items()}
+    pairs = {(size_of[u], size_of[v]): cells(u, v) for u, v in permutations(faces, 2)}
+    profile.across = {pair: found for pair, found in pairs.items() if found}
     notes = {
         **_notes(plan, tables, bench),
         "command": command_line(settings, out),
         "measured_for_s": round(spent_s, 1),
-        **findings(profile, [rows for rows in settings.corun_rows if low <= rows <= high]),
+        **profile.head.notes,
     }
+    if profile.others:
+        notes["findings"] = {pixels_of(size): one.head.notes for size, one in profile.others.items()}
+    if profile.across:
+        notes["across_error"] = across_error(profile)
     if missing := plan.missing(tables):
         notes["missing"] = missing
-    profile.head = _head(chunkings, bench, watch, notes)
+    profile.head = profile.head.model_copy(update={"notes": notes})
     return profile
 
 
@@ -180,9 +244,9 @@ def with_deciding(overheads: Mapping[str, Spread], deciding_ns: Sequence[int]) -
     return {**overheads, "decision_lead": Spread(*ends, launch.n)}
 
 
-def _launch(rows: int, solo: Mapping[str, Any]) -> Spread:
+def _launch(rows: int, solo: Mapping[str, Any], at: str) -> Spread:
     """What a step takes longer on an idle lane than behind another: the medians' difference, never below 0."""
-    idle, queued_ns = spread_of(solo[f"overhead idle {rows}"][0]), spread_of(solo[f"step {rows}"][0]).median
+    idle, queued_ns = spread_of(solo[f"overhead idle {rows}"][0]), spread_of(solo[point(f"step {rows}", at)][0]).median
     median_ns, p10, p90 = (max(0, value - queued_ns) for value in (idle.median, idle.p10, idle.p90))
     return Spread(median_ns, p10, p90, idle.n)
 
@@ -219,11 +283,11 @@ def _notes(plan: MeasuringPlan, tables: Tables, bench: Bench) -> dict[str, Any]:
             f"{100 * rule.width:g}%; a pair of step and chunk about {rule.cap_s:g} s at most"
         ),
         "atoms_ns": {name: numbers[0] for name, numbers in tables["atoms"].items()},
-        "unguided_step": _unguided_step(tables["solo"]),
+        "unguided_step": _unguided_step(tables["solo"], plan.sizes[0]),
     }
 
 
-def _unguided_step(solo: Mapping[str, Any]) -> dict[str, Any]:
+def _unguided_step(solo: Mapping[str, Any], at: str) -> dict[str, Any]:
     """A step of one-row samples against one of as many rows in guided samples, to which T(rows) refers."""
     name = next(name for name in solo if name.startswith("unguided"))
     rows = int(name.split()[1])
@@ -231,7 +295,7 @@ def _unguided_step(solo: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "rows": rows,
         "median_ns": median_ns,
-        "ratio": round(median_ns / spread_of(solo[f"step {rows}"][0]).median, 4),
+        "ratio": round(median_ns / spread_of(solo[point(f"step {rows}", at)][0]).median, 4),
     }
 
 
@@ -287,6 +351,22 @@ def held_out_error(profile: Profile) -> dict[str, dict[str, float]]:
                 chunk_side.append(s_v / cell.chunk.median - 1)
     named = {"step_time": steps, "step_slowdown": step_side, "chunk_slowdown": chunk_side}
     return {name: _error(values) for name, values in named.items() if values}
+
+
+def across_error(profile: Profile) -> dict[str, Any]:
+    """Measured pairs of two resolutions against what would be taken for them had they not been measured (contract:
+    slowdowns across resolutions): |rule / measured - 1|, its mean and worst, and how many were clamped."""
+    unknown = replace(profile, across={})
+    found: dict[str, list[float]] = {"step_slowdown": [], "chunk_slowdown": []}
+    clamped = 0
+    for (step_size, chunk_size), by_chunk in profile.across.items():
+        for (chunking, chunk), cells in by_chunk.items():
+            for rows, cell in cells.items():
+                s_u, s_v, how = unknown.slowdowns_beside(step_size, rows, chunking, chunk, chunk_size)
+                clamped += how > 1
+                found["step_slowdown"].append(s_u / cell.step.median - 1)
+                found["chunk_slowdown"].append(s_v / cell.chunk.median - 1)
+    return {name: _error(values) for name, values in found.items()} | {"clamped": clamped}
 
 
 def _error(values: list[float]) -> dict[str, float]:

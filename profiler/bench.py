@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,13 +20,22 @@ from synerdiff.diffusion.stages import ChunkFunction, captures, prepare_steps
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Steps are prepared for the settings' row buckets. ``rule``: how often to sample."""
+    """Steps are prepared for the settings' row buckets. ``rule``: how often to sample.
+
+    ``others``: the model at further resolutions.
+    """
 
     model: DiffusionModel
     device: Device
     denoise: Lane
     decode: Lane
     rule: Rule
+    others: tuple[DiffusionModel, ...] = ()
+
+    @property
+    def faces(self) -> tuple[Bench, ...]:
+        """A bench of each resolution, the first one first."""
+        return (self, *(replace(self, model=model, others=()) for model in self.others))
 
     @property
     def on_gpu(self) -> bool:
@@ -51,13 +60,17 @@ def open_bench(settings: Settings, device: torch.device) -> Iterator[Bench]:
         model = load_model(settings.model, device, dtype, settings.resolution)
         if settings.execution is not None:
             apply_execution(model, settings.execution)
+        others = tuple([model.at(size) for size in settings.others])
         with open_device(device) as lanes:
             cores = (None, None) if on_gpu else lane_cores()
             own_thread = on_gpu and not captures(model)
             denoise = lanes.lane("denoise", high_priority=True, core=cores[0], launch_thread=own_thread)
             decode = lanes.lane("decode0", core=cores[1], launch_thread=own_thread)
-            prepare_steps(model, settings.rows, denoise)
-            yield Bench(model, lanes, denoise, decode, QUICK if settings.quick else FULL_GPU if on_gpu else FULL_CPU)
+            # The largest first, so that the smaller ones find their memory in the lane's pool.
+            for one in sorted((model, *others), key=lambda one: -one.height * one.width):
+                prepare_steps(one, settings.rows, denoise)
+            rule = QUICK if settings.quick else FULL_GPU if on_gpu else FULL_CPU
+            yield Bench(model, lanes, denoise, decode, rule, others)
     finally:
         torch.set_num_threads(threads)
 

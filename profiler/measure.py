@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from profiler.assemble import Cell, MeasuringPlan, assemble
+from profiler.assemble import Cell, MeasuringPlan, assemble, point
 from profiler.bench import Bench, TimedStep, open_bench
 from profiler.machine import GpuWatch, device_name, software
 from profiler.partial import Partial, numbers, require_profile_folder
@@ -43,7 +43,7 @@ from synerdiff.diffusion.stages import prepare_chunks
 from synerdiff.figures.profile import profile_picture
 from synerdiff.figures.style import save
 from synerdiff.profile.folder import load_profile, write_profile
-from synerdiff.profile.tables import Profile
+from synerdiff.profile.tables import Profile, pixels_of
 
 WRITING_S = 2.0
 """What writing the profile and its picture takes at the end of a measurement with a deadline."""
@@ -102,9 +102,13 @@ def _write(session: _Session, watch: GpuWatch | None, out: Path) -> None:
 
 
 def draw_profile(profile: Profile, out: Path) -> None:
-    """Steps, decodes and slowdowns as the picture ``profile.png`` in the folder."""
+    """Steps, decodes and slowdowns as the picture ``profile.png`` in the folder; a further resolution as
+    ``profile-HxW.png``."""
     head = profile.head
-    save(profile_picture(profile, caption=f"{head.model} on {head.device}, {head.date}."), out, "profile")
+    for one in (profile, *profile.others.values()):
+        pixels = pixels_of(one.head.resolutions[0])
+        caption = f"{head.model} at {pixels} on {head.device}, {head.date}."
+        save(profile_picture(one, caption=caption), out, "profile" if one is profile else f"profile-{pixels}")
 
 
 class _Session:
@@ -122,11 +126,15 @@ class _Session:
         self.settings, self.bench, self.partial = settings, bench, partial
         self._on_progress, self._watch, self._until_s = on_progress, watch, until_s
         self._rounds = max(1, bench.rule.most // BATCH)
+        several = len(bench.faces) > 1
+        self.faces = {pixels_of((f.model.height, f.model.width)) if several else "": f for f in bench.faces}
+        """A bench of each resolution, by its name; the one there is has none."""
 
     @cached_property
     def plan(self) -> MeasuringPlan:
         """Known once the atoms are."""
-        return MeasuringPlan(self.settings, [kept[0] for kept in self.partial.table("atoms").values()])
+        atoms_ns = [kept[0] for kept in self.partial.table("atoms").values()]
+        return MeasuringPlan(self.settings, atoms_ns, [*self.faces])
 
     @property
     def assemblable(self) -> bool:
@@ -144,11 +152,15 @@ class _Session:
         if not atoms:
             atoms |= {name: numbers(spread) for name, spread in measure_atoms(self.bench).items()}
             self._keep("decoder")
-        functions = {cut.name: prepare_chunks(self.bench.model, cut, self.bench.decode) for cut in self.plan.chunkings}
-        steps = {rows: TimedStep(self.bench.model, rows) for rows in self.settings.rows}
+        functions = {
+            (at, cut.name): prepare_chunks(face.model, cut, face.decode)
+            for at, face in self.faces.items()
+            for cut in self.plan.chunkings
+        }
+        steps = {(at, r): TimedStep(face.model, r) for at, face in self.faces.items() for r in self.settings.rows}
         samplers = self._samplers(functions, steps)
         warm_up_all(self.bench, samplers)
-        chunks = {name: chunk_pieces(self.bench, parts) for name, parts in functions.items()}
+        chunks = {key: chunk_pieces(self.faces[key[0]], parts) for key, parts in functions.items()}
         # A measurement that may end early knows its solo times first; another spreads them over the whole of it.
         first = 1 if self._until_s == inf else min(self._rounds, -(-self.bench.rule.least // BATCH))
         self._solo_rounds(samplers, first)
@@ -162,10 +174,10 @@ class _Session:
                 self._solo_rounds(samplers, max(first, self.plan.round_due(self._visits_done(), self._rounds)))
                 if time.monotonic() + self._block_s(cell) > self._until_s:
                     return
-                piece = chunks[cell.chunking][cell.chunk]
+                step, piece = steps[cell.step_at, cell.rows], chunks[cell.chunk_at, cell.chunking][cell.chunk]
                 before = corun.get(cell.key, ([], []))
                 try:
-                    corun[cell.key] = measure_corun(self.bench, steps[cell.rows], piece, before, self._until_s)
+                    corun[cell.key] = measure_corun(self.bench, step, piece, before, self._until_s)
                 except Unsettled as error:
                     if cell.key not in corun:
                         skipped[cell.key] = str(error)
@@ -180,7 +192,8 @@ class _Session:
 
     def _solo_ns(self, cell: Cell) -> tuple[float, float]:
         solo = self.partial.table("solo")
-        return median(solo[f"step {cell.rows}"][0]), median(solo[f"chunks {cell.chunking}"][cell.chunk])
+        chunks = solo[point(f"chunks {cell.chunking}", cell.chunk_at)]
+        return median(solo[point(f"step {cell.rows}", cell.step_at)][0]), median(chunks[cell.chunk])
 
     def _forecast(self) -> str:
         """How long what is left will take, and how much of it there will be time for."""
@@ -203,14 +216,19 @@ class _Session:
         fits = sum(end <= time_s for end in ends)
         return f"{text}; there is time for about {fits} of these visits, in the order of their value"
 
-    def _samplers(self, functions: dict[str, Any], steps: dict[int, TimedStep]) -> dict[str, Sampler]:
+    def _samplers(
+        self, functions: dict[tuple[str, str], Any], steps: dict[tuple[str, int], TimedStep]
+    ) -> dict[str, Sampler]:
         rows = (*self.settings.rows, *self.settings.held_out_step_rows)
         unguided = max((r for r in self.settings.rows if r <= 8), default=self.settings.rows[0])
-        return {
-            **step_samplers(self.bench, rows, unguided),
-            **{f"chunks {name}": chunks_sampler(self.bench, parts) for name, parts in functions.items()},
-            **overhead_samplers(self.bench, steps, functions["whole"][0]),
-        }
+        samplers: dict[str, Sampler] = {}
+        for at, face in self.faces.items():
+            samplers |= {point(name, at): one for name, one in step_samplers(face, rows, unguided).items()}
+        for (at, name), parts in functions.items():
+            samplers[point(f"chunks {name}", at)] = chunks_sampler(self.faces[at], parts)
+        first = next(iter(self.faces))
+        own = {r: step for (at, r), step in steps.items() if at == first}
+        return samplers | overhead_samplers(self.bench, own, functions[first, "whole"][0])
 
     def _solo_rounds(self, samplers: dict[str, Sampler], due: int) -> None:
         """Solo rounds up to the one that is due; none any more once every point has been sampled often enough."""
@@ -225,7 +243,8 @@ class _Session:
             self._keep("solo")
 
     def _rounds_done(self) -> int:
-        return len(self.partial.table("solo").get("chunks whole", [[]])[0]) // BATCH
+        name = point("chunks whole", next(iter(self.faces)))
+        return len(self.partial.table("solo").get(name, [[]])[0]) // BATCH
 
     def _visits_done(self) -> int:
         return sum(len(self.partial.table(f"visit {visit}")) for visit in range(1, VISITS + 1))
@@ -248,11 +267,13 @@ class _Session:
 
 def _conditions(settings: Settings, device: torch.device) -> dict[str, Any]:
     """What results must share to stand in one profile."""
+    sizes = [pixels_of(size) for size in (settings.resolution, *settings.others) if size is not None]
     return {
         "model": settings.model,
         "device": f"{device_name(device)} ({device})",
         "dtype": settings.dtype,
-        "resolution": None if settings.resolution is None else list(settings.resolution),
+        "resolution": None if settings.resolution is None else sizes,
+        "across": settings.across,
         "rows": list(settings.rows),
         "quick": settings.quick,
         "execution": None if settings.execution is None else str(settings.execution),

@@ -21,7 +21,9 @@ MOST_ROWS = 1024
 @dataclass(frozen=True, slots=True)
 class Settings:
     """``rows``: the row buckets, rising. ``resolution``: (height, width) in pixels; None is the model's own.
-    ``execution``: None is the device's own."""
+    ``execution``: None is the device's own. ``others``: further resolutions; ``across``: pairs of a step of one and a
+    chunk of another are measured too.
+    """
 
     model: str
     device: str
@@ -30,6 +32,8 @@ class Settings:
     resolution: tuple[int, int] | None = None
     quick: bool = False
     execution: ModelExecution | None = None
+    others: tuple[tuple[int, int], ...] = ()
+    across: bool = False
 
     @property
     def corun_rows(self) -> tuple[int, ...]:
@@ -59,14 +63,20 @@ def make_settings(
     quick: bool = False,
     execution: str | None = None,
     levers: str | None = None,
+    across: bool = False,
 ) -> Settings:
     """Check the options' texts. Raises InputError, one sentence, for what is not allowed."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype is '{dtype}'; allowed are {', '.join(DTYPES)}.")
     chosen = _rows(rows) if rows is not None else QUICK_ROWS if quick else ROWS
-    sides = None if resolution is None else _sides(resolution)
+    sizes = [] if resolution is None else [_sides(part.strip()) for part in resolution.split(",")]
+    if len(set(sizes)) < len(sizes):
+        raise InputError(f"--resolution {resolution}: a resolution is given twice.")
+    if across and len(sizes) < 2:
+        raise InputError("--across measures pairs of two resolutions; give several, --resolution 512x512,1024x1024.")
     how = choose_execution(execution, levers, device.startswith("cuda"))
-    return Settings(model, device, chosen, dtype, sides, quick, how if execution or levers is not None else None)
+    own = how if execution or levers is not None else None
+    return Settings(model, device, chosen, dtype, sizes[0] if sizes else None, quick, own, tuple(sizes[1:]), across)
 
 
 def _rows(text: str) -> tuple[int, ...]:
@@ -92,9 +102,12 @@ def command_line(settings: Settings, out: str) -> str:
     if settings.dtype is not None:
         words.append(f"--dtype {settings.dtype}")
     if settings.resolution is not None:
-        words.append("--resolution {}x{}".format(*settings.resolution))
+        sizes = (settings.resolution, *settings.others)
+        words.append("--resolution " + ",".join("{}x{}".format(*size) for size in sizes))
     if settings.rows != (QUICK_ROWS if settings.quick else ROWS):
         words.append(f"--rows {listed(settings.rows, ',')}")
+    if settings.across:
+        words.append("--across")
     if settings.quick:
         words.append("--quick")
     if settings.execution is not None:

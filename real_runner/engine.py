@@ -85,9 +85,10 @@ def run_real(
     samples = make_samples(requests, profile, budget)
     sample_rows = max((sample.full_rows for sample in samples), default=1)
     calls = PolicyCalls(policy)
-    calls.reset(WorkerInfo(profile.max_rows, gpu, (gpu,) * len(hardware.decode), sample_rows), profile)
+    calls.reset(WorkerInfo(profile.most_rows, gpu, (gpu,) * len(hardware.decode), sample_rows), profile)
     cut = chunking_of(profile, calls.chunking)
-    hardware.warm_up(profile.row_buckets or tuple(profile.steps), cut)
+    for model, own in {hardware.at(request): profile.at(request.size) for request in requests}.items():
+        hardware.warm_up(own.row_buckets or tuple(own.steps), cut, model)
     if serving is not None:
         serving.begin()
     loop = ClosedLoop(requests, samples, max_concurrency, 0)
@@ -185,11 +186,11 @@ class _Run:
     ) -> None:
         self.loop, self.max_concurrency = loop, max_concurrency
         self.samples, self.device, self.serving = samples, hardware.device, serving
-        chunks = [hardware.chunk_functions(lane, cut) for lane in range(len(hardware.decode))]
         gpu = GPU if serving is None else serving.gpu
         self.worker = Worker(
-            samples, policy.name, len(cut), profile.max_rows, (gpu,) * len(hardware.decode), guarded=policy.foreign
+            samples, policy.name, len(cut), profile.most_rows, (gpu,) * len(hardware.decode), guarded=policy.foreign
         )
+        self.worker.max_rows_of = {size: one.max_rows for size, one in profile.sizes.items()}
         # When a step with adapters ends cannot be told from the profile's times of plain steps.
         lead_ns = profile.overhead_ns("decision_lead") if serving is None else 0
         self.rounds = Rounds(self.worker, policy, self, lead_ns)
@@ -198,7 +199,7 @@ class _Run:
         self.entered = 0
         """Samples that have entered waiting or failed on the way; the rest have yet to arrive."""
         zero_ns = time.monotonic_ns() + HEAD_START_NS
-        self.execution = Execution(self.worker, hardware, profile, cut.name, chunks, zero_ns, sample_rows, watchdog_ns)
+        self.execution = Execution(self.worker, hardware, profile, cut, zero_ns, sample_rows, watchdog_ns)
         self.execution.gpu = gpu
         self.execution.on_finished = self.finished
         if serving is not None:
@@ -206,7 +207,7 @@ class _Run:
         self.cancel = threading.Event()
         controls_of = no_controls if serving is None else serving.controls_of
         self.intake = Intake(
-            hardware.intake, hardware.model, loop.requests, zero_ns, self.cancel, controls_of, max_concurrency
+            hardware.intake, hardware.at, loop.requests, zero_ns, self.cancel, controls_of, max_concurrency
         )
 
     def run(self, stop: threading.Event, on_progress: Callable[[int], None] | None) -> None:

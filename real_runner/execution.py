@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 from real_runner.account import FAILED, HUNG, OUT_OF_MEMORY, Dispatch, Fault, LaneHung
-from real_runner.hardware import ChunkFunctions, Hardware
+from real_runner.hardware import Hardware
 from real_runner.pieces import ChunkPiece, Image, Picture, StepPiece, picture_of
 from synerdiff.core import NS_PER_S, PPM, LaneView, Mode, Phase, Sample, SampleId, WorkRecord
 from synerdiff.device.lanes import Work
+from synerdiff.diffusion.decoder import Chunking
 from synerdiff.diffusion.model import SampleState
 from synerdiff.engine.worker import Step, Worker
 from synerdiff.profile.tables import Profile
@@ -56,14 +56,13 @@ class Execution:
         worker: Worker,
         hardware: Hardware,
         profile: Profile,
-        chunking: str,
-        chunks: Sequence[ChunkFunctions],
+        chunking: Chunking,
         zero_ns: int,
         sample_rows: int,
         watchdog_ns: int,
     ) -> None:
         self.worker, self.hardware, self.profile = worker, hardware, profile
-        self.chunking, self.chunks = chunking, chunks
+        self.chunking = chunking
         self.zero_ns, self.sample_rows, self.watchdog_ns = zero_ns, sample_rows, watchdog_ns
         self.images: dict[SampleId, Image] = {}
         """Samples that have entered and not left: all tensors that the run keeps."""
@@ -79,7 +78,7 @@ class Execution:
         self.on_image: OnImage | None = None
         self.on_finished: Callable[[Sample], None] | None = None
         """Told of samples whose image has reached the host."""
-        self.make_step: MakeStep = partial(StepPiece, hardware.model)
+        self.make_step: MakeStep = self._plain_step
         self.gpu = GPU
 
     def now_ns(self) -> int:
@@ -95,12 +94,18 @@ class Execution:
         step, running = self.worker.step, self.step
         if step is None or running is None:
             return None
-        ppm = PPM
+        ppm, request = PPM, step.samples[0].request
         for lane in self.worker.lanes:
-            if self.decodes[lane.index] is not None and lane.sample is not None:
-                ppm += self.profile.slowdown_ppm(step.rows, self.chunking, lane.sample.chunks_done)[0] - PPM
-        work_ns = self.profile.step_ns(step.rows) + (0 if step.committed else self.profile.launch_ns(step.rows))
+            sample = lane.sample
+            if self.decodes[lane.index] is not None and sample is not None:
+                chunk = (self.chunking.name, sample.chunks_done, sample.request.size)
+                ppm += self.profile.slowdowns_beside(request.size, step.rows, *chunk)[0] - PPM
+        profile = self.profile.at(request.size)
+        work_ns = profile.step_ns(step.rows) + (0 if step.committed else profile.launch_ns(step.rows))
         return running.since_ns + work_ns * ppm // PPM
+
+    def _plain_step(self, images: Sequence[Image], modes: Sequence[Mode], pad_rows: int) -> StepPiece:
+        return StepPiece(self.hardware.at(images[0].sample.request), images, modes, pad_rows)
 
     # --- starting -----------------------------------------------------------------------------------------------
 
@@ -130,7 +135,8 @@ class Execution:
         if not sample.chunks_done:
             self.worker.start_decode(sample, self.now_ns())
         hidden = image.state.latent if image.hidden is None else image.hidden
-        chunk = self.chunks[lane.index][sample.chunks_done]
+        model = self.hardware.at(sample.request)
+        chunk = self.hardware.chunk_functions(lane.index, self.chunking, model)[sample.chunks_done]
         content = ChunkPiece(image, chunk, hidden, self.hardware.model.device)
         work = self.hardware.decode[lane.index].submit(content.run)
         self.decodes[lane.index] = Running(content, work, cause_ns, self.now_ns(), 0)
@@ -270,11 +276,11 @@ class Execution:
             content = running.content
             if isinstance(content, StepPiece):
                 what, images = f"a step of {running.rows} rows", content.images
-                predicted_ns = self.profile.step_ns(running.rows)
+                predicted_ns = self.profile.at(images[0].sample.request.size).step_ns(running.rows)
             else:
                 images, chunk = [content.image], content.image.sample.chunks_done
                 what = f"chunk {chunk} of a decode"
-                predicted_ns = self.profile.chunk_ns(self.chunking, chunk)
+                predicted_ns = self.profile.at(content.image.sample.request.size).chunk_ns(self.chunking.name, chunk)
             for_ns = now_ns - running.since_ns
             if for_ns > max(self.watchdog_ns, WATCHDOG_FACTOR * predicted_ns):
                 names = tuple(image.sample.name for image in images)

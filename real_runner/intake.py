@@ -25,6 +25,8 @@ LOOKAHEAD = 512
 
 STOP_POLL_S = 0.05
 """How often a sender that waits for a place looks whether the run was stopped."""
+ModelOf = Callable[[Request], DiffusionModel]
+"""The model at the request's resolution."""
 ControlsOf = Callable[[Request], tuple[ControlUse, ...]]
 """The ControlNets that steer a request, with their images; raises for an image that cannot be had."""
 
@@ -65,7 +67,7 @@ class Intake:
     def __init__(
         self,
         lane: Lane,
-        model: DiffusionModel,
+        model_of: ModelOf,
         requests: Sequence[Request],
         zero_ns: int,
         stop: threading.Event,
@@ -76,7 +78,7 @@ class Intake:
         """When places became free, from the trace's 0."""
         for _ in range(min(most or 0, len(requests))):
             self.free(0)
-        self._lane, self._model, self._requests = lane, model, requests
+        self._lane, self._model_of, self._requests = lane, model_of, requests
         self._controls_of = controls_of
         self._zero_ns, self._stop = zero_ns, stop
         self._sent: deque[Work[_Sent]] = deque()
@@ -130,12 +132,12 @@ class Intake:
         return 0
 
     def _prepare(self, request: Request) -> list[SampleState]:
-        seed = seed_of(request)
-        prompt, negative = prompts_of(request, self._model.prompts)
-        condition = self._model.encode_prompt(prompt, negative)
+        seed, model = seed_of(request), self._model_of(request)
+        prompt, negative = prompts_of(request, model.prompts)
+        condition = model.encode_prompt(prompt, negative)
         controls = self._controls_of(request)
         states = [
-            self._model.start(seed, request.steps, request.guidance_scale, prompt, image=image, condition=condition)
+            model.start(seed, request.steps, request.guidance_scale, prompt, image=image, condition=condition)
             for image in range(request.images)
         ]
         for state in states:

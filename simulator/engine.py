@@ -147,11 +147,6 @@ def simulate_cluster(
         cluster.controlnet_services, adapters, Draws(None if dispersion_seed is None else dispersion_seed + 2)
     )
     planned = _require(requests, profile, cluster, adapters, services, free_adapters)
-    if planned and profile.others:
-        raise InputError(
-            f"profile '{profile.name}' has {len(profile.sizes)} resolutions; requests with LoRAs or ControlNets, and "
-            "guidance on two GPUs, can be simulated at one."
-        )
     if planned and (cluster.profiles or cluster.stages is not None):
         raise InputError(
             "requests with LoRAs or ControlNets, and guidance on two GPUs, can be simulated with one profile and "
@@ -236,6 +231,13 @@ def _require(
                 "synerdiff profile --adapters measures it."
             )
         return False
+    if profile.others and (controlnets is not None or two_gpus):
+        what = "guidance runs on two GPUs" if controlnets is None else f"request {controlnets.request_id} asks for "
+        what += "" if controlnets is None else "ControlNets"
+        raise InputError(
+            f"{what}, and what that costs (adapters.csv) is known of one resolution, while the requests ask for "
+            "several; LoRAs, whose cost does not depend on it, are simulated at several."
+        )
     if controlnets is not None and cluster.strategies.controlnets == "service":
         services.require(dict.fromkeys(use.name for request in requests for use in request.controlnets))
     return loras is not None or controlnets is not None or two_gpus

@@ -88,7 +88,7 @@ class PlainStepper:
         profile = self._profile
         if self._times.others:
             request = step.samples[0].request
-            profile = profile.at(request.height, request.width)
+            profile = profile.at(request.size)
             work_ns: int | None = self._times.of(request).step_ns(rows)
         else:
             work_ns = self._solo_ns.get(rows)
@@ -173,9 +173,8 @@ class Times:
 
     def of(self, request: Request) -> Times:
         """Those of the request's resolution."""
-        if not self.others or request.height is None or request.width is None:
-            return self
-        return self.others.get((request.height, request.width), self)
+        size = request.size
+        return self if size is None else self.others.get(size, self)
 
     def chunk_ns(self, chunk: int) -> int:
         spread = self._chunk_spreads[chunk]

@@ -259,7 +259,7 @@ class StepPlanner:
             work_ns = self.draws.draw(self.adapters.spread("controlnet_forward", its_rows))
             work_ns += self.adapters.ns("residual_add", its_rows)
             last = plan.add(Segment("controlnet", gpu=gpu, rows=its_rows, work_ns=self.profile.sped(work_ns)), last)
-        work_ns = self.times.forward_ns(rows)
+        work_ns = self.times.of(step.samples[0].request).forward_ns(rows)
         if beside and "denoise_forward_beside" in self.adapters.tables:
             bucket, step_ns = self.profile.bucket(rows), self.times.step_spread(rows).median
             rest_ns = max(0, step_ns - self.adapters.forward_ns(bucket))
@@ -269,7 +269,8 @@ class StepPlanner:
 
     def _begin_ns(self, step: Step, rows: int) -> int:
         """Dispatch of a forward of ``rows`` rows, and its launch unless the step was committed beside another."""
-        return self.dispatch_ns + (0 if step.committed else self.profile.launch_ns(rows))
+        profile = self.profile.at(step.samples[0].request.size)
+        return self.dispatch_ns + (0 if step.committed else profile.launch_ns(rows))
 
     def _forward_with_services(
         self, plan: Plan, step: Step, gpu: int, rows: int, controlnets: Mapping[str, int], before: Segment | None

@@ -222,10 +222,9 @@ class WorkerRun:
         """Of the running step and of the sample's chunk, each at its own resolution."""
         step = self.worker.step
         assert step is not None
-        step_size, size = step.samples[0].request.size, sample.request.size
-        assert step_size is not None
-        assert size is not None
-        step_ppm, ppm, how = self.profile.slowdowns_beside(step_size, rows, self.chunking, sample.chunks_done, size)
+        step_ppm, ppm, how = self.profile.slowdowns_beside(
+            step.samples[0].request.size, rows, self.chunking, sample.chunks_done, sample.request.size
+        )
         self.by_solo_time += how > 0
         self.clamped += how > 1
         return step_ppm, ppm

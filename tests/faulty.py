@@ -59,8 +59,8 @@ def faulty(hardware: Hardware, faults: Faults) -> Iterator[Any]:
             raise RuntimeError("the adapter's file is broken")
         return start(seed, *args, **more)
 
-    def faulty_chunks(lane: Any, chunking: Any) -> Any:
-        return tuple(_faulty_chunk(faults, chunk) for chunk in chunk_functions(lane, chunking))
+    def faulty_chunks(lane: Any, chunking: Any, model: Any = None) -> Any:
+        return tuple(_faulty_chunk(faults, chunk) for chunk in chunk_functions(lane, chunking, model))
 
     replaced: list[tuple[Any, str, Any]] = [
         (model, "step", faulty_step),

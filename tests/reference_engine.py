@@ -104,7 +104,7 @@ def reference_simulate(
     seen: dict[str, list[Any]] = {"arrived": [], "step_done": [], "chunk_done": [], "gone": []}
 
     def face(sample: Sample) -> Profile:
-        return profile.at(sample.request.height, sample.request.width)
+        return profile.at(sample.request.size)
 
     def slowdowns(step: Any, chunk: Any) -> tuple[int, int]:
         if not profile.others:

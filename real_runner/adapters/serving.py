@@ -75,11 +75,12 @@ def require_files(requests: Sequence[Request], folders: Folders, model: Diffusio
                     weights.check(OwnReader(folders.loras).read(lora.file))
                 seen.add(lora.file)
             for use in request.controlnets:
-                image = picture_for(request, use)
-                if (use.name, image) not in seen and folders.images is not None:
+                asked = (use.name, picture_for(request, use), request.size)
+                if asked not in seen and folders.images is not None:
                     place = controlnet_place(use.name, folders.controlnets)
-                    read_control_image(image, folders.images, image_channels(place), model)
-                seen.add((use.name, image))
+                    of_size = model if request.size is None else model.at(request.size)
+                    read_control_image(asked[1], folders.images, image_channels(place), of_size)
+                seen.add(asked)
         except InputError as error:
             raise InputError(f"request {request.request_id}: {error}") from None
 
@@ -159,7 +160,7 @@ class Serving:
             assert self.folders.images is not None
             place = controlnet_place(use.name, self.folders.controlnets)
             tensor = read_control_image(
-                picture_for(request, use), self.folders.images, image_channels(place), self.hardware.model
+                picture_for(request, use), self.folders.images, image_channels(place), self.hardware.at(request)
             )
             # Strides as a message would give it: convolutions may round differently for other strides.
             plain = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
@@ -230,9 +231,11 @@ class Serving:
                     image.failure = failure
                 return
 
-    def denoised(self, step: PreparedStep, ids: Sequence[int], pad_rows: int) -> tuple[torch.Tensor, Instant]:
+    def denoised(
+        self, model: DiffusionModel, step: PreparedStep, ids: Sequence[int], pad_rows: int
+    ) -> tuple[torch.Tensor, Instant]:
         """Predicted noise of a step's rows (conditional ones, then unconditional ones), and when the forward began."""
-        parts, model = self.parts, self.hardware.model
+        parts = self.parts
         peer = parts.peer
         if peer is None or not peer.alive:
             calls = calls_for(step.states, ids, step.rows_of_state, step.inputs)
@@ -249,7 +252,7 @@ class Serving:
         try:
             peer.begin(second, other_calls, ids[:guided])
         except PeerLost:
-            return self.denoised(step, ids, pad_rows)
+            return self.denoised(model, step, ids, pad_rows)
         try:
             done = forward(model, first, own_calls, parts.controlnets, parts.clock)
         except Exception:
@@ -266,7 +269,7 @@ class AdaptedStep(StepPiece):
     """A step that makes its weights ready first, and whose forward ControlNets steer."""
 
     def __init__(self, serving: Serving, images: Sequence[Image], modes: Sequence[Mode], pad_rows: int) -> None:
-        super().__init__(serving.hardware.model, images, modes, pad_rows)
+        super().__init__(serving.hardware.at(images[0].sample.request), images, modes, pad_rows)
         self._serving = serving
 
     def run(self) -> None:
@@ -285,7 +288,7 @@ class AdaptedStep(StepPiece):
         step = model.prepare([image.state for image, _ in batch], [mode for _, mode in batch], pad_rows)
         id_of = {id(image.state): image.sample.id for image, _ in batch}
         ids = [id_of[id(state)] for state in step.states]
-        outputs, began = self._serving.denoised(step, ids, pad_rows)
+        outputs, began = self._serving.denoised(model, step, ids, pad_rows)
         if self.forward_began is None:
             self.forward_began = began
         model.finish(step, outputs)

@@ -81,6 +81,8 @@ def fidelity(
     same model are added to the table.
     """
     chosen = make_settings(model, device, dtype, resolution)
+    if chosen.others:
+        raise InputError(f"--resolution {resolution}: images are judged at one resolution.")
     picked = _levers(levers)
     _check(steps, guidance_scale, samples, batch, seed, rules, lora_scale, bound, 5 if "skips" in picked else 1)
     texts = _prompts(prompts)

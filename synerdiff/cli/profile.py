@@ -45,8 +45,12 @@ def profile(
         str | None, typer.Option(help="float32, bfloat16 or float16 (default: float32 on a CPU, bfloat16 on a GPU).")
     ] = None,
     resolution: Annotated[
-        str | None, typer.Option(help="Pixels: one side or HEIGHTxWIDTH (default: the model's own).")
+        str | None,
+        typer.Option(help="Pixels: a side or HEIGHTxWIDTH; several separated by commas (default: the model's own)."),
     ] = None,
+    across: Annotated[
+        bool, typer.Option("--across", help="With several resolutions: measure pairs of two of them as well.")
+    ] = False,
     rows: Annotated[
         str | None, typer.Option(help="Row buckets, rising, for example 1,2,4,8 (default: 10 from 1 to 32).")
     ] = None,
@@ -77,7 +81,7 @@ def profile(
     if adapters:
         _adapters(model, out, device, quick)
         return
-    settings = make_settings(model, device, dtype, resolution, rows, quick, execution, levers)
+    settings = make_settings(model, device, dtype, resolution, rows, quick, execution, levers, across)
     from profiler import measure
 
     try:
@@ -265,8 +269,9 @@ def _adapters(model: str, out: Path, device: str, quick: bool) -> None:
 def lacks(missing: dict[str, Any]) -> str:
     """What an unfinished measurement lacks, in one line; profile.yaml lists it."""
     parts = [f"{len(missing[name])} pairs {words}" for name, words in _LACKS.items() if name in missing]
-    if left_out := missing.get("chunkings_left_out"):
-        parts.append(f"without the chunkings {', '.join(left_out)}")
+    for what in ("chunkings", "resolutions"):
+        if left_out := missing.get(f"{what}_left_out"):
+            parts.append(f"without the {what} {', '.join(left_out)}")
     if once := missing.get("pairs_visited_less_than_twice"):
         parts.append(f"{once} pairs visited only once")
     return ", ".join(parts)
@@ -278,32 +283,45 @@ _LACKS = {"not_measured": "not measured", "not_settled": "not settled"}
 def _times(profile: Profile) -> list[str]:
     """Its tables of times."""
     ms = NS_PER_S / 1000
-    times = "  ".join(f"{rows}: {spread.median / ms:.2f}" for rows, spread in profile.steps.items())
-    decodes = "  ".join(f"{name}: {profile.decode_ns(name) / ms:.2f}" for name in profile.chunkings)
+    lines = []
+    for one in (profile, *profile.others.values()):
+        lines += [f"  at {pixels_of(one.head.resolutions[0])}"] if profile.others else []
+        times = "  ".join(f"{rows}: {spread.median / ms:.2f}" for rows, spread in one.steps.items())
+        decodes = "  ".join(f"{name}: {one.decode_ns(name) / ms:.2f}" for name in one.chunkings)
+        lines += [f"  step, ms by rows   {times}", f"  decode, ms         {decodes}"]
     overheads = "  ".join(f"{name}: {profile.overhead_ns(name) / ms:.3f}" for name in profile.overheads)
     launches = "  ".join(f"{rows}: {spread.median / ms:.3f}" for rows, spread in profile.step_launch.items())
-    return [
-        f"  step, ms by rows   {times}",
-        f"  decode, ms         {decodes}",
-        f"  overheads, ms      {overheads or 0}",
-        f"  idle launch, ms    {launches or 0}",
-    ]
+    return [*lines, f"  overheads, ms      {overheads or 0}", f"  idle launch, ms    {launches or 0}"]
 
 
 def report(measured: Profile) -> list[str]:
     """What a measurement found, in a few lines."""
     notes = measured.head.notes
-    lines = [*_times(measured), "  1/s_u + 1/s_v of a decode by rows (above 1, running it beside steps pays)"]
-    for name, by_rows in notes["overlap"].items():
-        lines.append(f"    {name:<16} " + "  ".join(f"{rows}: {value:.2f}" for rows, value in by_rows.items()))
-    lines.append("  kappa, slowdown with chunks / with the whole decode, by rows: step side, chunk side")
-    for name, by_row in notes["kappa"].items():
-        pairs = "  ".join(f"{rows}: {pair['step']:.2f} {pair['chunk']:.2f}" for rows, pair in by_row.items())
-        lines.append(f"    {name:<16} {pairs}")
-    errors = ", ".join(
+    found = {f" at {size}": of_size for size, of_size in notes.get("findings", {}).items()}
+    found = {f" at {pixels_of(measured.head.resolutions[0])}" if found else "": notes, **found}
+    lines = _times(measured)
+    for at, of_size in found.items():
+        lines.append(f"  1/s_u + 1/s_v of a decode by rows{at} (above 1, running it beside steps pays)")
+        for name, by_rows in of_size["overlap"].items():
+            lines.append(f"    {name:<16} " + "  ".join(f"{rows}: {value:.2f}" for rows, value in by_rows.items()))
+        lines.append(f"  kappa, slowdown with chunks / with the whole decode{at}, by rows: step side, chunk side")
+        for name, by_row in of_size["kappa"].items():
+            pairs = "  ".join(f"{rows}: {pair['step']:.2f} {pair['chunk']:.2f}" for rows, pair in by_row.items())
+            lines.append(f"    {name:<16} {pairs}")
+        errors = _errors(of_size["held_out_error"])
+        lines.append(f"  lookups against held-out cells{at}: {errors or 'no cell was held out'}")
+    if across := notes.get("across_error"):
+        errors = _errors({name: error for name, error in across.items() if name != "clamped"})
+        lines.append(
+            f"  pairs across resolutions by solo time, had they not been measured: {errors}; {across['clamped']} of"
+        )
+        lines[-1] += f" {across['step_slowdown']['cells']} beyond the range"
+    return lines
+
+
+def _errors(by_name: dict[str, Any]) -> str:
+    return ", ".join(
         f"{name.replace('_', ' ')} {100 * error['mean']:.1f}% (worst {100 * error['worst']:.1f}%, "
         f"{error['cells']} cells)"
-        for name, error in notes["held_out_error"].items()
+        for name, error in by_name.items()
     )
-    lines.append(f"  lookups against held-out cells: {errors or 'no cell was held out'}")
-    return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,7 +118,6 @@ class DiffusionModel:
         self.vae = vae
         self.solver = solver
         self.prompts = prompts
-        self.height, self.width = resolution
         self.device = torch.device(unet.device)
         self.dtype: torch.dtype = unet.dtype
         self.decoder = ChunkedDecoder(vae)
@@ -126,14 +126,28 @@ class DiffusionModel:
         self.controlnets: dict[str, ControlNet] = {}
         self.row_buckets: tuple[int, ...] | None = None
         self.execution = ModelExecution("graphs" if self.device.type == "cuda" else "eager")
-        factor = vae_factor(vae)
-        _check_resolution(name, resolution, factor * 2 ** (len(unet.config.block_out_channels) - 1))
+        self._set_resolution(resolution)
+
+    def _set_resolution(self, resolution: tuple[int, int]) -> None:
+        unet, factor = self.unet, vae_factor(self.vae)
+        _check_resolution(self.name, resolution, factor * 2 ** (len(unet.config.block_out_channels) - 1))
+        self.height, self.width = resolution
         self.latent_shape = (1, int(unet.config.in_channels), self.height // factor, self.width // factor)
         self._time_ids: torch.Tensor | None = None
         if getattr(unet.config, "addition_embed_type", None) == "text_time":
             # SDXL: original size, crop corner, target size.
             sizes = [float(size) for size in (*resolution, 0, 0, *resolution)]
             self._time_ids = torch.tensor([sizes], dtype=self.dtype, device=self.device)
+
+    def at(self, resolution: tuple[int, int]) -> DiffusionModel:
+        """The same networks, weights and prompts at another resolution, with buckets and graphs of its own (none yet).
+
+        Raises InputError for sides that the model cannot make.
+        """
+        other = copy.copy(self)
+        other._set_resolution(resolution)
+        other.denoise, other.row_buckets = EagerDenoiser(self.unet), None
+        return other
 
     def denoiser_calls(self, steps: int) -> int:
         """Denoiser calls that a sample of `steps` scheduler steps makes (Heun at 20 makes 39)."""

@@ -143,7 +143,7 @@ class Grid:
                 parameters["batch"] = entry.batch
             for source in (source for replicates in self.sources.values() for source in replicates):
                 requests = fitted(arrivals(source).requests, device.profile)
-                profile = at_its_resolutions(device.profile, requests, entry.policy, self.home(entry))
+                profile = at_its_resolutions(device.profile, requests)
                 worker = WorkerInfo(profile.most_rows, 0, lanes, mix_of(requests).sample_rows)
                 build_policy(entry.policy, parameters, self.home(entry)).reset(worker, profile)
 

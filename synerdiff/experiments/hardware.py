@@ -65,11 +65,6 @@ class HardwareEngine:
         if set(prepared.spec.decode_gpus) != {0}:
             gpus = ",".join(str(gpu) for gpu in prepared.spec.decode_gpus)
             raise InputError(f"--decode-gpus {gpus}: a run uses one GPU, so every decode lane is on GPU 0.")
-        if prepared.profile.others:
-            raise InputError(
-                f"the requests ask for {len({request.size for request in prepared.requests})} resolutions; a run on "
-                "hardware serves one, so give a trace (or a window) with one."
-            )
         model = self.model or prepared.profile.head.model
         if not model:
             name = prepared.profile.name

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from policies.registry import POLICIES, policy_class
 from synerdiff.core import NS_PER_S, InputError, Request
 from synerdiff.profile.capacity import solo_latencies_ns
 from synerdiff.profile.tables import Profile
@@ -52,21 +50,10 @@ def fitted(
     ]
 
 
-def at_its_resolutions(profile: Profile, requests: Sequence[Request], policy: str, base_folder: Path | None) -> Profile:
-    """The profile as these requests need it: with one resolution where they have one.
-
-    InputError for several and a policy of ours that plans with one.
-    """
+def at_its_resolutions(profile: Profile, requests: Sequence[Request]) -> Profile:
+    """The profile as these requests need it: with one resolution where they have one."""
     sizes = {request.size for request in requests}
-    if not profile.others or len(sizes) == 1:
-        return profile.only(next(iter(sizes)))
-    if not getattr(policy_class(policy, base_folder), "MIXES_RESOLUTIONS", True):
-        mixing = [name for name, known in POLICIES.items() if known.MIXES_RESOLUTIONS]
-        raise InputError(
-            f"policy '{policy}' plans with one resolution, and the requests ask for {len(sizes)}; several are served "
-            f"by {', '.join(mixing)}."
-        )
-    return profile
+    return profile.only(next(iter(sizes))) if len(sizes) == 1 else profile
 
 
 def limits_from(requests: Sequence[Request], slo_seconds: float | None, slo_multiple: float | None) -> str:

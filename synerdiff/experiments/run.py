@@ -362,7 +362,7 @@ def prepare(spec: RunSpec) -> Prepared:
     arriving = arrivals(given) if isinstance(given, Source) else given
     asked, window = arriving.requests, arriving.window
     requests = fitted(asked, profile, spec.slo_seconds, spec.slo_multiple)
-    profile = at_its_resolutions(profile, requests, spec.policy, spec.base_folder)
+    profile = at_its_resolutions(profile, requests)
     floor = _floor(spec, requests, profile)
     profiles = {} if spec.cluster is None else _worker_profiles(spec, spec.cluster, requests)
     prepared = Prepared(
@@ -493,7 +493,7 @@ def _worker_profiles(spec: RunSpec, cluster: Cluster, requests: Sequence[Request
         content_hash = spec.worker_hashes.get(name) or load_profile(folder).content_hash
         profile = profile_as_it_was(folder, content_hash, spec.contention, spec.decode_share)
         fitted(requests, profile)
-        found[name] = at_its_resolutions(profile, requests, spec.policy, spec.base_folder)
+        found[name] = at_its_resolutions(profile, requests)
     return found
 
 

@@ -188,7 +188,7 @@ def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None
     its decodes one after the other, each with sample_host after it, then the next wave; at the end result_copy. With a
     decision lead only the first step of a wave is launched on an idle lane.
     """
-    profile = profile.at(request.height, request.width)
+    profile = profile.at(request.size)
     rows = 2 if request.guidance_scale > 1 else 1
     most = default_batch(profile, rows) if batch is None else min(batch, most_samples(profile, rows))
     total = profile.overhead_ns("text_encode") + profile.overhead_ns("result_copy")

@@ -130,7 +130,7 @@ def combined(profiles: Sequence[Profile], name: str) -> Profile:
     """One profile of the resolutions of several, the first one first; overheads and the head are the first's.
 
     How they contend with each other is left to solo times (contract: slowdowns across resolutions). InputError for
-    profiles of other models, other chunkings, several resolutions, and a resolution that two have.
+    profiles of other models, other chunkings or cuts, several resolutions, and a resolution that two have.
     """
     first = profiles[0]
     own: dict[Size, Profile] = {}
@@ -147,6 +147,12 @@ def combined(profiles: Sequence[Profile], name: str) -> Profile:
             raise InputError(
                 f"profiles '{first.name}' and '{profile.name}' cut decodes differently; a chunking has equally many "
                 "chunks at every resolution."
+            )
+        other = next((name for name, cuts in first.head.cuts.items() if profile.head.cuts.get(name) != cuts), None)
+        if other is not None:
+            raise InputError(
+                f"profiles '{first.name}' and '{profile.name}' cut decodes at other layers ({other}); synerdiff "
+                "profile --resolution A,B measures both with the same cuts."
             )
         own[size] = profile
     provenance = max((profile.provenance for profile in profiles), key=PROVENANCES.index)

@@ -196,11 +196,9 @@ class Profile:
 
     # --- several resolutions (contract: resolutions, slowdowns across them) -------------------------------------------
 
-    def at(self, height: int | None, width: int | None) -> Profile:
+    def at(self, size: Size | None) -> Profile:
         """The tables of one resolution; without a size, or where there is one resolution, these."""
-        if not self.others or height is None or width is None:
-            return self
-        return self.others.get((height, width), self)
+        return self if size is None or not self.others else self.others.get(size, self)
 
     @property
     def sizes(self) -> dict[Size, Profile]:
@@ -226,7 +224,7 @@ class Profile:
         return replace(changed, others={size: change(other) for size, other in self.others.items()})
 
     def slowdowns_beside(
-        self, step_size: Size, rows: int, chunking: str, chunk: int, chunk_size: Size
+        self, step_size: Size | None, rows: int, chunking: str, chunk: int, chunk_size: Size | None
     ) -> tuple[int, int, int]:
         """(step, chunk) slowdowns of a pair of resolutions, and how they were found: 0 as measured, 1 by solo time,
         2 by solo time and clamped.
@@ -234,6 +232,8 @@ class Profile:
         Where this pair was not measured around the step's bucket: those of the chunk beside a step of its own
         resolution that takes as long alone, linear in solo time between the measured rows, clamped to their range.
         """
+        if not self.others or step_size is None or chunk_size is None:
+            return *self.slowdown_ppm(rows, chunking, chunk), 0
         key = (step_size, rows, chunking, chunk, chunk_size)
         known = self._beside_memo.get(key)
         if known is None:
@@ -243,7 +243,7 @@ class Profile:
     def _find_beside(
         self, step_size: Size, rows: int, chunking: str, chunk: int, chunk_size: Size
     ) -> tuple[int, int, int]:
-        step, own = self.at(*step_size), self.at(*chunk_size)
+        step, own = self.at(step_size), self.at(chunk_size)
         pair = own.corun if step_size == chunk_size else self.across.get((step_size, chunk_size), {})
         measured = {r: cell for r, cell in pair.get((chunking, chunk), {}).items() if not cell.held_out}
         bucket = step.bucket(rows)

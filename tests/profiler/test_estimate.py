@@ -321,9 +321,9 @@ def test_several_resolutions_are_those_of_each_alone() -> None:
     profile = est.estimate_profiles("512x512, 768x1024", "h200", "sdxl", execution="engine")
     alone = est.estimate_profile("h200", "sdxl", execution="engine", resolution="768x1024")
     assert profile.head.resolutions == ((512, 512), (768, 1024))
-    assert profile.at(768, 1024).steps == alone.steps
-    assert profile.at(768, 1024).corun == alone.corun
-    assert profile.at(768, 1024).overheads == profile.overheads
+    assert profile.at((768, 1024)).steps == alone.steps
+    assert profile.at((768, 1024)).corun == alone.corun
+    assert profile.at((768, 1024)).overheads == profile.overheads
     assert est.estimate_profiles("", "h200", "sdxl") == est.estimate_profile("h200", "sdxl")
     with pytest.raises(InputError, match="are both of 512x512"):
         est.estimate_profiles("512x512,512x512", "h200", "sdxl")

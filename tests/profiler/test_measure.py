@@ -72,6 +72,32 @@ def test_tables_are_complete_and_read_back(measured: Any) -> None:
     assert load_profile(folder).content_hash == profile.content_hash
 
 
+def test_several_resolutions_are_measured_in_one_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("profiler.settings.QUICK_CHUNKS", ())
+    monkeypatch.setattr(measuring, "warm_up_all", lambda *_: None)
+    out, small, large = tmp_path / "p", (32, 32), (48, 32)
+    command = ["profile", "--model", "digits", "--resolution", "32x32,48x32", "--across", "--rows", "2", "--quick"]
+    assert main([*command, "--out", str(out)]) == 0
+    profile = load_profile(out)
+    assert list(profile.sizes) == [small, large]
+    for one in profile.sizes.values():
+        assert (tuple(one.steps), one.row_buckets, set(one.held_out_steps)) == ((2,), (2,), {1})
+        assert set(one.corun["whole", 0]) == {2}
+    assert set(profile.across) == {(small, large), (large, small)}
+    for cells in profile.across.values():
+        assert set(cells["whole", 0]) == {2}
+    assert profile.slowdowns_beside(large, 2, "whole", 0, small)[2] == 0, "as measured"
+    assert profile.head.notes["across_error"]["step_slowdown"]["cells"] == 2
+    assert set(profile.head.notes["findings"]) == {"48x32"}
+    assert {path.name for path in out.glob("*.png")} == {"profile.png", "profile-48x32.png"}
+    text, said = capsys.readouterr()
+    assert "minutes for" in said
+    assert "at 48x32" in text
+    assert "pairs across resolutions by solo time, had they not been measured: step slowdown" in text
+
+
 def test_provenance_says_what_was_measured_and_how_well(measured: Any) -> None:
     _, profile, _ = measured
     head, info = profile.head, profile.head.notes

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,9 @@ def test_points_follow_from_the_rows() -> None:
         ({"resolution": "big"}, "HEIGHTxWIDTH"),
         ({"resolution": "1x2x3"}, "HEIGHTxWIDTH"),
         ({"resolution": "0"}, "HEIGHTxWIDTH"),
+        ({"resolution": "512,"}, "HEIGHTxWIDTH"),
+        ({"resolution": "512,512x512"}, "given twice"),
+        ({"resolution": "512", "across": True}, "give several"),
     ],
 )
 def test_options_that_make_no_sense(option: dict[str, Any], problem: str) -> None:
@@ -133,10 +137,10 @@ def test_options_that_make_no_sense(option: dict[str, Any], problem: str) -> Non
 
 
 def test_the_command_line_gives_the_same_settings() -> None:
-    settings = make_settings("sdxl", "cuda:1", "float16", "768x512", "1,2,4", True)
+    settings = make_settings("sdxl", "cuda:1", "float16", "768x512,1024", "1,2,4", True, across=True)
     assert command_line(settings, "x") == (
-        "synerdiff profile --model sdxl --device cuda:1 --dtype float16 --resolution 768x512 --rows 1,2,4 --quick "
-        "--out x"
+        "synerdiff profile --model sdxl --device cuda:1 --dtype float16 --resolution 768x512,1024x1024 --rows 1,2,4 "
+        "--across --quick --out x"
     )
     assert command_line(make_settings("digits", "cpu"), "x") == "synerdiff profile --model digits --device cpu --out x"
 
@@ -205,16 +209,35 @@ def test_a_profile_can_be_made_of_chunkings_that_reach_over_the_whole_decodes_ra
     for cell in plan.cells[:2]:
         corun[cell.key] = samples
     corun |= {f"c4 {chunk} {rows}": samples for chunk in range(4) for rows in (2, 8)}
-    (low, high), chunkings = plan.complete(corun)
-    assert (low, high, [cut.name for cut in chunkings]) == (2, 8, ["whole", "c4"])
+    ends, chunkings = plan.complete(corun)
+    assert (ends, [cut.name for cut in chunkings]) == ({"": (2, 8)}, ["whole", "c4"])
     corun["whole 0 32"] = samples
-    (low, high), chunkings = plan.complete(corun)
-    assert (low, high, [cut.name for cut in chunkings]) == (2, 32, ["whole"])
+    ends, chunkings = plan.complete(corun)
+    assert (ends, [cut.name for cut in chunkings]) == ({"": (2, 32)}, ["whole"])
     missing = plan.missing({"corun": corun, "skipped": {"c4 0 32": "too busy"}, "visit 2": {"whole 0 2": 1}})
     assert missing["not_settled"] == {"c4 0 32": "too busy"}
     assert missing["chunkings_left_out"] == ["c4", "c8"]
     assert missing["pairs_visited_less_than_twice"] == len(corun) - 1
     assert len(missing["not_measured"]) == len(plan.cells) - len(corun) - 1
+
+
+def test_several_resolutions_are_measured_in_the_order_of_value_and_pairs_across_them_last() -> None:
+    settings = make_settings("digits", "cpu", rows="2,8", resolution="32x32, 48x32", across=True)
+    assert (settings.resolution, settings.others) == ((32, 32), ((48, 32),))
+    plan = MeasuringPlan(settings, [1] * 3, ["32x32", "48x32"])
+    assert [cell.key for cell in plan.cells] == [
+        f"whole 0 {rows} step {step} chunk {chunk}"
+        for pairs in ((("32x32", "32x32"), ("48x32", "48x32")), (("32x32", "48x32"), ("48x32", "32x32")))
+        for step, chunk in pairs
+        for rows in (2, 8)
+    ]
+    samples = ([1_000_000], [1_000_000])
+    corun = {cell.key: samples for cell in plan.cells[:2]}
+    assert plan.complete(corun)[0] == {"32x32": (2, 8)}
+    assert plan.missing({"corun": corun})["resolutions_left_out"] == ["48x32"]
+    with pytest.raises(InputError, match="no step was measured beside a decode"):
+        plan.complete({cell.key: samples for cell in plan.cells[2:]})
+    assert MeasuringPlan(replace(settings, across=False), [1] * 3, ["32x32", "48x32"]).cells == plan.cells[:4]
 
 
 def test_how_long_a_visit_takes() -> None:

@@ -266,7 +266,7 @@ def test_a_profile_with_steps_too_large_for_the_device_is_refused() -> None:
     with (
         digits_hardware() as opened,
         faulty(opened, faults),
-        pytest.raises(InputError, match="a step of 24 rows, which the profile allows, does not fit"),
+        pytest.raises(InputError, match="a step of 24 rows at 32x32, which the profile allows, does not fit"),
     ):
         run_real(requests_at(0), build_policy("static"), digits_profile(), opened)
 

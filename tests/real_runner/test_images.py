@@ -60,7 +60,7 @@ def by_diffusers(model: Any, request: Any, image: Any, letters: Any) -> Any:
     condition = model.encode_prompt("9", "4") if request.negative_prompt else model.encode_prompt(str(seed % 10))
     both = torch.cat([condition.unconditional_tokens, condition.tokens])
     generator = torch.Generator().manual_seed(image_seed(seed, image))
-    latent = torch.randn(1, 4, 8, 8, generator=generator) * scheduler.init_noise_sigma
+    latent = torch.randn(model.latent_shape, generator=generator) * scheduler.init_noise_sigma
     difference = None
     for timestep, letter in zip(scheduler.timesteps, letters, strict=True):
         scaled = scheduler.scale_model_input(latent, timestep)

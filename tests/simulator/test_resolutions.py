@@ -12,10 +12,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from policies.continuous import ContinuousSerial
 from policies.registry import build_policy
-from simulator import simulate
+from profiler.assemble import across_error
+from simulator import simulate, simulate_cluster
 from synerdiff import cli
-from synerdiff.core import ContractError, Decision, InputError, Request, SkipBudget
+from synerdiff.core import (
+    CONDITIONAL,
+    ContractError,
+    Decision,
+    InputError,
+    Request,
+    SkipBudget,
+    controlnets_from,
+    loras_from,
+)
 from synerdiff.experiments.offer import fitted
 from synerdiff.experiments.run import RunSpec, prepare
 from synerdiff.profile.capacity import offered_load, serial_capacity_samples_per_s, solo_latency_ns
@@ -26,6 +37,7 @@ from tests.builders import Script, affine_profile, exact, make_profile
 from tests.reference_engine import reference_slowdowns
 from tests.simulator.test_reference import assert_engines_agree
 from tests.strategies import Whim, budgets, profiles
+from tests.swift_builders import cluster, toy_adapters, toy_profile
 
 SMALL, LARGE = (512, 512), (768, 1024)
 EASY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -90,6 +102,18 @@ def test_a_pair_that_was_measured_is_taken_as_measured() -> None:
     assert profile.slowdowns_beside(LARGE, 2, "whole", 0, SMALL) == (2_000_000, 3_000_000, 0)
     held_out = {("whole", 0): {2: replace(cells["whole", 0][2], held_out=True)}}
     assert two({(LARGE, SMALL): held_out}).slowdowns_beside(LARGE, 2, "whole", 0, SMALL)[2] == 1
+
+
+def test_the_rules_error_is_its_distance_from_what_was_measured() -> None:
+    # Small chunk beside a large step: the rule says 1.26 and 1.64 (above). Large chunk beside a small step: clamped.
+    beside_large = {("whole", 0): {2: Corun(exact(1_200_000), exact(2_050_000), False)}}
+    beside_small = {("whole", 0): {2: Corun(exact(1_500_000), exact(1_600_000), False)}}
+    found = across_error(two({(LARGE, SMALL): beside_large, (SMALL, LARGE): beside_small}))
+    assert found == {
+        "step_slowdown": {"cells": 2, "mean": 0.025, "worst": 0.05},
+        "chunk_slowdown": {"cells": 2, "mean": 0.225, "worst": 0.25},
+        "clamped": 1,
+    }
 
 
 @st.composite
@@ -219,11 +243,78 @@ def test_load_counts_each_resolution_at_its_own_capacity() -> None:
     assert solo_latency_ns(requests[1], profile) == 10 * (30 + 6 * 2) * 1_000_000 + 90_000_000
 
 
-def test_policies_that_plan_with_one_resolution_say_so() -> None:
-    requests = (at(0, 0, SMALL), at(1, 10, LARGE))
-    with pytest.raises(InputError, match="policy 'synerdiff' plans with one resolution, and the requests ask for 2"):
-        prepare(RunSpec(profile=two(), source=requests, policy="synerdiff"))
-    alone = prepare(RunSpec(profile=two(), source=requests[1:], policy="synerdiff", time_scale=1.0))
+def test_load_skip_weighs_each_decode_beside_the_step_that_comes() -> None:
+    # Beside the large step of 160 the small decode of 50 takes 82 and costs 82 - 65 = 17, less than alone. Beside a
+    # small step of 100 the large one of 90 takes 180 and costs 180 * (1 - 1/1.5) = 60: beside too.
+    requests = [at(0, 0, SMALL), at(1, 0, LARGE), at(2, 0, SMALL)]
+    result = simulate(requests, build_policy("load-skip"), two())
+    # 82 beside 65 of 160, the rest to 277. 180 beside the small step: 100 * 1.5 = 150, to 427; the decode goes on alone
+    # for (90 - floor(150 / 2)) = 15, to 442. The last decode at 427 has to wait for the one lane: 442 to 492.
+    assert ends(result) == [182, 442, 492]
+    costly = two({(LARGE, SMALL): {("whole", 0): {2: Corun(exact(3_000_000), exact(4_000_000), False)}}})
+    # 200 * (1 - 1/3) = 133 lost, more than 50: so the small decode goes first, alone.
+    assert ends(simulate(requests[:2], build_policy("load-skip"), costly)) == [150, 400]
+
+
+def test_edf_counts_a_waiting_sample_at_its_own_resolution() -> None:
+    # At 0 the small one has 1 step of 100; then the large one takes 160 and its decode 90: 350 in all.
+    budget = SkipBudget(1_000_000, 0, 1, CONDITIONAL)
+    for slo_ns, modes in ((350, "g"), (349, "c")):
+        requests = [at(0, 0, SMALL, 1), at(1, 0, LARGE, 1, slo_ns=slo_ns)]
+        requests[0] = replace(requests[0], slo_ns=200)
+        policy = build_policy("edf")
+        result = simulate(requests, policy, two_with_one_row(), budget=budget)
+        assert result.requests[0].modes == (modes,)
+
+
+def two_with_one_row() -> Profile:
+    profile = two()
+    large = replace(profile.others[LARGE], steps={1: exact(150), 2: exact(160)}, row_buckets=(1, 2))
+    return replace(profile, steps={1: exact(90), **profile.steps}, row_buckets=(1, 2, 4), others={LARGE: large})
+
+
+@settings(EASY, max_examples=60)
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(1, 4), st.booleans()), min_size=1, max_size=8),
+    sized_profiles(),
+    st.sampled_from(("synerdiff", "synerdiff-feedback", "load-skip", "edf")),
+    st.sampled_from(((0,), (0, 0), (1,))),
+    budgets,
+)
+def test_planning_policies_serve_several_resolutions(
+    drawn: Any, profile: Profile, policy: str, gpus: Any, budget: SkipBudget
+) -> None:
+    requests, now_ns = [], 0
+    for index, (gap_ns, steps, large) in enumerate(drawn):
+        now_ns += gap_ns
+        requests.append(at(index, now_ns, LARGE if large else SMALL, steps, slo_ns=500 * steps))
+    assert_engines_agree(requests, build_policy(policy), profile, gpus, budget)
+
+
+def test_loras_are_merged_at_every_resolution_and_controlnets_refused() -> None:
+    profile, lora = (
+        sized(toy_profile(), replace(toy_profile(), steps={1: exact(90), 2: exact(200)})),
+        loras_from(("a",)),
+    )
+    asked = [at(0, 0, SMALL, 2, loras=lora), at(1, 0, LARGE, 2, loras=lora)]
+
+    def ended(requests: Any, **strategies: Any) -> list[int]:
+        place = cluster(**strategies)
+        return ends(simulate_cluster(requests, ContinuousSerial, profile, place, adapters=toy_adapters()).run)
+
+    # Read 200, copied 50, merged 20; then two steps of 100 and a decode of 40; the same weights for the large one.
+    assert ended(asked) == [510, 510 + 2 * 200 + 40]
+    controlled = [asked[0], at(1, 0, LARGE, 2, controlnets=controlnets_from(("edges",)))]
+    for strategies, requests, what in (
+        ({}, controlled, "request 1 asks for ControlNets, and what that costs"),
+        ({"guidance": "two-gpus"}, asked, "guidance runs on two GPUs, and what that costs"),
+    ):
+        with pytest.raises(InputError, match=what):
+            ended(requests, **strategies)
+
+
+def test_requests_of_one_resolution_leave_the_others_out() -> None:
+    alone = prepare(RunSpec(profile=two(), source=(at(0, 10, LARGE),), policy="synerdiff", time_scale=1.0))
     assert alone.profile.max_rows == 2
     assert not alone.profile.others
 
@@ -251,10 +342,14 @@ def test_profiles_of_one_resolution_each_are_combined(tmp_path: Path, capsys: py
     assert both.name == "both"
     assert list(both.sizes) == [SMALL, LARGE]
     assert "both, measured, resolutions 512x512, 768x1024" in capsys.readouterr().out
+    for name, size, cut in (("r", SMALL, 2), ("s", LARGE, 3)):
+        head = Head(resolutions=(size,), cuts={"c4": (cut, 5, 7)})
+        write_profile(tmp_path / name, replace(affine_profile(), head=head))
     for wrong, sentence in (
         ([folders[0], folders[0]], "are both of 512x512."),
         ([folders[0], str(tmp_path / "both")], "profile 'both' has several resolutions already"),
         (folders[:1], "at least two profiles are needed."),
+        ([str(tmp_path / "r"), str(tmp_path / "s")], "cut decodes at other layers (c4)"),
     ):
         assert cli.main(["profile", "combine", *wrong, "--out", str(tmp_path / "none")]) == 2
         assert sentence in capsys.readouterr().err
