@@ -88,9 +88,10 @@ _OTHERS = (
 
 
 def policy_styles(names: Iterable[str]) -> dict[str, PolicyStyle]:
-    """A style per name, known policies first in their fixed order, then others as they come."""
+    """A style per name, known policies first in their fixed order, then others as they come; beyond four these take the
+    styles of policies that are not shown."""
     given = list(dict.fromkeys(names))
-    spare = cycle(_OTHERS)
+    spare = cycle([*_OTHERS, *(style for name, style in POLICY_STYLES.items() if name not in given)])
     styles = {name: style for name, style in POLICY_STYLES.items() if name in given}
     return styles | {name: next(spare) for name in given if name not in POLICY_STYLES}
 
