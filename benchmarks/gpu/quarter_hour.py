@@ -483,7 +483,7 @@ def across_task(options: Options, slot: str, until_s: float) -> None:
     across resolutions makes of the profile's own cells: those beside steps that take as long alone."""
     from profiler.bench import Bench, TimedStep, lane_cores
     from profiler.sampling import QUICK, spread_of
-    from profiler.timing import Side, alone, chunk_pieces, measure_corun
+    from profiler.timing import Side, Unsettled, alone, chunk_pieces, measure_corun
     from real_runner.hardware import chunking_of
     from synerdiff.device import open_device
     from synerdiff.device.lanes import find_device
@@ -514,7 +514,11 @@ def across_task(options: Options, slot: str, until_s: float) -> None:
                 functions = prepare_chunks(own, chunking_of(profile, chunking), bench.decode)
                 times = [spread.median for spread in profile.chunks[chunking]]
                 chunk = times.index(max(times))
-                pair = measure_corun(bench, step, chunk_pieces(bench, functions)[chunk], ([], []), until_s)
+                try:
+                    pair = measure_corun(bench, step, chunk_pieces(bench, functions)[chunk], ([], []), until_s)
+                except Unsettled as error:
+                    print(f"{rows} rows beside {chunking}.{chunk}: {error}")
+                    continue
                 measured = [spread_of(samples).median / 1e6 for samples in pair]
                 predicted = both.slowdowns_beside(away, rows, chunking, chunk, base)
                 row: dict[str, Any] = {"step_side": away[0], "chunk_side": base[0], "rows": rows}

@@ -143,6 +143,15 @@ def test_gates_by_hand() -> None:
     assert met == ["met"] * 5 + ["MISSED", "met", "MISSED"], "the lane is idle for 3 of 100 ms in the run: 3%"
     missed = [gate.verdict for gate in gates(measured(40.1, 399.0, 40.1, 0.81, 1.39))]
     assert missed == ["MISSED"] * 8
+    with_levers = measured(35.0, 400.0, 40.0, 0.6, 1.4)
+    assert [gate.verdict for gate in gates(with_levers)][:2] == ["met", "MISSED"]
+    times = [
+        {"what": "2 rows", "levers": list(levers), "ms": ms}
+        for levers, ms in (((), 25.0), (("qkv",), 34.0), (("qkv", "compile"), 29.0), (("float8",), 20.0))
+    ]
+    with_levers["forward"] = {"times": [*times, {"what": "decode", "levers": ["qkv"], "ms": 9.0}]}
+    own = gates(with_levers)[1]
+    assert (own.found, own.verdict) == (29.0, "met"), "neither what has no lever, nor 8-bit products, nor a decode"
     rehearsal = measured(1.0, 900.0, 1.0, 0.0, 9.0) | {"environment": {"device_option": "cpu"}}
     assert {gate.verdict for gate in gates(rehearsal)} == {"not measured"}
     assert {gate.verdict for gate in gates({"profiles": {}, "runs": {}})} == {"not measured"}
@@ -164,3 +173,24 @@ def test_floors_by_hand() -> None:
     assert beside_floor(2e6, *work_of("sd15", 1), "h200")["floor_ms"] == pytest.approx(1.016, abs=0.001)
     assert "floor_ms" not in beside_floor(2e6, *work_of("sd15", 1), None)
     assert decode_work("sdxl")[0] == pytest.approx(10.47e12, rel=0.01)
+
+
+def test_levers_are_measured_alone_then_together_and_8_bit_products_last() -> None:
+    on_gpu = quarter_hour.variants(on_gpu=True)
+    assert [name for name, _ in on_gpu] == [
+        *("graphs", "channels-last + group-norm", "channels-last", "attention", "qkv", "cudnn-benchmark"),
+        *("all but compile", "compile", "compiled", "compiled + float8", "eager"),
+    ]
+    assert {execution.kind for _, execution in on_gpu[:-1]} == {"graphs"}
+    assert "float8" not in on_gpu[-3][1].levers
+    assert all("compile" not in execution.levers for _, execution in quarter_hour.variants(on_gpu=False))
+
+
+def test_what_the_forward_and_the_second_resolution_found_is_in_the_report() -> None:
+    row = {"kind": "qkv", "what": "2 rows", "ms": 33.0, "it_per_s": 30.3, "levers": ["qkv"], "image_apart": 0.0123}
+    pair = {"step_side": 768, "chunk_side": 512, "rows": 2, "chunking": "c4", "chunk": 1, "s_u": 1.2, "s_v": 1.5}
+    pair |= {"predicted_s_u": 1.25, "predicted_s_v": 1.44}
+    found = {"profiles": {}, "runs": {}, "forward": {"model": "sdxl", "times": [row]}, "across": [pair]}
+    text = report_text(found, [], [])
+    assert "| qkv | 2 rows | 33 | 30.3 | - | 0.0123 | - |" in text
+    assert "| 768, 2 rows | 512, c4.1 | 1.2 | 1.25 | 1.5 | 1.44 |" in text
