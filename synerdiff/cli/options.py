@@ -77,9 +77,7 @@ ExecutionOption = Annotated[
 ]
 Jobs = Annotated[int | None, typer.Option("--jobs", help="Processes (default: one per core), or Ray tasks at a time.")]
 BackendName = Annotated[str, typer.Option("--backend", help="loky: this machine; ray: a Ray cluster.")]
-Address = Annotated[
-    str | None, typer.Option("--address", help="Of the Ray cluster: HOST:PORT, ray://HOST:PORT or auto.")
-]
+Address = Annotated[str | None, typer.Option("--address", help="Of the Ray cluster: HOST:PORT or auto.")]
 Emit = Annotated[
     str | None, typer.Option("--emit", help="Also write a serving engine's batching rules: sglang or vllm-omni.")
 ]

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from synerdiff.core import ContractError, InputError
 from synerdiff.experiments.store import ROOT
-from synerdiff.files import PACKAGES, install_hint
+from synerdiff.files import PACKAGES, install_hint, shown, whole_number
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -28,6 +29,8 @@ Told = tuple[list[Any], InputError | ContractError | None, float]
 
 ATTEMPTS = 3
 """How often in a row workers may die without finishing anything."""
+CONNECT_S = 10.0
+"""How long a cluster's address may take to answer."""
 TASK_S = 2.0
 """Work of a Ray task: long beside what giving it out costs (milliseconds), short beside what a lost machine loses."""
 
@@ -180,6 +183,8 @@ def _ray(jobs: int | None, address: str | None) -> Any:
         import ray
     except ModuleNotFoundError:
         raise InputError(f"The backend ray needs the library ray; install it with: {install_hint('cluster')}") from None
+    if address is not None:
+        _require_answer(address)
     if ray.is_initialized():
         return ray
     if address is None:
@@ -194,6 +199,21 @@ def _ray(jobs: int | None, address: str | None) -> Any:
             why = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise InputError(f"--address {address}: no Ray cluster answers there ({why.rstrip('.')}).") from None
     return ray
+
+
+def _require_answer(address: str) -> None:
+    """InputError where nobody listens: Ray would try for minutes, and fill the terminal meanwhile."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    try:
+        with socket.create_connection((host, whole_number(port, 1, 65_535)), CONNECT_S):
+            return
+    except ValueError:
+        raise InputError(f"--address is {shown(address)}; HOST:PORT or auto is needed.") from None
+    except OSError as error:
+        why = error.strerror or error
+        raise InputError(f"--address {shown(address)}: no Ray cluster answers there ({why}).") from None
 
 
 def _all_but_modules(folder: str, names: list[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -178,3 +179,13 @@ def test_addresses_that_lead_nowhere(
     assert cli.main(["sweep", "e.yaml", "--address", "auto"]) == 2
     said = "--address is that of a Ray cluster; the backend is loky, so give --backend ray too.\n"
     assert capsys.readouterr().err == said
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for address, why in (
+        (f"127.0.0.1:{port}", f"--address 127.0.0.1:{port}: no Ray cluster answers there (Connection refused).\n"),
+        ("nonsense", "--address is nonsense; HOST:PORT or auto is needed.\n"),
+        ("a:b", "--address is a:b; HOST:PORT or auto is needed.\n"),
+    ):
+        assert cli.main(["sweep", "e.yaml", "--backend", "ray", "--address", address]) == 2
+        assert capsys.readouterr().err == why
+    assert not (tmp_path / "results").exists()
