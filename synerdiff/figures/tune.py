@@ -7,7 +7,7 @@ from itertools import accumulate
 
 from matplotlib.figure import Figure
 
-from synerdiff.figures.style import BLUE, GREY, ORANGE, beside, finish, new_figure, panel_title, styled
+from synerdiff.figures.style import BLUE, GREY, ORANGE, beside, finish, new_figure, panel_title, plain_log_ticks, styled
 from synerdiff.results.intervals import PairedRatio
 
 
@@ -32,11 +32,11 @@ def search_figure(
     )
     left.axhline(1, color="#222222", linewidth=0.8, zorder=1)
     left.plot(best, scores[best], "*", color=ORANGE, markersize=10)
-    middle = len(scores) / 2
-    beside(left, "best", best, scores[best] or 1, (8, -4) if best < middle else (-26, -4), color=ORANGE)
+    beside(left, "best", best, scores[best] or 1, (5, 6), color=ORANGE)
     refused = [number for number, score in enumerate(scores) if score is None]
     if refused:
         left.plot(refused, [0.98] * len(refused), "x", color=GREY, transform=left.get_xaxis_transform())
+    plain_log_ticks(left)
     left.set(xlabel="trial", ylabel="score (default = 1)")
     panel_title(left, "search: below 1 is better; line: best so far", estimated)
     seeds = list(by_seed)
