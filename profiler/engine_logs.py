@@ -236,7 +236,7 @@ def filled(profile: Profile, gpu: str, contention: str) -> Profile:
     by = f"estimated for {gpu} and {profile.head.model}"
     cells = {
         "steps": "imported",
-        "decode": "imported" if known else by,
+        "decode": profile.head.notes.get("decode", "imported") if known else by,
         "chunks of a decode": f"{by}, scaled to the decode" if known else by,
         "slowdowns": f"{by}, contention {contention}",
         "text_encode": "imported" if "text_encode" in profile.overheads else by,

@@ -36,6 +36,8 @@ class Throughput:
     decode_ms: float = 0.0
     """0: all of the time is taken to be in the steps."""
     gpu: str = SHAPE_GPU
+    estimate: str | None = None
+    """Card whose estimated decode is taken where none is given; the steps take the rest of the time."""
 
     def __post_init__(self) -> None:
         for name, value, most in (
@@ -59,11 +61,15 @@ def throughput_profile(of: Throughput, name: str, source: str) -> Profile:
     Fewer rows take what the estimator says they take of a full batch's step, linear between its rows.
     """
     decode_ns = max(1, round(of.decode_ms * NS_PER_MS))
+    decode = "given" if of.decode_ms else "not known apart: its time is in the steps"
+    if of.estimate is not None and not of.decode_ms:
+        decode_ns = estimate_profile(of.estimate, of.model).decode_ns()
+        decode = f"estimated for {of.estimate} and {of.model}; the steps take the rest of the throughput's time"
     step_ns = (of.batch_ns - of.batch * decode_ns) / of.steps
     if step_ns < 1:
         raise InputError(
             f"a batch of {of.batch} takes {of.batch_ns / NS_PER_S:.3f} s in all, and its decodes alone "
-            f"{of.batch * of.decode_ms / 1000:.3f} s; decode-ms is too large."
+            f"{of.batch * decode_ns / NS_PER_S:.3f} s; decode-ms is too large."
         )
     full = of.batch * (2 if of.guided else 1)
     estimated = replace(estimate_profile(of.gpu, of.model), row_buckets=None)
@@ -71,7 +77,6 @@ def throughput_profile(of: Throughput, name: str, source: str) -> Profile:
     shape = {rows: float(spread.median) for rows, spread in estimated.steps.items() if rows < full}
     # Beyond the estimator's largest step time grows with the rows.
     shape[full] = float(estimated.step_ns(full)) if full <= known else estimated.step_ns(known) * full / known
-    decode = "not known apart: its time is in the steps" if of.decode_ms == 0 else "given"
     notes = {
         "imported_from": f"{of.images_per_s:g} images/s on {of.gpus} GPUs at batch {of.batch}, {of.steps} steps",
         "shape": f"T of fewer rows as estimated for {of.gpu} and {of.model}, scaled to a step of {full} rows",

@@ -132,6 +132,8 @@ def throughput(
         float, typer.Option(help="One image's decode, where it is known; else all of the time is in the steps.")
     ] = 0.0,
     gpu: Annotated[str, typer.Option(help="Card whose estimated T(rows) gives smaller batches their share.")] = "h100",
+    estimate: Estimate = None,
+    contention: Contention = "mid",
     source: SourceText = "",
 ) -> None:
     """One GPU's profile from a machine's saturated throughput, such as MLPerf's Offline result.
@@ -140,8 +142,8 @@ def throughput(
     """
     from profiler import imported
 
-    of = imported.Throughput(images_per_s, gpus, batch, steps, guided, model, decode_ms, gpu)
-    _write_imported(imported.throughput_profile(of, out.resolve().name, source), out)
+    of = imported.Throughput(images_per_s, gpus, batch, steps, guided, model, decode_ms, gpu, estimate)
+    _write_imported(imported.throughput_profile(of, out.resolve().name, source), out, estimate, contention)
 
 
 @import_app.command()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from policies.registry import build_policy
+from profiler.engine_logs import filled
 from profiler.estimate import estimate_profile
 from profiler.imported import Throughput, table_profile, throughput_profile
 from simulator import simulate
@@ -48,6 +50,22 @@ def test_a_given_decode_leaves_the_steps_the_rest() -> None:
         InputError, match=r"takes 4.000 s in all, and its decodes alone 4.000 s; decode-ms is too large"
     ):
         throughput_profile(Throughput(2, 2, 4, 10, decode_ms=1000), "p", "")
+
+
+@pytest.mark.parametrize("decode_ms", [0.0, 40.0])
+def test_contention_is_estimated_where_that_is_asked_for(decode_ms: float) -> None:
+    """A full batch still takes what the throughput says; slowdowns are the estimate's, and every cell says whence."""
+    of = replace(MLPERF, decode_ms=decode_ms, estimate="h100")
+    profile = filled(throughput_profile(of, "h100x8", "MLPerf"), "h100", "high")
+    estimated = estimate_profile("h100", "sdxl", "high")
+    expected_ns = decode_ms * 1e6 or estimated.decode_ns()
+    assert profile.decode_ns() == expected_ns
+    assert 20 * profile.step_ns(16) + 8 * expected_ns == pytest.approx(8 * 8 / 16.3484 * 1e9, abs=20)
+    assert profile.slowdown_ppm(16, "whole", 0) == estimated.slowdown_ppm(16, "whole", 0)
+    assert profile.decode_ns("c4") == pytest.approx(expected_ns, abs=4)
+    cells = profile.head.notes["cells"]
+    assert cells["slowdowns"] == "estimated for h100 and sdxl, contention high"
+    assert cells["decode"].startswith("given" if decode_ms else "estimated for h100 and sdxl; the steps take the rest")
 
 
 @pytest.mark.parametrize(
