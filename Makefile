@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: sweep test lint types clean
+.PHONY: sweep test scorecard lint types clean
 
 sweep: $(VENV)/.installed
 	$(BIN)/synerdiff sweep experiments.yaml
 
 test: $(VENV)/.installed-all
 	$(BIN)/python -m pytest
+
+# At every release: predictions beside what others measured (docs/scorecard.md).
+scorecard: $(VENV)/.installed
+	$(BIN)/synerdiff scorecard --only times --out results/scorecard-times
+	$(BIN)/synerdiff scorecard --only mlperf --out results/scorecard-mlperf
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff format --check .

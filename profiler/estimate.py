@@ -27,7 +27,7 @@ from profiler.operations import Operations, decoder, text_encoders, total, unet
 from synerdiff.core import NS_PER_S, PPM, InputError
 from synerdiff.files import number, shown
 from synerdiff.profile.folder import combined
-from synerdiff.profile.tables import MOST_DEGREE, Corun, Head, Profile, Spread
+from synerdiff.profile.tables import MOST_DEGREE, Band, Corun, Head, Profile, Spread
 
 ROW_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 CORUN_ROWS = (1, 2, 4, 8, 16, 32)
@@ -292,14 +292,6 @@ def _head(
         "precision": mode.precision,
         "vae_bits": vae_bits,
         "n_meaning": "n is 0 in every cell: nothing was measured, and p10 = p90 = median",
-        "band": {
-            "low": low,
-            "high": high,
-            "meaning": "8 of 10 published times lie between these multiples of an estimate made without their card",
-            "card": "checked against published times"
-            if device.checked
-            else "unchecked: no published time of this card",
-        },
         "assumptions": {
             "peak": assumption(device.peak_flops / 1e12, "TFLOP/s, dense 16 bit, 32-bit sums", sheet),
             "power_ceiling": assumption(
@@ -341,5 +333,11 @@ def _head(
         dtype="float16" if mode.precision == "fp16" else "bfloat16",
         execution=mode.execution,
         source=command,
+        band=Band(
+            low=low,
+            high=high,
+            meaning="8 of 10 published times lie between these multiples of an estimate made without their card",
+            card="checked against published times" if device.checked else "unchecked: no published time of this card",
+        ),
         notes=notes,
     )

@@ -55,10 +55,11 @@ def estimate(
     write_profile(out, profile)
     step_ms = profile.step_ns(2) * 1000 / NS_PER_S
     decode_ms = profile.decode_ns() * 1000 / NS_PER_S
-    band = profile.head.notes["band"]
+    band = profile.head.band
+    assert band is not None  # every estimate has one
     typer.echo(
         f"{out}: {profile.name}, step of 2 rows {step_ms:.1f} ms, decode {decode_ms:.1f} ms (estimated, not measured: "
-        f"times {band['low']:g} to {band['high']:g}; {band['card']}; assumptions in profile.yaml)"
+        f"times {band.low:g} to {band.high:g}; {band.card}; assumptions in profile.yaml)"
     )
 
 

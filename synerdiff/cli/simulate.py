@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -42,13 +43,21 @@ def simulate(
     skip_mode: options.SkipMode = "reuse",
     min_ssim: options.MinSsim = None,
     fidelity: options.FidelityFolder = None,
+    times_off: Annotated[
+        str | None,
+        typer.Option(
+            "--profile-error",
+            help="Band of the results when all times are off by so much, like 2%; own: by the profile's own band or "
+            "spread (default up to 2,000 images); 0: none. Takes two more runs.",
+        ),
+    ] = None,
     timeline: options.Timeline = False,
 ) -> None:
     """Replay a trace through a policy on a profile, and write requests, work and metrics.
 
     With --cluster: workers behind a router, ControlNet services, LoRA loading, guidance on two GPUs.
     """
-    from synerdiff.experiments import run as runs
+    from synerdiff.experiments import profile_error, run
 
     if not 0 <= seed < 2**63:
         raise InputError(f"--seed is {seed}; a whole number from 0 to 2^63 - 1 is needed.")
@@ -76,9 +85,12 @@ def simulate(
         dispersion_seed=seed if dispersion else None,
     )
     claim_folder(out, "simulate")
-    prepared = runs.prepare(spec)
+    prepared = run.prepare(spec)
+    band = profile_error.asked_band(times_off, prepared)
     with progress("simulating", prepared.images) as on_progress:
-        outcome = runs.execute(prepared, runs.simulator, on_progress)
+        outcome = run.execute(prepared, run.simulator, on_progress)
+    if band is not None:
+        outcome = replace(outcome, profile_error=profile_error.banded(prepared, band))
     outcome.write(out, timeline)
     where = "" if spec.cluster is None else f" behind {spec.router_entry.kind} on {len(spec.cluster.gpus)} GPUs"
     options.report(outcome, f"{out}: {policy}{where} on {prepared.profile.label}, {trace.name}")

@@ -43,8 +43,8 @@ from synerdiff.profile.adapters import load_adapters
 from synerdiff.profile.capacity import default_batch, least_lane_s, mix_of, most_samples, offered_load
 from synerdiff.profile.folder import find_profile, load_profile
 from synerdiff.profile.tables import Profile
-from synerdiff.results.intervals import BLOCKS, Interval, batch_means_interval, requests_per_block, t_interval
-from synerdiff.results.metrics import MOST_BLOCKS, SLO_FACTOR, measured
+from synerdiff.results.intervals import BLOCKS, Interval, blocks_interval, t_interval, values_for_interval
+from synerdiff.results.metrics import SLO_FACTOR, measured
 from synerdiff.results.records import REQUEST_COLUMNS, read_table
 
 if TYPE_CHECKING:
@@ -227,12 +227,11 @@ def verdict_of(
     if len(values) > 1:
         interval = _over_replicates(target, values)
     else:
-        block = requests_per_block(load)
-        enough = block is not None and len(latencies[0]) >= BLOCKS * max(block, level.gpus)
-        interval = (
-            _within(target, latencies[0], max(block or 0, level.gpus)) if enough else Interval(values[0], -inf, inf, 1)
-        )
-        needed = None if enough or block is None else BLOCKS * max(block, level.gpus)
+        least = values_for_interval(load)
+        least = None if least is None else max(least, BLOCKS * level.gpus)
+        enough = least is not None and len(latencies[0]) >= least
+        interval = _within(target, latencies[0]) if enough else Interval(values[0], -inf, inf, 1)
+        needed = None if enough else least
     known = interval.low > -inf or interval.high < inf
     low, high = interval.low, interval.high
     inside = target.holds(low if target.quantile is None else high)
@@ -283,18 +282,17 @@ def _quantile(ordered: Sequence[float], quantile: float) -> float:
     return low if place == below else high if inf in (low, high) else low + (high - low) * (place - below)
 
 
-def _within(target: Target, latencies: Sequence[tuple[float, float]], block: int) -> Interval:
+def _within(target: Target, latencies: Sequence[tuple[float, float]]) -> Interval:
     """The metric of one run with an interval from the means of its blocks.
 
     A share is a mean. A percentile's interval reaches to the percentiles that lie as far from it as the interval of
     the share below it is wide (Woodruff, Confidence intervals for medians and other position measures, 1952).
     """
-    blocks = min(MOST_BLOCKS, len(latencies) // block)
     value = _metric(target, latencies)
     if target.quantile is None:
-        own = batch_means_interval([float(latency <= limit) for latency, limit in latencies], blocks)
+        own = blocks_interval([float(latency <= limit) for latency, limit in latencies], 0)
         return Interval(value, max(0.0, own.low), min(1.0, own.high), own.n)
-    share = batch_means_interval([float(latency <= value) for latency, _ in latencies], blocks)
+    share = blocks_interval([float(latency <= value) for latency, _ in latencies], 0)
     half, ordered = share.high - share.value, sorted(latency for latency, _ in latencies)
     low, high = target.quantile - half, target.quantile + half
     return Interval(

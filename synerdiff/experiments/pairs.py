@@ -14,15 +14,15 @@ from synerdiff.experiments.sweep import MANIFEST
 from synerdiff.figures.pairs import paired_requests, paired_sweeps
 from synerdiff.figures.style import save
 from synerdiff.files import claim_folder
+from synerdiff.results.folder import highest_load, how_full
 from synerdiff.results.intervals import (
-    BLOCKS,
     Interval,
     PairedRatio,
-    batch_means_interval,
+    blocks_interval,
     paired_log_ratio,
-    requests_per_block,
+    values_for_interval,
 )
-from synerdiff.results.metrics import MOST_BLOCKS, STAGES, measured, stages
+from synerdiff.results.metrics import STAGES, measured, stages
 from synerdiff.results.records import read_requests, read_table
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def compare_runs(a: Path, b: Path) -> SideBySide:
     if both.empty:
         raise InputError(f"{a} and {b}: no measured request is done in both, so nothing can be paired.")
     left, right = (table.loc[both].sort_values(["arrival_s"], kind="stable") for table in tables)
-    loads = [summary["run"]["load"] for summary in summaries]
-    load = None if None in loads else max(loads)
+    loads = [load for summary in summaries if (load := highest_load(summary["run"])) is not None]
+    load = max(loads) if len(loads) == 2 else None
     rows = []
     values = [table["request_latency_s"].astype(float) for table in (left, right)]
     interval = difference(values[0].tolist(), values[1].tolist(), load)
@@ -110,15 +110,13 @@ def compare_runs(a: Path, b: Path) -> SideBySide:
         f"{len(tables[0])} measured requests, of which {faster} are faster in B."
     )
     if interval.low == float("-inf"):
-        block = requests_per_block(load) if load is not None else None
-        why = (
-            "the load is not below 1"
-            if block is None
-            else f"{BLOCKS * block} measured requests are needed at this load"
-        )
+        needed = values_for_interval(load)
+        why = "the load is not below 1" if needed is None else f"{needed:,} measured requests are needed at this load"
         sentence += f" No interval: {why}."
     names = [_run_name(folder, summary) for folder, summary in zip((a, b), summaries, strict=True)]
-    parts: list[Printed] = [sentence, f"A: {names[0]}", f"B: {names[1]}", *_other_arrivals(summaries), ""]
+    full = [_how_full(summary) for summary in summaries]
+    told = [f"{side}: {name}{how}" for side, name, how in zip("AB", names, full, strict=True)]
+    parts: list[Printed] = [sentence, *told, *_other_arrivals(summaries), ""]
     parts.append((["s", "A", "B", "B / A", "B - A [95%]"], [row[:5] for row in rows]))
     estimated = any(summary["run"].get("provenance") == "estimated" for summary in summaries)
     return SideBySide(parts, lambda: paired_requests(left, right, names, sentence, estimated))
@@ -127,9 +125,7 @@ def compare_runs(a: Path, b: Path) -> SideBySide:
 def difference(a: list[float], b: list[float], load: float | None) -> Interval:
     """Mean of b - a in order of arrival, with an interval from means of blocks; infinite where there are too few."""
     paired = [y - x for x, y in zip(a, b, strict=True)]
-    block = None if load is None else requests_per_block(load)
-    blocks = 0 if block is None else min(MOST_BLOCKS, len(paired) // block)
-    return batch_means_interval(paired, blocks if blocks >= BLOCKS else len(paired))
+    return blocks_interval(paired, values_for_interval(load))
 
 
 def _require_same_requests(a: Path, b: Path, tables: list[pandas.DataFrame]) -> None:
@@ -164,6 +160,14 @@ def _other_arrivals(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     if None in rates or abs(rates[1] / rates[0] - 1) < 1e-6:
         return []
     return [f"The requests came at another pace: {rates[0]:.4g} a second in A, {rates[1]:.4g} in B."]
+
+
+def _how_full(summary: Mapping[str, Any]) -> str:
+    """How full the run was; nothing of one that an earlier version wrote."""
+    try:
+        return f", {how_full(dict(summary))}"
+    except KeyError:
+        return ""
 
 
 def _row(name: str, values: Sequence[float], interval: Interval | None = None) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from synerdiff.config.experiment import Experiment, Workload, load_experiment
+from synerdiff.config.experiment import Experiment, Slo, Workload, load_experiment
 from synerdiff.core import InputError
 from synerdiff.experiments.adapter_mix import CURVES_FILE, cache_curves
 from synerdiff.experiments.backends import make_backend
@@ -49,8 +49,9 @@ from synerdiff.figures.load import (
 from synerdiff.figures.style import save
 from synerdiff.files import atomic, sha256_of_files
 from synerdiff.profile.tables import pixels_of
+from synerdiff.results.folder import STATES, UTILISATION
 from synerdiff.results.intervals import PairedRatio, paired_log_ratio
-from synerdiff.results.metrics import TAIL_PERCENT, WARMUP_PERCENT, measured
+from synerdiff.results.metrics import SLO_FACTOR, TAIL_PERCENT, WARMUP_PERCENT, measured
 from synerdiff.results.records import REQUEST_COLUMNS, read_table
 
 if TYPE_CHECKING:
@@ -149,7 +150,9 @@ def _draw(report: Report, experiment: Experiment, results: Results) -> int:
 
 def _curves(experiment: Experiment, results: Results) -> Report:
     """Load curves show the workloads that are not replayed as backlog; every replayed one has a picture a profile."""
-    parts = _result_parts(results.rows, experiment.policy_names, experiment.reference)
+    slo = experiment.slo or Slo(solo_multiple=SLO_FACTOR)
+    limits = f"{slo.seconds:g} s" if slo.seconds else f"{slo.solo_multiple:g} times the latency alone"
+    parts = _result_parts(results.rows, experiment.policy_names, experiment.reference, limits)
     report = Report([*_batch_parts(results.batches), *parts])
     if experiment.max_concurrency:
         if "concurrency" in experiment.figures:
@@ -290,13 +293,16 @@ def _batch_parts(batches: Sequence[Row]) -> list[Printed]:
     return [title, (("machine", "workload", "load", "policy", "best", "tried"), rows)] if rows else []
 
 
-def _result_parts(rows: Sequence[Row], policies: Sequence[str], reference: str) -> list[Printed]:
+def _result_parts(rows: Sequence[Row], policies: Sequence[str], reference: str, slo: str) -> list[Printed]:
     """One table per cell: by policy (in the order given) and load, means over the replicates."""
     groups: dict[GridCell, list[Row]] = {}
     for row in rows:
         groups.setdefault(GridCell.of(row), []).append(row)
     parts: list[Printed] = []
-    headers = ("policy", "load", "batch", f"mean / that of {reference}", *(title for title, _ in _COLUMNS))
+    headers = (
+        *("policy", "load", "batch", f"mean / that of {reference}", *(title for title, _ in _COLUMNS)),
+        *("time scale", "lane busy", "of its capacity", "state"),
+    )
     for cell, members in groups.items():
         table = []
         offers = sorted({_offer(row) for row in members})
@@ -307,14 +313,34 @@ def _result_parts(rows: Sequence[Row], policies: Sequence[str], reference: str) 
                 values = [_number(_mean([_value(row, name) for row in own])) for _, name in _COLUMNS]
                 batch = own[0]["batch"]
                 ratio = "-" if policy == reference else _ratio(own, base)
-                table.append([policy, _offer_text(own[0]), "-" if batch is None else str(batch), ratio, *values])
+                scale, share = (
+                    _number(_mean([row.get(name) for row in own])) for name in ("time_scale", "policy_load")
+                )
+                how_full = [scale, _busy(own), share, _words(own)]
+                table.append(
+                    [policy, _offer_text(own[0]), "-" if batch is None else str(batch), ratio, *values, *how_full]
+                )
         replicates = len({row["seed"] for row in members})
         estimated = " (estimated)" * bool(members[0]["estimated"])
         parts += [
-            f"{cell.text}{estimated}, means over {replicates} run{'s' if replicates > 1 else ''}",
+            f"{cell.text}{estimated}, means over {replicates} run{'s' if replicates > 1 else ''}; SLO of a request "
+            f"without one of its own: {slo}",
             (headers, table),
         ]
     return parts
+
+
+def _busy(rows: Sequence[Row]) -> str:
+    """How busy the denoise lanes are: mean of all runs and workers."""
+    own = [row[name] for row in rows for name in row if name.startswith(UTILISATION) and name.endswith("_denoise")]
+    busy = _mean(own)
+    return "-" if busy is None else f"{busy:.0%}"
+
+
+def _words(rows: Sequence[Row]) -> str:
+    """What the runs are called, each word once."""
+    words = {row.get("state") for row in rows}
+    return " to ".join(word for word in STATES if word in words) or "-"
 
 
 def _offer(row: Row) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from synerdiff.core import NO_SKIPS, RunResult
 from synerdiff.experiments import parcel
 from synerdiff.experiments.backends import Backend
 from synerdiff.experiments.grid import Grid, Run, best_batch
-from synerdiff.experiments.run import Outcome, execute, prepare, saturated
+from synerdiff.experiments.run import Outcome, Prepared, capacity_per_s, execute, prepare, saturated
 from synerdiff.experiments.sources import arrivals
 from synerdiff.experiments.store import (
     code_hash,
@@ -32,6 +32,7 @@ from synerdiff.experiments.store import (
 from synerdiff.fidelity.floor import run_ssim
 from synerdiff.fidelity.table import FidelityTable
 from synerdiff.files import atomic, claim_folder, require_writable_folder, sha256_of_files
+from synerdiff.results.folder import state
 from synerdiff.results.records import REQUEST_COLUMNS, read_table
 
 MANIFEST = "manifest.json"
@@ -130,7 +131,8 @@ def compute(run: Run) -> tuple[str, dict[str, Any]]:
     """Simulate one run, keep it and return (key, row). Called in worker processes.
 
     A row holds the columns of ``Run.head``, the metrics (at saturation ``saturation_throughput`` too, samples a second;
-    latencies then count from the start), ``forced_fraction`` of the chunks, and for fleets what their GPUs did.
+    latencies then count from the start), the rate beside what the policy sustains, ``forced_fraction`` of the chunks,
+    and for fleets what their GPUs did.
     """
     prepared = prepare(run.spec)
     if run.images is None:
@@ -145,11 +147,30 @@ def compute(run: Run) -> tuple[str, dict[str, Any]]:
         "time_scale": prepared.time_scale,
         "decisions": outcome.result.decisions,
         **metrics,
+        **_offered(run, prepared, metrics),
         "forced_fraction": _forced_fraction(outcome.result),
         **_fleet_columns(run, outcome),
     }
     keep_run(run.folder, run.key, row, outcome.tables[0] if run.keep_requests else None)
     return run.key, row
+
+
+def _offered(run: Run, prepared: Prepared, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The rate, what the policy sustains at its own batch, and the word for both; not of fleets, loops and maps."""
+    rate = prepared.rate_per_s
+    if run.load is None or rate is None or not run.keep_requests or run.spec.cluster is not None:
+        return {}
+    same = (run.folder, run.cell, run.label, run.spec.parameters.get("batch"), run.source)
+    if same not in _CAPACITIES:
+        _CAPACITIES[same] = capacity_per_s(prepared)
+    capacity = _CAPACITIES[same]
+    share = None if capacity is None else rate / capacity
+    word = None if share is None else state(share, metrics)
+    return {"rate_per_s": rate, "policy_capacity_per_s": capacity, "policy_load": share, "state": word}
+
+
+_CAPACITIES: dict[tuple[Any, ...], float | None] = {}
+"""Of this process: the same at every load."""
 
 
 def _forced_fraction(result: RunResult) -> float:

@@ -31,7 +31,7 @@ from synerdiff.profile.tables import (
     Spread,
     pixels_of,
 )
-from synerdiff.schema import validated
+from synerdiff.schema import Section, validated
 
 DEGREES_FILE = "degrees.csv"
 SHIPPED = Path(__file__).resolve().parents[2] / "profiler" / "profiles"
@@ -222,6 +222,8 @@ def fields_of(head: Head) -> dict[str, Any]:
             fields |= {"cuts": {cut: list(places) for cut, places in value.items()}} if value else {}
         elif name == "levers":
             fields |= {"levers": list(value)} if value else {}
+        elif isinstance(value, Section):
+            fields[name] = value.model_dump(exclude_defaults=True)
         elif name != "notes" and value not in (None, "", {}):
             fields[name] = value
     return {**fields, **head.notes}

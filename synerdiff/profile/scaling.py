@@ -1,11 +1,14 @@
-"""A profile with another contention or another weight of the decode, to ask when a policy wins."""
+"""A profile with another contention or another weight of the decode, to ask when a policy wins; and with all times off,
+to ask what its own error is worth."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from math import exp, log
+from statistics import fmean
 
 from synerdiff.core import PPM, InputError
-from synerdiff.profile.tables import Corun, CorunCells, Profile, Spread
+from synerdiff.profile.tables import Band, Corun, CorunCells, Profile, Spread
 
 
 def scaled_profile(base: Profile, contention: float = 1.0, decode: float = 1.0) -> Profile:
@@ -45,6 +48,50 @@ def scaled_profile(base: Profile, contention: float = 1.0, decode: float = 1.0) 
         )
 
     return base.each(scaled)
+
+
+def all_times_scaled(profile: Profile, factor: float) -> Profile:
+    """All times multiplied by a factor; slowdowns are ratios and stay."""
+    ppm = round(factor * PPM)
+
+    def scaled(spread: Spread) -> Spread:
+        median, p10, p90 = (max(1, value * ppm // PPM) for value in (spread.median, spread.p10, spread.p90))
+        return Spread(median, p10, p90, spread.n)
+
+    def slower(own: Profile) -> Profile:
+        return replace(
+            own,
+            steps={rows: scaled(spread) for rows, spread in own.steps.items()},
+            chunks={name: tuple(map(scaled, spreads)) for name, spreads in own.chunks.items()},
+            overheads={name: scaled(spread) if spread.median else spread for name, spread in own.overheads.items()},
+            step_launch={rows: scaled(spread) if spread.median else spread for rows, spread in own.step_launch.items()},
+            degrees={
+                degree: {rows: scaled(one) for rows, one in cells.items()} for degree, cells in own.degrees.items()
+            },
+            content_hash="",
+        )
+
+    return profile.each(slower)
+
+
+def own_band(profile: Profile) -> Band | None:
+    """How far all its times may be off: what its head says, else its own spread; None where it has none.
+
+    The spread of measured times: the geometric means of p10 / median and of p90 / median over steps and whole decodes.
+    """
+    if profile.head.band is not None:
+        return profile.head.band
+    cells = [*profile.steps.values(), *profile.chunks["whole"]]
+    low, high = (exp(fmean(log(value(cell) / cell.median) for cell in cells)) for value in (_p10, _p90))
+    return None if low == high else Band(low=low, high=high, meaning="p10 to p90 of what was measured")
+
+
+def _p10(spread: Spread) -> int:
+    return max(1, spread.p10)
+
+
+def _p90(spread: Spread) -> int:
+    return spread.p90
 
 
 def _times(spread: Spread, factor: float) -> Spread:

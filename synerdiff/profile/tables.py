@@ -83,6 +83,16 @@ def pixels_of(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
 
 
+class Band(Section):
+    """Multiples of the times between which the true ones lie."""
+
+    low: Annotated[float, Field(gt=0, le=1)]
+    high: Annotated[float, Field(ge=1, le=100)]
+    meaning: str = ""
+    card: str = ""
+    """Estimated times: whether any of this card was published."""
+
+
 class Head(Section):
     """Where a profile's times come from and what they hold for; empty is what is not known."""
 
@@ -110,6 +120,8 @@ class Head(Section):
     date: str = ""
     source: str = ""
     """Imported times: who published them, and where. Estimated ones: the command that makes them."""
+    band: Band | None = None
+    """How far the times may be off, where somebody knows."""
     notes: dict[str, Any] = {}
     """What only people read."""
 

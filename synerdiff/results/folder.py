@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synerdiff.files import atomic
 from synerdiff.results import records
-from synerdiff.results.intervals import BLOCKS, requests_for_p99_claim, requests_per_block
+from synerdiff.results.intervals import requests_for_p99_claim, values_for_interval
 from synerdiff.results.metrics import measured_count
 from synerdiff.results.timeline import write_timeline
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 SETTLED = 0.98
 """Share of what is offered below which a run did not keep up with it."""
+STATES = ("stable", "near saturation", "saturated")
+UTILISATION = "lane_utilisation_"
 NEAR_SATURATION = 0.9
 """Share of what the policy sustains from which on small errors of the times move latencies much."""
 
@@ -66,12 +69,14 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
         f"  SLO         {_span(run['slo_lowest_s'], run['slo_highest_s'])} s: {run['slo']}",
         f"  latency, s  {latency}",
         *_claim_lines(summary, measured, done),
+        *_error_lines(run),
         f"  stages, s   {stages}",
         f"  throughput  {_number(summary['request_throughput'])} requests/s, "
         f"{_number(summary['image_throughput'])} images/s",
         f"  goodput     {_number(summary['goodput'])} requests/s within their SLO "
         f"({_number(100 * summary['good_fraction'])}% of them)",
         f"  skipped     {_number(100 * summary['skip_fraction'])}% of guided steps",
+        *_busy_lines(summary),
     ]
     if "gpus" in run:
         lines += [
@@ -103,28 +108,42 @@ def _load_lines(run: dict[str, Any], summary: dict[str, Any]) -> list[str]:
             f"  capacity    {_number(run['policy_capacity_per_s'])} requests/s by {run['policy']} at its own batch, of "
             f"which {_number(100 * run['policy_load'])}% are offered: {state(run['policy_load'], summary)}"
         )
+    else:
+        lines.append(f"  capacity    of {run['policy']} not known; by what was served: {state(0.0, summary)}")
     return lines
 
 
-def state(policy_load: float, summary: dict[str, Any]) -> str:
+def how_full(summary: dict[str, Any]) -> str:
+    """The load of a run in one line: beside its policy's capacity, its word, its time scale and its limits."""
+    run = summary["run"]
+    if run["load"] is None:
+        most = run.get("max_concurrency")
+        return "all at once" if most is None else f"closed loop of {most:,} requests"
+    share = run.get("policy_load")
+    own = "" if share is None else f", {_number(share)} of its capacity: {state(share, summary)}"
+    return f"load {_number(run['load'])}{own}; time scale {_number(run['time_scale'])}; SLO {run['slo']}"
+
+
+def state(policy_load: float, summary: Mapping[str, Any]) -> str:
     """``stable``, ``near saturation`` or ``saturated``: more is offered than the policy sustains, or the backlog grew:
-    fewer than 98% of what was offered was served meanwhile, and latency rose from the run's start to its end."""
-    served, offered = summary["request_throughput"] or 0.0, summary["offered_request_rate"] or 0.0
+    fewer than 98% of what was offered was served while requests arrived, and latency rose from the run's start to its
+    end."""
+    served, offered = summary["achieved_request_rate"] or 0.0, summary["offered_request_rate"] or 0.0
     if policy_load > 1 or (served < SETTLED * offered and summary["latency_rises"]):
-        return "saturated"
-    return "near saturation" if policy_load > NEAR_SATURATION else "stable"
+        return STATES[2]
+    return STATES[1] if policy_load > NEAR_SATURATION else STATES[0]
 
 
 def _claim_lines(summary: dict[str, Any], measured: int, done: int) -> list[str]:
     """What the run's length allows to say about its latencies."""
     lines = []
     low, high = summary["request_latency_mean_ci_low_s"], summary["request_latency_mean_ci_high_s"]
-    load = summary["run"]["load"]
+    load = highest_load(summary["run"])
     if low is not None:
         lines.append(f"  mean        95% interval {_span(low, high)} s, from blocks of this run")
     elif load is not None:
-        block = requests_per_block(load)
-        why = "the load is not below 1" if block is None else f"{_trace_length(BLOCKS * block)} requests are needed at this load"
+        needed = values_for_interval(load)
+        why = "the load is not below 1" if needed is None else f"{_trace_length(needed):,} requests are needed at this load"
         lines.append(f"  mean        no interval: {why}")
     if not summary["p99_claimable"]:
         needed = requests_for_p99_claim()
@@ -133,6 +152,40 @@ def _claim_lines(summary: dict[str, Any], measured: int, done: int) -> list[str]
             f" (a trace of {_trace_length(needed)})"
         )
     return lines
+
+
+def _error_lines(run: dict[str, Any]) -> list[str]:
+    """What the latencies and the capacity would be if all times of the profile were off."""
+    if (error := run.get("profile_error")) is None:
+        return []
+    latency = "  ".join(f"{name} {_ends(error[f'request_latency_{name}_s'])}" for name in ("mean", "p50", "p99"))
+    words = list(dict.fromkeys(word for word in error["state"] if word))
+    capacity = f"; capacity {_ends(error['policy_capacity_per_s'])} requests/s" + (f", {' to '.join(words)}" if words else "")
+    times = " to ".join(f"{factor:.3g}" for factor in error["times"])
+    return [f"  band, s     {latency}{capacity}: all times x {times} ({error['source']})"]
+
+
+def _ends(values: Sequence[float | None]) -> str:
+    low, high = values
+    return "-" if low is None or high is None else _span(low, high)
+
+
+def _busy_lines(summary: dict[str, Any]) -> list[str]:
+    """How busy each lane was; of many workers the least and the most."""
+    lanes: dict[str, list[float]] = {}
+    for name, share in summary.items():
+        if name.startswith(UTILISATION):
+            lanes.setdefault(name.split("_", 3)[3], []).append(100 * share)
+    parts = [  # denoise first
+        f"{lane} {min(own):.0f}%" if len(own) == 1 else f"{lane} {min(own):.0f} to {max(own):.0f}% on {len(own)} GPUs"
+        for lane, own in sorted(lanes.items(), key=lambda item: (item[0] != "denoise", item[0]))
+    ]
+    return [f"  lanes busy  {', '.join(parts)}"] if parts else []
+
+
+def highest_load(run: Mapping[str, Any]) -> float | None:
+    """The load, or the rate over what the policy sustains, whichever is higher; None where there is no load."""
+    return None if run["load"] is None else max(run["load"], run.get("policy_load") or 0.0)
 
 
 def _trace_length(measured: int) -> int:

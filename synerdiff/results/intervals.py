@@ -1,4 +1,4 @@
-"""Confidence intervals: Student's t over seeds, batch means within a run, order statistics for percentiles, paired
+"""Confidence intervals: Student's t over seeds, means of blocks within a run, order statistics for percentiles, paired
 log-ratios between policies, and how many requests a P99 claim needs. Standard library only.
 """
 
@@ -63,33 +63,49 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, len(values))
 
 
-def batch_means_interval(values: Sequence[float], batches: int = 20, confidence: float = 0.95) -> Interval:
-    """Mean of consecutive, correlated values of one run: t interval over the means of ``batches`` equal runs of them.
+BLOCKS = 10
+"""Blocks of one run from which an interval is made."""
+SHORTEST_BLOCK = 10
+BLOCK_CONFIDENCE = 0.98
+"""Of the t interval of block means that is printed as one of 95%: latencies of queues are skewed, so means that are too
+low come with intervals that are too narrow. Chosen on M/D/1 queues and judged on others (``benchmarks/queue_words.py``)."""
 
-    The first len % batches values are left out of the interval's width, not of the mean. With fewer than two values
-    a batch the bounds are infinite.
+
+def blocks_interval(values: Sequence[float], needed: int | None) -> Interval:
+    """Mean of consecutive, correlated values of one run: 95% interval by the means of 10 equal blocks of them.
+
+    ``needed``: of ``values_for_interval``; infinite bounds where there are fewer values, or it is None. The last
+    len % 10 values are left out of the interval's width, not of the mean.
     """
-    size = len(values) // batches
     mean = fmean(values)
-    if size < 2:
+    if needed is None or len(values) < needed:
         return Interval(mean, -inf, inf, len(values))
-    start = len(values) - size * batches
-    means = [fmean(values[start + i * size : start + (i + 1) * size]) for i in range(batches)]
-    half = t_quantile(confidence, batches - 1) * stdev(means) / sqrt(batches)
+    half = t_quantile(BLOCK_CONFIDENCE, BLOCKS - 1) * stdev(block_means(values)) / sqrt(BLOCKS)
     return Interval(mean, mean - half, mean + half, len(values))
 
 
-BLOCKS = 10
-"""Fewest blocks of one run from which an interval is made."""
+def block_means(values: Sequence[float]) -> list[float]:
+    """Means of 10 equal blocks of the values; the last len % 10 are in none."""
+    size = len(values) // BLOCKS
+    return [fmean(values[i * size : (i + 1) * size]) for i in range(BLOCKS)]
 
 
-def requests_per_block(load: float) -> int | None:
-    """Requests of one run whose mean latency is nearly independent of that of the next as many; None from load 1 on.
+@lru_cache(maxsize=1024)
+def values_for_interval(load: float | None) -> int | None:
+    """Requests of one run, warm-up and tail aside, from which their mean has an interval; None from load 1 on and where
+    there is no load.
 
     Queues forget within about S / (1 - load)^2 (relaxation time of a single-server queue in heavy traffic; S: service
-    time per request at capacity), and a block is 10 times that long: 10 * load / (1 - load)^2 requests, at least 2.
+    time per place in the batch). A block is 20 times that long: 20 load / (1 - load)^2 requests, at least 10. The load
+    is raised by three standard errors of the rate of so many Poisson arrivals: where a run that happens to have few
+    arrivals gets an interval and one that has many gets none, those that are printed lie too low.
     """
-    return max(2, ceil(10 * load / (1 - load) ** 2)) if load < 1 else None
+    if load is None or not load < 1:
+        return None
+    count = BLOCKS * SHORTEST_BLOCK
+    while (least := load * (1 + 3 / sqrt(count))) >= 1 or count < BLOCKS * ceil(20 * least / (1 - least) ** 2):
+        count += max(1, count // 100)
+    return count
 
 
 def rises(values: Sequence[float], confidence: float = 0.99) -> bool:
@@ -97,10 +113,9 @@ def rises(values: Sequence[float], confidence: float = 0.99) -> bool:
 
     Least squares with 8 degrees of freedom. False with fewer than two values a block.
     """
-    size = len(values) // BLOCKS
-    if size < 2:
+    if len(values) < 2 * BLOCKS:
         return False
-    means = [fmean(values[i * size : (i + 1) * size]) for i in range(BLOCKS)]
+    means = block_means(values)
     places = [i - (BLOCKS - 1) / 2 for i in range(BLOCKS)]
     spread = sum(x * x for x in places)
     slope = sum(x * y for x, y in zip(places, means, strict=True)) / spread

@@ -6,8 +6,8 @@ requests are those left, in order of arrival, after the first 10% (warm-up) and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from math import isfinite
+from collections.abc import Iterable, Sequence
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
@@ -15,16 +15,15 @@ import pandas as pd
 
 from synerdiff.core import NS_PER_S, InputError, RequestRecord
 from synerdiff.results.intervals import (
-    BLOCKS,
-    batch_means_interval,
+    Interval,
+    blocks_interval,
     p99_upper_bound,
     requests_for_p99_claim,
-    requests_per_block,
     rises,
+    values_for_interval,
 )
 
 WARMUP_PERCENT = 10
-MOST_BLOCKS = 20
 TAIL_PERCENT = 5
 SLO_FACTOR = 3.0
 STAGES = ("queue", "denoise", "decode_wait", "decode")
@@ -83,14 +82,15 @@ def summarize(
       whole run, trimmed requests included.
     - measured_request_count; request_count: those of them that are done; warmup_request_count, tail_request_count.
     - request_latency_mean_s / _p50_s / _p90_s / _p99_s over the done ones. request_latency_mean_ci_low_s and
-      _ci_high_s (95%): by the means of 10 to 20 blocks (``intervals.requests_per_block``); None where the run has too
-      few requests for its load, or no load. Percentiles of one run have no interval: latencies are correlated.
+      _ci_high_s (95%): by the means of 10 blocks (``intervals.blocks_interval``); None where the run has too few
+      requests for its load, or no load. Percentiles of one run have no interval: latencies are correlated.
     - latency_rises: from the run's start to its end, at 99% (``intervals.rises``).
     - p99_claimable: at least 459 measured requests, all of them done; request_latency_p99_upper_s: the bound that P99
       can be claimed at 99% confidence not to exceed. slo_p99_claimable: "99% of requests meet their SLO" can be.
-    - benchmark_duration_s: from the first measured arrival to the last measured finish. request_throughput (the
-      achieved rate), image_throughput, goodput: requests / images / requests within their SLO that finish in it,
-      whichever they are, per second. offered_request_rate, offered_image_rate: over the measured arrivals.
+    - benchmark_duration_s: from the first measured arrival to the last measured finish. request_throughput,
+      image_throughput, goodput: requests / images / requests within their SLO that finish in it, whichever they are, per
+      second. offered_request_rate, offered_image_rate: over the measured arrivals; achieved_request_rate: requests that
+      finish between the first and the last of them, per second of that.
     - good_request_count: measured requests within their SLO; good_fraction: of all measured ones.
     - skip_fraction: skipped / guided sample-steps of the done measured requests.
     - queue, denoise, decode_wait, decode: _mean_s and _p99_s of each stage.
@@ -135,11 +135,7 @@ def _counts(requests: pd.DataFrame, window: pd.DataFrame, done: pd.DataFrame) ->
 
 def _latency(values: list[float], measured_count: int, load: float | None) -> dict[str, Any]:
     summary: dict[str, Any] = {"request_latency_mean_s": float(np.mean(values)) if values else None}
-    summary |= dict.fromkeys(("request_latency_mean_ci_low_s", "request_latency_mean_ci_high_s"))
-    block = None if load is None else requests_per_block(load)
-    if block is not None and len(values) >= BLOCKS * block:
-        interval = batch_means_interval(values, min(MOST_BLOCKS, len(values) // block))
-        summary["request_latency_mean_ci_low_s"], summary["request_latency_mean_ci_high_s"] = interval.low, interval.high
+    summary |= mean_interval(values, load)
     for name, quantile in (("p50", 0.5), ("p90", 0.9), ("p99", 0.99)):
         summary[f"request_latency_{name}_s"] = float(np.quantile(values, quantile)) if values else None
     complete = len(values) == measured_count
@@ -149,18 +145,27 @@ def _latency(values: list[float], measured_count: int, load: float | None) -> di
     return summary
 
 
+def mean_interval(values: Sequence[float], load: float | None) -> dict[str, float | None]:
+    """The interval of the mean of one run's latencies, in order of arrival, under its names."""
+    interval = blocks_interval(values, values_for_interval(load)) if values else Interval(0.0, -inf, inf, 0)
+    bounds = {"low": interval.low, "high": interval.high}
+    return {f"request_latency_mean_ci_{name}_s": _finite(bound) for name, bound in bounds.items()}
+
+
 def _rates(requests: pd.DataFrame, window: pd.DataFrame, start_s: float, end_s: float) -> dict[str, Any]:
     duration_s = end_s - start_s
     finished = requests[
         (requests["status"] == "done") & (requests["finished_s"] > start_s) & (requests["finished_s"] <= end_s)
     ]
-    span_s = float(window["arrival_s"].max()) - start_s
+    last_s = float(window["arrival_s"].max())
+    span_s = last_s - start_s
     return {
         "benchmark_duration_s": duration_s,
         "request_throughput": _ratio(len(finished), duration_s),
         "image_throughput": _ratio(finished["images"].sum(), duration_s),
         "goodput": _ratio((finished["request_latency_s"] <= finished["limit_s"]).sum(), duration_s),
         "offered_request_rate": _ratio(len(window) - 1, span_s),
+        "achieved_request_rate": _ratio((finished["finished_s"] <= last_s).sum(), span_s),
         "offered_image_rate": _ratio(window["images"].sum() * (len(window) - 1) / len(window), span_s),
     }
 

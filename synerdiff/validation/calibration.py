@@ -331,21 +331,3 @@ def _slowdown(parts: Sequence[Overlap]) -> Spread:
     least_ns = overlap_ns / MOST_SLOWDOWN
     ppm = round(PPM * overlap_ns / max(least_ns, sum(part.progress_ns for part in parts))) if overlap_ns else PPM
     return Spread(ppm, ppm, ppm, sum(part.pieces for part in parts))
-
-
-def all_times_scaled(profile: Profile, factor: float) -> Profile:
-    """All times multiplied by a factor; slowdowns are ratios and stay."""
-    ppm = round(factor * PPM)
-
-    def scaled(spread: Spread) -> Spread:
-        median, p10, p90 = (max(1, value * ppm // PPM) for value in (spread.median, spread.p10, spread.p90))
-        return Spread(median, p10, p90, spread.n)
-
-    return replace(
-        profile,
-        steps={rows: scaled(spread) for rows, spread in profile.steps.items()},
-        chunks={name: tuple(map(scaled, spreads)) for name, spreads in profile.chunks.items()},
-        overheads={name: scaled(spread) if spread.median else spread for name, spread in profile.overheads.items()},
-        step_launch={rows: scaled(spread) if spread.median else spread for rows, spread in profile.step_launch.items()},
-        content_hash="",
-    )

@@ -10,7 +10,7 @@ import pytest
 from synerdiff import cli
 from synerdiff.experiments.pairs import compare_results, compare_runs, compare_sweeps, difference
 from synerdiff.profile.folder import write_profile
-from synerdiff.results.intervals import batch_means_interval
+from synerdiff.results.intervals import blocks_interval
 from synerdiff.results.metrics import measured
 from synerdiff.results.records import read_requests
 from tests.builders import affine_profile
@@ -68,8 +68,8 @@ def test_a_run_beside_itself_does_not_differ(world: Path) -> None:
 def test_differences_have_the_interval_of_their_blocks() -> None:
     a = [float(i % 7) for i in range(1000)]
     b = [value + 0.1 * (i % 3) for i, value in enumerate(a)]
-    own = difference(a, b, 0.5)  # blocks of 20 requests or more: at most 20 of them
-    expected = batch_means_interval([y - x for x, y in zip(a, b, strict=True)], 20)
+    own = difference(a, b, 0.5)
+    expected = blocks_interval([y - x for x, y in zip(a, b, strict=True)], 1000)
     assert (own.value, own.low, own.high) == (expected.value, expected.low, expected.high)
     assert difference(a[:150], b[:150], 0.5).low == float("-inf")
     assert difference(a, b, 1.0).low == float("-inf")
@@ -100,8 +100,8 @@ def test_runs_say_whether_they_were_measured_and_at_which_pace(world: Path) -> N
     summary["run"]["device"] = "a card"  # as the hardware's engine says
     (world / "b/summary.json").write_text(json.dumps(summary))
     parts = compare_runs(world / "a", world / "b").parts
-    assert str(parts[1]).endswith("t.csv, simulated")
-    assert str(parts[2]).endswith("t.csv, measured on a card")
+    assert "t.csv, simulated, load " in str(parts[1])
+    assert "t.csv, measured on a card, load 0.2, 0.2069 of its capacity: stable; time scale " in str(parts[2])
     rates = [json.loads((world / name / "summary.json").read_text())["run"]["rate_per_s"] for name in "ab"]
     assert parts[3] == f"The requests came at another pace: {rates[0]:.4g} a second in A, {rates[1]:.4g} in B."
     assert not any("pace" in str(part) for part in compare_runs(world / "a", world / "a").parts)

@@ -121,7 +121,7 @@ def test_what_is_printed_tells_how_the_trace_was_stretched_and_what_cannot_be_cl
     ],
 )
 def test_a_backlog_that_grew_is_told(policy_load: float, throughput: float, rising: bool, word: str) -> None:
-    summary = {"request_throughput": throughput, "offered_request_rate": 1.0, "latency_rises": rising}
+    summary = {"achieved_request_rate": throughput, "offered_request_rate": 1.0, "latency_rises": rising}
     assert state(policy_load, summary) == word
 
 

@@ -16,8 +16,8 @@ from synerdiff.core import RunResult, SkipBudget
 from synerdiff.experiments.grid import Grid
 from synerdiff.experiments.sweep import run_sweep
 from synerdiff.profile.folder import find_profile, load_profile
+from synerdiff.profile.scaling import all_times_scaled
 from synerdiff.results.records import requests_table, work_table
-from synerdiff.validation.calibration import all_times_scaled
 from synerdiff.validation.errors import METRICS, TOLERANCES, case_errors, checks
 from synerdiff.validation.scorecard import katz_scores, predict
 from synerdiff.validation.session import SATURATION, Validation

@@ -158,7 +158,8 @@ def test_every_profile_is_complete_and_marked(gpu: str, model: str) -> None:
                 assert min(profile.slowdown_ppm(rows, chunking, chunk)) >= 1_000_000
     spreads = [*profile.steps.values(), *profile.overheads.values()]
     assert all(s.n == 0 and s.p10 == s.median == s.p90 for s in spreads)
-    assert profile.head.notes["band"]["card"].startswith("checked" if GPUS[gpu].checked else "unchecked")
+    assert profile.head.band is not None
+    assert profile.head.band.card.startswith("checked" if GPUS[gpu].checked else "unchecked")
 
 
 def test_options_change_what_they_name() -> None:

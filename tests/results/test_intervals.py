@@ -10,16 +10,16 @@ import pytest
 from synerdiff.core import InputError
 from synerdiff.results.intervals import (
     Interval,
-    batch_means_interval,
     binomial_at_most,
+    blocks_interval,
     p99_upper_bound,
     paired_log_ratio,
     percentile_interval,
     requests_for_p99_claim,
-    requests_per_block,
     rises,
     t_interval,
     t_quantile,
+    values_for_interval,
 )
 
 
@@ -53,30 +53,6 @@ def test_t_interval_by_hand() -> None:
     assert t_interval([5.0]) == Interval(5.0, -inf, inf, 1)
 
 
-def test_blocks_of_one_run_cover_the_mean_of_a_queue() -> None:
-    """M/D/1 at load 0.7: blocks of 78 requests cover the true mean in most of 100 runs, blocks of 3 in far fewer.
-
-    Mean wait: load / (2 * (1 - load)) service times (Pollaczek-Khinchine).
-    """
-    load, service_s = 0.7, 1.0
-    block = requests_per_block(load)
-    assert block == 78
-    true_s = service_s * (1 + load / (2 * (1 - load)))
-    covered = {block: 0, 3: 0}
-    for seed in range(100):
-        random = Random(seed)
-        wait_s, latencies = 0.0, []
-        for _ in range(100 + 20 * block):
-            latencies.append(wait_s + service_s)
-            wait_s = max(0.0, wait_s + service_s - random.expovariate(load / service_s))
-        for size in covered:
-            values = latencies[100 : 100 + 20 * size]
-            interval = batch_means_interval(values, 20)
-            covered[size] += interval.low <= true_s <= interval.high
-    assert covered[block] >= 80
-    assert covered[3] <= 70
-
-
 def test_a_rise_is_told_from_scatter() -> None:
     random = Random(1)
     flat = [[random.gauss(5, 1) for _ in range(100)] for _ in range(200)]
@@ -86,15 +62,22 @@ def test_a_rise_is_told_from_scatter() -> None:
     assert not rises([float(i) for i in range(19)])
 
 
-def test_no_block_is_long_enough_from_load_1_on() -> None:
-    assert [requests_per_block(load) for load in (0.01, 0.5, 1.0, 1.4)] == [2, 20, None, None]
+def test_an_interval_needs_ten_blocks_that_are_long_for_the_load() -> None:
+    """At load 0.5 raised to 0.5 * (1 + 3 / sqrt(592)) = 0.5617: 10 blocks of 20 * 0.5617 / 0.4383^2 = 58.5 requests."""
+    assert [values_for_interval(load) for load in (0.0, 0.01, 0.5, 1.0, 1.4, None)] == [100, 100, 592, None, None, None]
+    rising = [values_for_interval(load) or 0 for load in (0.3, 0.5, 0.7, 0.9, 0.99)]
+    assert rising == sorted(set(rising))
 
 
-def test_batch_means_by_hand() -> None:
-    found = batch_means_interval([9.0, 1.0, 1.0, 3.0, 3.0], batches=2)
-    assert found.value == 17 / 5
-    assert found.high - found.value == pytest.approx(12.7062 * sqrt(2) / sqrt(2), rel=1e-5)
-    assert batch_means_interval([1.0] * 39).high == inf
+def test_an_interval_of_blocks_by_hand() -> None:
+    """Blocks 1, 1, ..., 1, 11 (the last value in none): mean 2, standard deviation sqrt(10); t of 98% with 9: 2.8214."""
+    values = [*[0.0, 2.0] * 9, 11.0, 11.0, 9.0]
+    found = blocks_interval(values, 21)
+    assert found.value == 49 / 21
+    assert found.high - found.value == pytest.approx(2.8214 * sqrt(10) / sqrt(10), rel=1e-4)
+    assert found.value - found.low == pytest.approx(2.8214, rel=1e-4)
+    for needed in (22, None):
+        assert blocks_interval(values, needed) == Interval(49 / 21, -inf, inf, 21)
 
 
 @pytest.mark.parametrize(("over", "needed"), [(0, 459), (1, 662), (2, 838), (10, 2010)])

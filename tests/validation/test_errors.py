@@ -15,9 +15,10 @@ from simulator import simulate
 from synerdiff.core import InputError
 from synerdiff.experiments.run import RunSpec
 from synerdiff.profile.folder import load_profile
+from synerdiff.profile.scaling import all_times_scaled
 from synerdiff.profile.tables import Profile
 from synerdiff.results.intervals import percentile_interval
-from synerdiff.validation.calibration import CellTimes, Overlap, all_times_scaled, cells_for, handed_over, refreshed
+from synerdiff.validation.calibration import CellTimes, Overlap, cells_for, handed_over, refreshed
 from synerdiff.validation.errors import TOLERANCES, MetricError, case_errors, checks, judged, tally
 from synerdiff.validation.report import as_json, write_report
 from synerdiff.validation.session import SATURATION, MachineLoad, Validation, ValidationCase, ValidationPlan
