@@ -17,9 +17,9 @@ than taking turns (caches thrash). Low, mid (0.5, the default) and high should a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, permutations
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 from profiler.datasheets import FLOPS_PER_JOULE, GPUS, MODELS, Gpu, Model, gpu_key, known
 from profiler.durations import FITTED, ForwardMode, Occupancy, forward, joined
@@ -77,7 +77,29 @@ def resolution_value(text: str, model: Model) -> tuple[int, int]:
     )
 
 
-def estimate_profile(
+class Estimated(NamedTuple):
+    """An estimated profile of one resolution, and what its co-runs are made of."""
+
+    profile: Profile
+    steps: dict[int, Occupancy]
+    chunks: dict[str, list[Occupancy]]
+    contention: float
+
+    def corun(self, beside: Estimated) -> dict[tuple[str, int], dict[int, Corun]]:
+        """Slowdowns of these steps and the chunks of one or another resolution."""
+        return {
+            (name, i): {rows: _corun_cell(self.steps[rows], piece, self.contention) for rows in CORUN_ROWS}
+            for name, pieces in beside.chunks.items()
+            for i, piece in enumerate(pieces)
+        }
+
+
+def estimate_profile(*given: Any, **fields: Any) -> Profile:
+    """The profile that `estimated` makes of the same."""
+    return estimated(*given, **fields).profile
+
+
+def estimated(
     gpu: str,
     model: str,
     contention: str | float = DEFAULT_CONTENTION,
@@ -89,7 +111,7 @@ def estimate_profile(
     resolution: str = "",
     degrees: Sequence[int] = (),
     link_gb_per_s: float = NVLINK_GB_PER_S,
-) -> Profile:
+) -> Estimated:
     """The estimated profile of a known GPU and model.
 
     ``contention``: a name of CONTENTION_LEVELS or a number from 0 to 3. ``decode_scale`` multiplies the time of the
@@ -119,11 +141,6 @@ def estimate_profile(
     text_execution = "engine" if execution == "engine" else "eager"
     text = forward(text_encoders(network.text_encoders, text_execution), 2, device, ForwardMode(text_execution, plain))
     chunks = {name: [joined(part) for part in _cut(atoms, count)] for name, count in CHUNKINGS.items()}
-    corun = {
-        (name, i): {rows: _corun_cell(steps[rows], piece, severity) for rows in CORUN_ROWS}
-        for name, pieces in chunks.items()
-        for i, piece in enumerate(pieces)
-    }
     overheads = {
         "step_dispatch": STEP_DISPATCH_S,
         "chunk_dispatch": CHUNK_DISPATCH_S,
@@ -159,13 +176,13 @@ def estimate_profile(
             "unit": "GB/s between GPUs that take a step together, one direction",
             "source": "option --link-gb-per-s; each GPU has an equal share of the pixels (profiler/estimate.py)",
         }
-    return Profile(
+    profile = Profile(
         name=name,
         provenance="estimated",
         row_buckets=None if execution == "eager" else ROW_BUCKETS,
         steps={rows: _exactly(piece.seconds) for rows, piece in steps.items()},
         chunks={name: tuple(_exactly(piece.seconds) for piece in pieces) for name, pieces in chunks.items()},
-        corun=corun,
+        corun={},
         overheads={key: _exactly(value) for key, value in overheads.items()},
         degrees={
             degree: {
@@ -176,6 +193,9 @@ def estimate_profile(
         },
         head=head,
     )
+    made = Estimated(profile, steps, chunks, severity)
+    profile.corun = made.corun(made)
+    return made
 
 
 def together(
@@ -201,13 +221,16 @@ def together(
 def estimate_profiles(resolution: str, *given: Any, **fields: Any) -> Profile:
     """The same with several resolutions, ``512x512,768x1024``, the first one first; the overheads are the first's.
 
-    How they contend with each other is left to their solo times (contract: slowdowns across resolutions).
+    Pairs of two resolutions are estimated as those of one are.
     """
     parts = [part.strip() for part in resolution.split(",")]
-    profiles = [estimate_profile(*given, **fields, resolution=part) for part in parts]
-    if len(profiles) == 1:
-        return profiles[0]
-    profile = combined(profiles, f"{profiles[0].name}-and-{len(profiles) - 1}-more")
+    made = [estimated(*given, **fields, resolution=part) for part in parts]
+    own = made[0].profile
+    if len(made) == 1:
+        return own
+    profile = combined([one.profile for one in made], f"{own.name}-and-{len(made) - 1}-more")
+    pairs = [(u, v, (u.profile.head.resolutions[0], v.profile.head.resolutions[0])) for u, v in permutations(made, 2)]
+    profile.across = {sizes: u.corun(v) for u, v, sizes in pairs}
     first = profile.head.source.replace(f" --resolution {parts[0]}", "")
     profile.head = profile.head.model_copy(update={"source": f"{first} --resolution {','.join(parts)}"})
     return profile

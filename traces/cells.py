@@ -42,7 +42,7 @@ def moment_ns(text: str, zone: tzinfo | None) -> tuple[int, bool]:
     """An ISO 8601 time in nanoseconds since 1970, and whether it has a zone; a time without one is in ``zone``."""
     if not text:
         raise FieldError("the arrival is missing")
-    plain = re.sub(r"\s+(?=[+-]\d)", "", re.sub(r"\s*(UTC|GMT)$", "+00:00", text))
+    plain = re.sub(r"\s+(?=[+-]\d)", "", re.sub(r"\s*(UTC|GMT|z)$", "+00:00", text))
     fraction = _FRACTION.search(plain)
     try:
         moment = datetime.fromisoformat(_FRACTION.sub("", plain, count=1))

@@ -384,12 +384,16 @@ def _size(where: str, use: _Use | None, texts: Mapping[str, str]) -> tuple[str, 
     if bool(height) != bool(width):
         raise FieldError("height and width go together; one of them is empty")
     size = texts.get("size", "")
-    if height or not size or size.lower() == "auto" or use is None:
+    if not size or size.lower() == "auto" or use is None:
         return height, width
     match = _SIZE.fullmatch(size)
     if match is None:
         raise FieldError(f"{use.name} is not two numbers with an x between them")
     first, second = match[1], match[2]
+    if height:
+        if {decimal_of(height), decimal_of(width)} != {Decimal(first), Decimal(second)}:
+            raise FieldError(f"{use.name} is another than height and width")
+        return height, width
     if use.form == "WxH":
         return second, first
     if not use.form and int(first) != int(second):

@@ -141,7 +141,7 @@ def _text(path: Path, row: int, column: str, value: Any, strict: bool) -> str:
     if isinstance(value, datetime):
         return value.isoformat()
     if not strict:
-        return str(value)
+        return value.decode() if isinstance(value, bytes) else str(value)
     raise InputError(f"{path}, row {row}: {column} holds a {type(value).__name__}; text or a number is needed.")
 
 

@@ -108,9 +108,19 @@ def _json_table(path: Path) -> TextTable:
 def _parsed(text: str) -> Any:
     """JSON whose numbers stay the text that they are; None for what is no JSON."""
     try:
-        return json.loads(text, parse_float=str, parse_int=str)
+        return json.loads(text, parse_float=str, parse_int=str, object_pairs_hook=_named_once)
     except (ValueError, RecursionError):
         return None
+
+
+class _NamedTwice(dict[str, Any]):
+    """An object with a name in it, or within it, twice, of which any could be meant."""
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    within = any(isinstance(value, _NamedTwice) for value in found.values())
+    return found if len(found) == len(pairs) and not within else _NamedTwice(found)
 
 
 def _list_within(document: Any) -> list[Any] | None:
@@ -129,7 +139,9 @@ def _objects(
     rows: list[tuple[int, dict[str, str]]] = []
     broken: Counter[str] = Counter()
     for number, entry in entries:
-        if isinstance(entry, dict):
+        if isinstance(entry, _NamedTwice):
+            broken["a name is in it twice"] += 1
+        elif isinstance(entry, dict):
             rows.append((number, dict(_flat(entry, "", _NESTED))))
         elif lines is None or lines[number - 1].strip():
             broken["not a JSON object"] += 1
@@ -179,5 +191,5 @@ def _arguments(line: str) -> dict[str, Any] | None:
 
 def listed(names: Iterable[str], most: int = 12) -> str:
     """Column names for a sentence."""
-    texts = [shown(name) if name.strip() else "(without a name)" for name in names]
+    texts = [shown(name) if name.strip() else "(without a name)" for name in names] or ["none"]
     return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")

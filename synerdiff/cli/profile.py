@@ -13,6 +13,7 @@ from synerdiff.cli.progress import progress
 from synerdiff.core import NS_PER_S, InputError
 from synerdiff.files import claim_folder
 from synerdiff.profile.adapters import QUANTITIES, write_adapters
+from synerdiff.profile.batching import band_meaning, batch_points, best_point, sentence
 from synerdiff.profile.folder import combined, find_profile, load_profile, write_profile
 from synerdiff.profile.tables import Profile, pixels_of
 
@@ -117,6 +118,50 @@ def combine(
     write_profile(out, whole)
     sizes = ", ".join(map(pixels_of, whole.head.resolutions))
     typer.echo(f"{out}: {whole.name}, {whole.provenance}, resolutions {sizes}")
+
+
+@profile_app.command()
+def batching(
+    folder: Annotated[str, typer.Argument(metavar="PROFILE", help="Its folder, or the name of one that ships.")],
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps of an image.")] = 30,
+    guided: Guided = True,
+    slo: Annotated[
+        float | None, typer.Option(min=1e-6, max=1e6, help="Seconds from an image's admission to its end, at most.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the figure.")] = Path("batching"),
+) -> None:
+    """Does batching pay, and which size? Images a second and latency by batch, at each resolution of a profile.
+
+    Example: synerdiff profile batching h200-sdxl-estimated --steps 30 --slo 5
+    """
+    from synerdiff.figures import profile as pictures
+
+    of = load_profile(find_profile(folder))
+    points = batch_points(of, steps, guided)
+    if not points:
+        raise InputError(f"profile '{of.name}' knows no step of two rows, which a guided image takes; try --unguided.")
+    claim_folder(out, "profile batching")
+    sizes = list(dict.fromkeys(point.resolution for point in points))
+    by_size = [[point for point in points if point.resolution == at] for at in sizes]
+    for own in by_size:
+        typer.echo(sentence(own, slo))
+    typer.echo("  resolution   batch  images/s (band)            gain  s an image")
+    for own in by_size:
+        best = best_point(own, slo)
+        for point in own:
+            rate = f"{point.images_per_s:.4g} ({point.low:.4g} to {point.high:.4g})"
+            gain = point.images_per_s / own[0].images_per_s
+            chosen = "  *" if point is best else ""
+            typer.echo(
+                f"  {point.resolution:<11}  {point.batch:>5}  {rate:<25}  {gain:.2f}  {point.latency_s:.4g}{chosen}"
+            )
+    kind = "guided" if guided else "unguided"
+    facts = f"continuous-serial at full batches, {steps} {kind} steps. Band: {band_meaning(of)}."
+    typer.echo(f"  {facts}")
+    caption = f"{facts} Filled: the smallest batch with 95% of the most images/s that the limit permits."
+    caption += "" if slo is None else " Red: the limit."
+    for path in pictures.save_batching(points, slo, of, caption, out):
+        typer.echo(f"{path}: written")
 
 
 @import_app.command()

@@ -162,7 +162,7 @@ def against_concurrency(
             axis.minorticks_off()
             axis.set_ylabel(name)
             panel_title(axis, label if axis is axes[0] else "", bool(group["estimated"].any()))
-        axes[0].set_ylim(bottom=0)
+        axes[0].set_ylim(0, 1.06 * axes[0].get_ylim()[1])
         plain_log_ticks(axes[1])
     for axis in grid[-1]:
         axis.set_xlabel("requests in the system")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,20 @@ from matplotlib.ticker import MaxNLocator
 
 from synerdiff.core import NS_PER_S, PPM
 from synerdiff.figures.comparison import MOST_NUMBERS, draw_map, map_bar
-from synerdiff.figures.style import BLUE, ORANGE, beside, finish, new_figure, panel_title, styled
+from synerdiff.figures.style import (
+    BLUE,
+    MARK,
+    ORANGE,
+    beside,
+    finish,
+    legend_above,
+    new_figure,
+    panel_title,
+    plain_log_ticks,
+    save,
+    styled,
+)  # fmt: skip
+from synerdiff.profile.batching import BatchPoint, best_point
 from synerdiff.profile.tables import Profile
 
 _SHADES = ("#e69f00", "#f6d48a")
@@ -120,3 +135,54 @@ def _chunk_ticks(axis: Axes, cells: list[tuple[str, int]], rows: list[int]) -> N
     axis.set_xticks([(a + b - 1) / 2 for a, b in zip(starts, ends, strict=True)], [cells[i][0] for i in starts])
     axis.set_yticks(range(len(rows)), [str(row) for row in rows])
     axis.set_xlabel("chunks, first to last")
+
+
+@styled
+def batching_picture(
+    points: Sequence[BatchPoint], slo_s: float | None, *, estimated: bool, title: str, caption: str
+) -> Figure:
+    """Images a second with their band, gain over the smallest batch, and latency at full batches, by batch; one line a
+    resolution, the chosen batch filled."""
+    figure = new_figure(3.1)
+    panels = figure.subplots(1, 3)
+    handles = []
+    for number, at in enumerate(dict.fromkeys(point.resolution for point in points)):
+        own = [point for point in points if point.resolution == at]
+        color, marker = _SIZES[number % len(_SIZES)]
+        best, x = best_point(own, slo_s), [point.batch for point in own]
+        panels[0].fill_between(x, [p.low for p in own], [p.high for p in own], color=color, alpha=0.15, linewidth=0)
+        curves = ([p.images_per_s for p in own], [p.images_per_s / own[0].images_per_s for p in own],
+                  [p.latency_s for p in own])  # fmt: skip
+        for axis, values in zip(panels, curves, strict=True):
+            axis.plot(x, values, marker, color=color, linestyle="-", markerfacecolor="white", markersize=4)
+            if best is not None:
+                axis.plot(best.batch, values[x.index(best.batch)], marker, color=color, markersize=6)
+        handles += panels[0].plot([], [], marker, color=color, linestyle="-", label=at or "its resolution")
+    if slo_s is not None:
+        panels[2].axhline(slo_s, color=MARK, linewidth=0.9, zorder=1)
+    for axis, name in zip(panels, ("images/s", "gain over the smallest batch", "seconds an image"), strict=True):
+        axis.set_xscale("log", base=2)
+        sizes = sorted({point.batch for point in points})
+        shown = [size for size in sizes if size & (size - 1) == 0] or sizes
+        axis.set_xticks(shown, [str(size) for size in shown])
+        axis.minorticks_off()
+        axis.set_xlabel("images in a batch")
+        panel_title(axis, name, estimated)
+    panels[1].set_ylim(bottom=min(1.0, panels[1].get_ylim()[0]))
+    for axis in (panels[0], panels[2]):
+        plain_log_ticks(axis)
+    legend_above(figure, handles)
+    return finish(figure, title, caption)
+
+
+def save_batching(
+    points: Sequence[BatchPoint], slo_s: float | None, profile: Profile, caption: str, out: Path
+) -> list[Path]:
+    """The picture of a profile's points as ``batching`` in the folder; the files."""
+    title = f"Batching on {profile.label}"
+    return save(
+        batching_picture(points, slo_s, estimated=profile.estimated, title=title, caption=caption), out, "batching"
+    )
+
+
+_SIZES = (("#0072b2", "o"), ("#e69f00", "s"), ("#009e73", "^"), ("#882255", "D"), ("#56b4e9", "v"), ("#000000", "P"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,13 @@ def test_several_resolutions_are_those_of_each_alone() -> None:
     profile = est.estimate_profiles("512x512, 768x1024", "h200", "sdxl", execution="engine")
     alone = est.estimate_profile("h200", "sdxl", execution="engine", resolution="768x1024")
     assert profile.head.resolutions == ((512, 512), (768, 1024))
+    small, large = profile.head.resolutions[:2]
+    assert set(profile.across) >= {(small, large), (large, small)}
+    # A pair across is made of the same two sides: between the slowdowns of steps that take less and more time.
+    found = profile.slowdowns_beside(small, 8, "whole", 0, large)
+    assert found[2] == 0
+    rule = replace(profile, across={}).slowdowns_beside(small, 8, "whole", 0, large)
+    assert found[0] == pytest.approx(rule[0], rel=0.25)
     assert profile.at((768, 1024)).steps == alone.steps
     assert profile.at((768, 1024)).corun == alone.corun
     assert profile.at((768, 1024)).overheads == profile.overheads

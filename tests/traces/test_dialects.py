@@ -75,6 +75,33 @@ def test_openai_sizes_are_width_times_height_and_bodies_lie_within(tmp_path: Pat
     assert "2023-11-14 22:13:20 UTC" in said
 
 
+def test_what_contradicts_itself_is_dropped_and_not_repaired(tmp_path: Path) -> None:
+    lines = [
+        '{"timestamp": 1, "steps": 8, "steps": 9}',
+        '{"timestamp": 2, "steps": 8, "body": {"size": "512x512", "size": "64x64"}}',
+        '{"timestamp": 3, "steps": 8, "size": "512x768", "width": 512, "height": 512}',
+        '{"timestamp": 4, "steps": 8, "size": "512x768", "width": 512, "height": 768}',
+    ]
+    for text in ("\n".join(lines), f"[{', '.join(lines)}]"):
+        conversion = converted(tmp_path, text)
+        assert conversion.requests == [Request(0, 0, 8, height=768, width=512)]
+        said = "\n".join(conversion.lines())
+        assert "2 dropped: a name is in it twice" in said
+        assert "1 dropped: size is another than height and width" in said
+
+
+def test_a_small_z_is_a_zone_and_texts_may_be_bytes(tmp_path: Path) -> None:
+    small = converted(tmp_path, "timestamp,steps\n2024-05-01T10:00:00z,8\n2024-05-01T12:00:02.5+02:00,8\n")
+    assert arrivals_s(small) == [0, 2.5]
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(
+        pyarrow.table({"timestamp": [0.5], "steps": [8], "prompt": [b"a cat"]}), tmp_path / "b.parquet"
+    )
+    assert convert_trace(tmp_path / "b.parquet").requests == [Request(0, 0, 8, prompt="a cat")]
+
+
 VLLM_OMNI = [
     "Request(prompt='it\\'s a cat', width=768, height=512, num_inference_steps=20, seed=3, slo_ms=1500.5, timestamp=4)",
     "Request(prompt='b', width=512, height=512, num_inference_steps=30, seed=None, slo_ms=None, timestamp=5000)",
