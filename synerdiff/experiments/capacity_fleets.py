@@ -9,7 +9,7 @@ from synerdiff.config.capacity import Question, StageLayout
 from synerdiff.config.cluster import Cluster, Pool, Stages, WorkerEntry
 from synerdiff.config.experiment import PolicyEntry
 from synerdiff.core import NS_PER_S, Request
-from synerdiff.profile.capacity import default_batch, mix_of
+from synerdiff.profile.capacity import by_resolution, default_batch, mix_of
 from synerdiff.profile.tables import Profile
 
 APART: dict[StageLayout, tuple[str, ...]] = {
@@ -29,8 +29,13 @@ TITLES: dict[StageLayout, str] = {
 
 def stage_seconds(requests: Sequence[Request], profile: Profile, batch: int | None) -> dict[str, float]:
     """GPU-seconds of all requests by stage: every prompt and decode alone, steps at full batches."""
+    parts = [_stage_seconds(part, own, batch) for part, own in by_resolution(requests, profile)]
+    return {stage: sum(part[stage] for part in parts) for stage in parts[0]}
+
+
+def _stage_seconds(requests: Sequence[Request], own: Profile, batch: int | None) -> dict[str, float]:
+    """Of one resolution."""
     mix = mix_of(requests)
-    own = profile.only(requests[0].size)
     size = batch or default_batch(own, mix.sample_rows)
     rows = min(own.max_rows, size * mix.sample_rows)
     step_ns = (own.step_ns(rows) + own.overhead_ns("step_dispatch")) / size

@@ -55,6 +55,11 @@ def floor_for_requests(
     solver: str | None = None,
 ) -> FloorChoice:
     """``budget_from_floor`` for what a trace asks for on a profile, by the table given or found (``find_fidelity``)."""
+    if profile.others:
+        raise InputError(
+            f"--min-ssim: a fidelity table is of one resolution, and the requests ask for several of profile "
+            f"'{profile.name}'; give --skip-fraction, or a trace of one."
+        )
     model = profile.head.model
     judged = read_fidelity(find_fidelity(table, profile_folder, model))
     kinds = {(request.steps, request.guidance_scale) for request in requests}

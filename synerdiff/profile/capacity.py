@@ -13,7 +13,7 @@ from math import comb
 from typing import Protocol
 
 from synerdiff.core import NS_PER_S, PPM, InputError, Request
-from synerdiff.profile.tables import Profile
+from synerdiff.profile.tables import Profile, Size
 
 DEFAULT_BATCH = 8
 """Most samples in a step unless a policy is told otherwise."""
@@ -152,11 +152,7 @@ def offered_load(
         raise InputError(f"the window is {window_s:g} s long, so it has no load; it must be longer than 0.")
     if profile.others:
         # Each resolution in batches of its own; every one adds the share of the time that it takes.
-        by_size: dict[tuple[int, int] | None, list[Request]] = {}
-        for request in requests:
-            by_size.setdefault(request.size, []).append(request)
-        parts = [offered_load(part, profile.only(size), window_s, workers, batch) for size, part in by_size.items()]
-        return sum(parts)
+        return sum(offered_load(part, own, window_s, workers, batch) for part, own in by_resolution(requests, profile))
     size = default_batch(profile, mix.sample_rows) if batch is None else batch
     sustained = serial_capacity_samples_per_s(profile, mix.steps_mean, size, mix.two_row_share) * mix.steps_mean
     return mix.sample_steps / window_s / (sustained * workers)
@@ -169,6 +165,24 @@ def least_lane_s(
 
     Every step at the rows that cost least per row, every decode alone; that share of the guided steps takes one row.
     """
+    lanes = [_least_ns(part, own, skip_fraction, steps_scale) for part, own in by_resolution(requests, profile)]
+    return max(sum(lane[0] for lane in lanes), sum(lane[1] for lane in lanes)) / NS_PER_S
+
+
+def by_resolution(requests: Iterable[Request], profile: Profile) -> list[tuple[list[Request], Profile]]:
+    """The requests of each resolution, with its tables; all of them where the profile has one. InputError for none."""
+    parts: dict[Size | None, list[Request]] = {}
+    for request in requests:
+        parts.setdefault(request.size if profile.others else None, []).append(request)
+    if not parts:
+        raise InputError("the trace has no requests, so it has no load.")
+    return [(part, profile.only(size)) for size, part in parts.items()]
+
+
+def _least_ns(
+    requests: Iterable[Request], profile: Profile, skip_fraction: float, steps_scale: float
+) -> tuple[float, float]:
+    """Work of the two lanes at one resolution."""
     mix = mix_of(requests)
     dispatch_ns = profile.overhead_ns("step_dispatch")
     sizes = profile.steps if profile.row_buckets is None else profile.row_buckets
@@ -178,7 +192,7 @@ def least_lane_s(
         sum(_chunk_ns(profile, chunking, chunk) for chunk in range(profile.chunk_count(chunking)))
         for chunking in profile.chunkings
     )
-    return max(rows * steps_scale * row_ns, decode_ns) / NS_PER_S
+    return rows * steps_scale * row_ns, decode_ns
 
 
 def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None) -> int:

@@ -218,6 +218,12 @@ def require(plan: ValidationPlan, model: str | None) -> str:
     profile = prepare(plan.spec).profile
     if profile.estimated:
         raise InputError(f"profile '{profile.name}' is estimated; only a measured one can be validated.")
+    if profile.others:
+        raise InputError(
+            f"the requests ask for several resolutions of profile '{profile.name}'; a validation measures every cell "
+            "again that a prediction looks up, which is done for one resolution: give a trace of one (synerdiff run "
+            "serves several)."
+        )
     name = model or profile.head.model
     if not name:
         raise InputError(f"profile '{profile.name}' does not say for which model it was made; give --model.")

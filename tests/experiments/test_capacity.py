@@ -27,7 +27,7 @@ from synerdiff.experiments.capacity_fleets import cheaper_mixes, divided, divisi
 from synerdiff.experiments.capacity_report import publish
 from synerdiff.experiments.sources import Source, arrivals
 from synerdiff.experiments.sweep import compute
-from synerdiff.profile.folder import write_profile
+from synerdiff.profile.folder import combined, write_profile
 from synerdiff.profile.tables import Head
 from synerdiff.schema import validated
 from tests.builders import affine_profile, make_profile
@@ -62,6 +62,22 @@ def question(**changes: Any) -> Question:
 def solved(own: Question, world: Path, out: str = "out") -> tuple[Inquiry, Answer]:
     study = Inquiry(own, world, world / out)
     return study, study.solve(LokyBackend(1))[0]
+
+
+def test_a_trace_of_several_resolutions_is_counted_at_each(world: Path) -> None:
+    small = replace(affine_profile(), head=Head(model="sdxl", resolutions=((512, 512),)))
+    large = replace(affine_profile(30, 8, 90), head=Head(model="sdxl", resolutions=((1024, 1024),)))
+    write_profile(world / "both", combined([small, large], "both"))
+    rows = [f"{i * 0.04},4,{side},{side}" for i, side in enumerate([512, 1024] * 40)]
+    (world / "t.csv").write_text("\n".join(["arrival_s,steps,height,width", *rows]) + "\n")
+    workload = {"name": "w", "trace": "t.csv"}
+    own = question(profiles=["both"], workload=workload, slo="p99=1500ms", seeds=[1])
+    study, answer = solved(own, world)
+    entry = study.entries[0]
+    # Decodes of 30 and 90 ms keep their lane longer than steps of 32 rows do theirs, 8 rows an image:
+    # 40 * 8 * (10 + 2 * 32) / 32 + 40 * 8 * (30 + 8 * 32) / 32 = 3600 ms.
+    assert study.bound("both", entry) == pytest.approx((40 * 0.030 + 40 * 0.090) / (80 * 0.04))
+    assert answer.best is not None
 
 
 Search = Generator[Ask, Verdict, tuple[Verdict | None, Verdict | None]]

@@ -29,10 +29,18 @@ from synerdiff.core import (
 )
 from synerdiff.experiments.offer import fitted
 from synerdiff.experiments.run import RunSpec, prepare
-from synerdiff.profile.capacity import offered_load, serial_capacity_samples_per_s, solo_latency_ns
+from synerdiff.fidelity.floor import floor_for_requests
+from synerdiff.profile.capacity import (
+    by_resolution,
+    least_lane_s,
+    offered_load,
+    serial_capacity_samples_per_s,
+    solo_latency_ns,
+)
 from synerdiff.profile.folder import load_profile, write_profile
 from synerdiff.profile.tables import Corun, Head, Profile
 from synerdiff.results.records import read_requests
+from synerdiff.validation.session import ValidationPlan, require
 from tests.builders import Script, affine_profile, exact, make_profile
 from tests.reference_engine import reference_slowdowns
 from tests.simulator.test_reference import assert_engines_agree
@@ -241,6 +249,28 @@ def test_load_counts_each_resolution_at_its_own_capacity() -> None:
     busy_s = sum(20 / serial_capacity_samples_per_s(one, 10, 8) for one in profile.sizes.values())
     assert offered_load(requests, profile, 50) == pytest.approx(busy_s / 50)
     assert solo_latency_ns(requests[1], profile) == 10 * (30 + 6 * 2) * 1_000_000 + 90_000_000
+
+
+def test_the_least_work_is_that_of_each_resolution() -> None:
+    requests = [at(0, 0, SMALL, 4), at(1, 0, LARGE, 2, images=3), at(2, 0, SMALL, 4, guidance_scale=1.0)]
+    # Rows: 8 + 4 small ones at 50, 12 large ones at 80; decodes 2 of 50 and 3 of 90.
+    assert least_lane_s(requests, two()) == pytest.approx((12 * 50 + 12 * 80) / 1e9)
+    decodes = replace(two(), steps={2: exact(2), 4: exact(4)})
+    decodes.others[LARGE].steps[2] = exact(2)  # type: ignore[index]
+    assert least_lane_s(requests, decodes) == pytest.approx((2 * 50 + 3 * 90) / 1e9)
+    assert [len(part) for part, _ in by_resolution(requests, two())] == [2, 1]
+    assert by_resolution(requests, affine_profile())[0][0] == requests
+
+
+def test_studies_of_one_resolution_refuse_several(tmp_path: Path) -> None:
+    requests = (at(0, 0, SMALL), at(1, 10, LARGE))
+    profile = replace(big(tmp_path), head=Head(model="digits", resolutions=(SMALL, LARGE)))
+    with pytest.raises(InputError, match="a fidelity table is of one resolution"):
+        floor_for_requests(0.9, requests, profile, tmp_path / "p")
+    spec = RunSpec(profile=profile, source=requests, policy="continuous-serial", time_scale=1.0)
+    plan = ValidationPlan(spec, ("continuous-serial",), (0.5,), 3)
+    with pytest.raises(InputError, match="done for one resolution: give a trace of one"):
+        require(plan, None)
 
 
 def test_load_skip_weighs_each_decode_beside_the_step_that_comes() -> None:
