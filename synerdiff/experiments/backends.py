@@ -7,16 +7,19 @@ Results come as they end. Work that was lost because a worker process died is gi
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from synerdiff.core import ContractError, InputError
 from synerdiff.experiments.store import ROOT
@@ -27,6 +30,8 @@ Result = TypeVar("Result")
 Told = tuple[list[Any], InputError | ContractError | None, float]
 """What a task has done, the error that ended it, and how many seconds it took."""
 
+LOOK_EVERY_S = 1.0
+"""How often a worker looks whether its command is still there."""
 ATTEMPTS = 3
 """How often in a row workers may die without finishing anything."""
 CONNECT_S = 10.0
@@ -54,9 +59,56 @@ class _Numbered:
         return number, self.function(item)
 
 
-def _leave_interrupts_to_the_command() -> None:
-    """A terminal sends Ctrl-C to workers too. The command ends them; one hit by itself would print where it was."""
+def _follow_the_command() -> None:
+    """In a worker: Ctrl-C, which a terminal sends to workers too, is the command's affair; its death is the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    parent = multiprocessing.parent_process()
+    command = os.getppid() if parent is None else parent.pid  # which may have gone already
+
+    def watch() -> None:
+        while os.getppid() == command:
+            time.sleep(LOOK_EVERY_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _ended(results: Iterator[Result]) -> Iterator[Iterator[Result]]:
+    """Ends the workers by name: left to the garbage collector, interrupted ones would end when the command does.
+
+    Ended while it hands out work, joblib's thread dies with an error and leaves the workers, for which the command
+    would wait.
+    """
+    try:
+        yield results
+    finally:
+        hook = threading.excepthook
+        died: list[object] = []
+        threading.excepthook = died.append
+        try:
+            cast(Generator[Result, None, None], results).close()
+            for worker in multiprocessing.active_children() if died else ():
+                worker.kill()
+        finally:
+            threading.excepthook = hook
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[list[int]]:
+    """Ctrl-C waits until the workers have been started: hit meanwhile, they would print where they were, and joblib
+    would not end them. What came is in the list."""
+    came: list[int] = []
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) if main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which workers inherit until they follow
+    try:
+        yield came
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if main:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _start_quiet_tracker() -> None:
@@ -88,7 +140,7 @@ class LokyBackend:
         from joblib import Parallel, cpu_count, delayed, parallel_config
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-        _start_quiet_tracker()
+        warnings.filterwarnings("ignore", ".*tasks which were still being processed by the workers", UserWarning)
         jobs = min(self.jobs or cpu_count(), max(1, len(items)))
         numbered = delayed(_Numbered(function))
         left = dict(enumerate(items))
@@ -96,10 +148,14 @@ class LokyBackend:
         while left:
             before = len(left)
             try:
-                with parallel_config(backend="loky", initializer=_leave_interrupts_to_the_command):
+                with parallel_config(backend="loky", initializer=_follow_the_command):
                     parallel = Parallel(n_jobs=jobs, return_as="generator_unordered")
-                # Closed by name: left to the garbage collector, an interrupted one would end its workers at exit.
-                with closing(parallel([numbered(number, item) for number, item in left.items()])) as results:
+                with _interrupts_later() as came:
+                    _start_quiet_tracker()
+                    working = parallel([numbered(number, item) for number, item in left.items()])
+                with _ended(working) as results:
+                    if came:
+                        raise KeyboardInterrupt
                     for number, result in results:
                         del left[number]
                         yield result
