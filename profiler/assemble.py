@@ -19,7 +19,7 @@ from profiler.timing import VISITS
 from synerdiff.core import PPM, InputError
 from synerdiff.diffusion.decoder import WHOLE, Chunking, choose_cuts
 from synerdiff.profile.folder import combined
-from synerdiff.profile.tables import OVERHEADS, Corun, Head, Profile, Spread, Weights, pixels_of
+from synerdiff.profile.tables import OVERHEADS, Corun, Dtype, Head, Profile, Spread, Weights, pixels_of
 
 VALUABLE_ROWS = (2, 8)
 """One guided sample, and four: what most runs meet."""
@@ -260,7 +260,7 @@ def _head(chunkings: Sequence[Chunking], bench: Bench, watch: GpuWatch | None, n
         model=model.name,
         weights=cast(Weights, model.weights),
         resolutions=((model.height, model.width),),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=cast(Dtype, str(model.dtype).removeprefix("torch.")),
         execution=model.execution.kind,
         levers=model.execution.levers,
         cuts={cut.name: cut.cuts for cut in chunkings},

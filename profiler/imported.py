@@ -23,6 +23,10 @@ SHAPE_GPU = "h100"
 """Whose estimated steps give the shape of T(rows) when no other card is named."""
 
 
+LEAST = 1e-6
+"""Images per second below which no machine serves; times stay numbers."""
+
+
 @dataclass(frozen=True, slots=True)
 class Throughput:
     """What a whole machine serves at full batches, one image after the other."""
@@ -44,8 +48,8 @@ class Throughput:
             ("images-per-s", self.images_per_s, 1e6), ("gpus", self.gpus, 1e6), ("batch", self.batch, 4096),
             ("steps", self.steps, 10_000),
         ):  # fmt: skip
-            if not (isfinite(value) and 0 < value <= most):
-                raise InputError(f"{name} is {value:g}; allowed is a number above 0 and up to {most:g}.")
+            if not (isfinite(value) and LEAST <= value <= most):
+                raise InputError(f"{name} is {value:g}; allowed is a number from {LEAST:g} to {most:g}.")
         if not (isfinite(self.decode_ms) and self.decode_ms >= 0):
             raise InputError(f"decode-ms is {self.decode_ms:g}; allowed is a number of at least 0.")
 

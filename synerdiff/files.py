@@ -106,6 +106,8 @@ def number(text: str, low: float = -math.inf, high: float = math.inf) -> float:
     if not _NUMBER.fullmatch(stripped) or len(stripped) > _LONGEST_NUMBER:
         raise ValueError(f"is {shown(repr(text))}; a number{_bounds(low, high)} is needed")
     value = float(stripped)
+    if value == 0 and re.search("[1-9]", stripped.lower().partition("e")[0]):
+        raise ValueError(f"is {stripped}, which is too near 0 to be told from it")
     if not math.isfinite(value):
         raise ValueError(f"is {stripped}; a finite number{_bounds(low, high)} is needed")
     if not low <= value <= high:

@@ -105,10 +105,14 @@ def _json_table(path: Path) -> TextTable:
     return _mapped("JSON", "entry", *_objects(enumerate(entries or (), 1)))
 
 
+class _Number(str):
+    """A number of JSON as the text that it is."""
+
+
 def _parsed(text: str) -> Any:
-    """JSON whose numbers stay the text that they are; None for what is no JSON."""
+    """JSON whose numbers stay text; None for what is no JSON."""
     try:
-        return json.loads(text, parse_float=str, parse_int=str, object_pairs_hook=_named_once)
+        return json.loads(text, parse_float=_Number, parse_int=_Number, object_pairs_hook=_named_once)
     except (ValueError, RecursionError):
         return None
 
@@ -154,7 +158,7 @@ def _flat(entry: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[s
         if isinstance(value, dict) and depth:
             yield from _flat(value, f"{prefix}{name}.", depth - 1)
         elif isinstance(value, list):
-            plain = all(isinstance(part, str) for part in value)
+            plain = all(type(part) is str for part in value)
             yield prefix + name, ";".join(value) if plain else json.dumps(value)
         elif value is not None:
             # A lone half of a surrogate pair, which JSON can spell, is no text that a file can hold.

@@ -124,6 +124,8 @@ def _a_batch(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
     allowed = "allowed are a size of 1 to 4096, a list of sizes, or best"
     if value == []:
         raise ValueError(f"it is an empty list; {allowed}")
+    if isinstance(value, list) and any(value.count(size) > 1 for size in value):
+        raise ValueError(f"{shown(repr(value))} names a size twice; {allowed}")
     try:
         return check(value)
     except ValidationError:  # one for each of the four forms, none of them helpful

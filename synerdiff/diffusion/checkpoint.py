@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from synerdiff.diffusion.solvers import first_line
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TOKENS_WITHOUT_ENCODER = 77
+HUB_TIMEOUT_S = 5.0
 _PARTS = (
     "vae",
     "text_encoder",
@@ -182,7 +184,21 @@ def _read_checkpoint(name: str, device: torch.device, dtype: torch.dtype) -> Loa
     return _guarded(_read_parts, name, device, dtype)  # type: ignore[no-any-return]
 
 
+def _leave_the_hub_if_away() -> None:
+    """One short question instead of two minutes of retries for each file; what is in the hub's cache is still found."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except Exception:  # whichever library asks, in whichever way it fails
+        constants.HF_HUB_OFFLINE = True
+
+
 def _read_parts(name: str, device: torch.device, dtype: torch.dtype) -> LoadedParts:
+    if not Path(name).is_dir():
+        _leave_the_hub_if_away()
     index = _read_index(name)
     unet, vae, scheduler = _read_modules(name, device, dtype, index)
     prompts: PromptEncoder | None = _read_clip(name, device, dtype, index)
@@ -214,11 +230,19 @@ def _require_fitting(name: str, condition: Condition, unet_config: Any) -> None:
 
 def _guarded(read: Any, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Turn what diffusers, transformers and the hub raise into one sentence."""
+    from huggingface_hub import constants
+
     try:
-        return read(name, device, dtype)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of one library about another's options
+            return read(name, device, dtype)
     except InputError:
         raise
     except Exception as error:  # whatever a wrong configuration or file makes the libraries raise
+        if constants.HF_HUB_OFFLINE and not Path(name).is_dir() and "/" in name:
+            raise InputError(
+                f"Cannot load the hub model {name}: it is not whole in the hub's cache on this machine, and "
+                f"{constants.ENDPOINT} is not asked or does not answer."
+            ) from error
         place = "folder" if Path(name).is_dir() else "hub model" if "/" in name else "model"
         raise InputError(f"Cannot load the {place} {name}: {first_line(error)}.") from error
 

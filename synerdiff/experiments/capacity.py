@@ -46,6 +46,7 @@ from synerdiff.profile.tables import Profile
 from synerdiff.results.intervals import BLOCKS, Interval, blocks_interval, t_interval, values_for_interval
 from synerdiff.results.metrics import SLO_FACTOR, measured
 from synerdiff.results.records import REQUEST_COLUMNS, read_table
+from synerdiff.schema import validated
 
 if TYPE_CHECKING:
     import pandas
@@ -325,17 +326,18 @@ class Inquiry:
         layouts = entries_of(_entries(question, base), question.stages)
         self.entries = [entry for entry, _ in layouts.values()]
         self.layouts = {name: layout for name, (_, layout) in layouts.items()}
-        experiment = Experiment(
-            name=question.name,
-            profiles=question.profiles,
-            workloads=(question.workload,),
-            policies=tuple(self.entries),
-            seeds=question.seeds,
-            requests=question.requests,
-            skip_budget=question.skip_budget,
-            slo=slo,
-            figures=(),
-        )
+        fields = {
+            "name": question.name,
+            "profiles": question.profiles,
+            "workloads": (question.workload,),
+            "policies": tuple(self.entries),
+            "seeds": question.seeds,
+            "requests": question.requests,
+            "skip_budget": question.skip_budget,
+            "slo": slo,
+            "figures": (),
+        }
+        experiment = validated(Experiment, fields, f"capacity '{question.name}'")
         self.grid = Grid(experiment, base, folder)
         for name, device in self.grid.devices.items():
             if device.folder is not None:

@@ -99,6 +99,7 @@ def load_profile(folder: Path) -> Profile:
                 f"{folder / 'chunks.csv'}: {_text(size)} has other chunkings than {_text(sizes[0])}; a chunking has "
                 "equally many chunks at every resolution."
             )
+    _require_cuts(head_path, facts.cuts, _lengths(chunks[sizes[0]]))
     corun = _read_corun(folder / "corun.csv", chunks[sizes[0]], sizes if sized else None)
     profiles: dict[Size | None, Profile] = {}
     for size, rows in steps_of.items():
@@ -227,6 +228,17 @@ def fields_of(head: Head) -> dict[str, Any]:
         elif name != "notes" and value not in (None, "", {}):
             fields[name] = value
     return {**fields, **head.notes}
+
+
+def _require_cuts(path: Path, cuts: Mapping[str, tuple[int, ...]], lengths: Mapping[str, int]) -> None:
+    for name, places in cuts.items():
+        if name not in lengths:
+            raise InputError(f"{path}: cuts names the chunking {shown(name)}; chunks.csv has {', '.join(lengths)}.")
+        if list(places) != sorted(set(places)) or len(places) != lengths[name] - 1:
+            raise InputError(
+                f"{path}: cuts of {name} are {shown([*places])}; for {lengths[name]} chunks {lengths[name] - 1} rising "
+                "places are needed."
+            )
 
 
 def _name(path: Path, name: Any) -> str:

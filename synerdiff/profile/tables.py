@@ -26,6 +26,7 @@ SCHEMA_VERSION = 1
 SIZED_SCHEMA_VERSION = 2
 """Of a profile with several resolutions."""
 Weights = Literal["checkpoint", "trained", "random"]
+Dtype = Literal["", "float32", "bfloat16", "float16"]
 Side = Annotated[int, Field(ge=8, le=16384)]
 OVERHEADS = ("step_dispatch", "chunk_dispatch", "decision_lead", "text_encode", "result_copy", "sample_host")
 STEP_COLUMNS = ("rows", "median_ns", "p10_ns", "p90_ns", "n", "held_out")
@@ -109,7 +110,7 @@ class Head(Section):
     """Times do not depend on them, images do."""
     resolutions: Listed[Annotated[tuple[Side, Side], Strict(False)]] = Field(default=(), max_length=100)
     """(height, width) in pixels, the first one first."""
-    dtype: str = ""
+    dtype: Dtype = ""
     execution: str = ""
     """Measured: eager, graphs or compiled (older ones in other words); estimated: eager, compiled or engine."""
     levers: Listed[str] = Field(default=(), max_length=20)

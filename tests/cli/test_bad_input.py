@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from synerdiff.cli.main import main
-from synerdiff.files import MARK
+from synerdiff.files import MARK, read_yaml, write_yaml
 from synerdiff.profile.folder import SHIPPED
 
 EXPERIMENT = "name: y\nprofiles: [digits-cpu]\nworkloads: [{WORKLOAD}]\npolicies: [{policy: dynamic}]\nfigures: []\n"
@@ -121,3 +121,55 @@ def test_declared_parameters_of_a_policy_are_parameters(
         f"class P:\n    PARAMETERS = {declared}\n    def reset(self, w, p): ...\n    def decide(self, v): ...\n"
     )
     assert "a tuple of Parameter is needed" in answer(*simulate(policy=f"{name}:P"))
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("dtype: float7", "dtype is 'float7'"),
+        ("cuts: {whole: [1]}", "cuts of whole are [1]; for 1 chunks 0 rising places are needed"),
+        ("cuts: {c4: [8, 4, 10]}", "cuts of c4 are [8, 4, 10]"),
+        ("cuts: {c4: [4, 4, 10]}", "cuts of c4 are [4, 4, 10]"),
+        ("cuts: {c9: [1]}", "cuts names the chunking c9; chunks.csv has whole, c4, c8"),
+    ],
+)
+def test_a_head_fits_its_tables(answer: Callable[..., str], tmp_path: Path, field: str, words: str) -> None:
+    shutil.copytree(SHIPPED / "digits-cpu", tmp_path / "p")
+    head = tmp_path / "p" / "profile.yaml"
+    data = read_yaml(head, "profile")
+    name, _, value = field.partition(": ")
+    data.pop(name)
+    write_yaml(head, data)
+    head.write_text(head.read_text() + f"{name}: {value}\n")
+    assert words in answer(*simulate(profile="p"))
+
+
+def test_a_list_of_a_number_is_no_number(answer: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"arrival_s": 0, "steps": [4]}\n')
+    said = answer(*simulate(trace="t.jsonl"))
+    assert said.startswith("t.jsonl")
+    assert "steps" in said
+
+
+def test_numbers_that_would_become_nought_are_refused(answer: Callable[..., str]) -> None:
+    assert "is 1e-400, which is too near 0 to be told from it" in answer(*simulate(skip_fraction="1e-400"))
+
+
+def test_a_list_of_batch_sizes_names_each_once(answer: Callable[..., str], tmp_path: Path) -> None:
+    workload = EXPERIMENT.replace("WORKLOAD", "name: w, generator: poisson")
+    (tmp_path / "e.yaml").write_text(workload.replace("{policy: dynamic}", "{policy: dynamic, batch: [2, 4, 2]}"))
+    assert "[2, 4, 2] names a size twice" in answer("sweep", "e.yaml")
+
+
+def test_a_capacity_question_names_each_seed_once(answer: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "name: c\nprofiles: [digits-cpu]\nworkload: {name: w, generator: poisson, parameters: {rate_per_s: 2.0}}\n"
+        "policies: [{policy: dynamic}]\nslo: p99=5s\ngpus: 1..3\nseeds: [1, 1, 2]\nrequests: 60\n"
+    )
+    assert "two seeds are both '1'" in answer("capacity", "c.yaml", "--out", "o")
+
+
+def test_a_throughput_of_nearly_nothing_is_refused(answer: Callable[..., str]) -> None:
+    flags = ("--gpus", 8, "--batch", 8, "--steps", 20, "--out", "o")
+    said = answer("profile", "import", "throughput", "--images-per-s", "1e-300", *flags)
+    assert said == "images-per-s is 1e-300; allowed is a number from 1e-06 to 1e+06."

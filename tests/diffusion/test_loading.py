@@ -91,6 +91,23 @@ def test_an_unreachable_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> 
     one_sentence(error)
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Away:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append((url, timeout))
+            raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.get_session", Away)
+    with pytest.raises(InputError, match="hub model nobody/nothing: it is not whole in the hub's cache") as error:
+        load_model("nobody/nothing")
+    one_sentence(error)
+    assert len(asked) == 1
+    assert asked[0][1] <= 10
+
+
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
