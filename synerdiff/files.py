@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 import yaml
 
@@ -33,6 +33,11 @@ MARK = ".synerdiff"
 MOST = 10**18
 """The largest whole number of a table unless its column says otherwise; in nanoseconds 31 years."""
 
+_Row = TypeVar("_Row")
+_ROW_BYTES = 1500
+"""What a row of a table takes in memory, about."""
+_TEXT_COPIES = 8
+"""Text, its lines and what is made of them take so many times the file's size, about."""
 _LONGEST_SHOWN = 60
 _LONGEST_NUMBER = 60
 _LONGEST_NAME = 300
@@ -83,9 +88,45 @@ def reading(path: Path, what: str) -> Iterator[None]:
         raise InputError(f"{path}: the {what} cannot be read ({error.strerror or error}).") from None
 
 
-def read_text(path: Path, what: str) -> str:
-    """The file as UTF-8 text, or one sentence that names it."""
+def free_memory_bytes() -> int | None:
+    """Memory that this machine can still give; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def require_memory(path: Path, what: str, needed_bytes: int) -> None:
+    """InputError when what is to be read takes more memory than there is."""
+    free = free_memory_bytes()
+    if free is not None and needed_bytes > free:
+        raise InputError(
+            f"{path}: reading this {what} takes about {needed_bytes / 1e9:.3g} GB of memory; "
+            f"{free / 1e9:.3g} GB are free."
+        )
+
+
+def within_memory(rows: Iterable[_Row], path: Path, what: str, row_bytes: int) -> Iterator[_Row]:
+    """The same rows; InputError as soon as those that were read, kept at so many bytes each, fill the free memory."""
+    free = free_memory_bytes()
+    most = math.inf if free is None else free // row_bytes
+    for count, row in enumerate(rows):
+        if count > most:
+            raise InputError(
+                f"{path}: a {what} of more than {most:,} rows does not fit into the {most * row_bytes / 1e9:.3g} GB of "
+                "memory that are free; cut it into parts."
+            )
+        yield row
+
+
+def read_text(path: Path, what: str, most_bytes: int | None = None) -> str:
+    """The file as UTF-8 text, or one sentence that names it; not one of more bytes than that, or than memory takes."""
     with reading(path, what):
+        size = path.stat().st_size
+        if most_bytes is not None and size > most_bytes:
+            raise InputError(f"{path}: a {what} has at most {most_bytes:,} bytes; this file has {size:,}.")
+        require_memory(path, what, _TEXT_COPIES * size)
         return path.read_text(encoding="utf-8-sig")
 
 
@@ -193,7 +234,8 @@ def read_rows(path: Path, columns: Sequence[str], what: str, optional: Sequence[
     missing = [column for column in columns if column not in header]
     if missing:
         raise InputError(f"{path}: the column {missing[0]} is missing; a {what} has {', '.join(columns)}.")
-    return [Row(f"{path}, line {line}", dict(zip(header, cells, strict=True))) for line, cells in lines]
+    kept = within_memory(lines, path, what, _ROW_BYTES)
+    return [Row(f"{path}, line {line}", dict(zip(header, cells, strict=True))) for line, cells in kept]
 
 
 def csv_rows(
@@ -316,7 +358,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     Only text, numbers, true, false, null, lists and mappings (merge keys too), as YAML 1.2 reads them; a key given
     twice, other tags and keys, and what is nested or repeated beyond all need are InputErrors with file and line.
     """
-    text = read_text(path, what)
+    text = read_text(path, what, 4 * _YAML_CHARACTERS)
     if len(text) > _YAML_CHARACTERS:
         raise InputError(f"{path}: a {what} has at most {_YAML_CHARACTERS:,} characters; this file has {len(text):,}.")
     try:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from synerdiff.core import InputError
-from synerdiff.files import MARK, claim_folder, install_hint, read_rows, read_yaml, write_rows, write_yaml
+from synerdiff.files import (
+    MARK,
+    claim_folder,
+    install_hint,
+    read_rows,
+    read_text,
+    read_yaml,
+    write_rows,
+    write_yaml,
+)
+from traces.dialects import load_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -201,3 +214,49 @@ def test_the_install_hint_names_the_checkout() -> None:
         if "pip install 'synerdiff" in path.read_text() or "pip install synerdiff" in path.read_text()
     ]
     assert not naming, "synerdiff is on no package index"
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("synerdiff.files.free_memory_bytes", lambda: 1_000_000)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_tables_and_texts_larger_than_the_memory_are_refused_before_they_are_whole(tmp_path: Path) -> None:
+    table, text = tmp_path / "t.csv", tmp_path / "t.txt"
+    table.write_text("a,b\n" + "1,2\n" * 2000)
+    with pytest.raises(InputError, match=r"t\.csv: a table of more than 666 rows does not fit"):
+        read_rows(table, ["a", "b"], "table")
+    table.write_text("a,b\n" + "1,2\n" * 600)
+    assert len(read_rows(table, ["a", "b"], "table")) == 600
+    text.write_text("x" * 200_000)
+    with pytest.raises(
+        InputError, match=r"t\.txt: reading this log takes about 0\.0016 GB of memory; 0\.001 GB are free"
+    ):
+        read_text(text, "log")
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("name", ["t.csv", "t.csv.gz", "t.jsonl", "t.jsonl.gz", "t.parquet", "foreign.csv"])
+def test_traces_larger_than_the_memory_are_refused_before_they_are_whole(tmp_path: Path, name: str) -> None:
+    path, rows = tmp_path / name, 20_000
+    if name.endswith(".parquet"):
+        columns = {"arrival_s": [float(i) for i in range(rows)], "steps": [4] * rows}
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    else:
+        csv = "".join(f"{i},4\n" for i in range(rows))
+        header = "timestamp,num_inference_steps\n" if name.startswith("foreign") else "arrival_s,steps\n"
+        json = "".join(f'{{"arrival_s": {i}, "steps": 4}}\n' for i in range(rows))
+        data = (json if "json" in name else header + csv).encode()
+        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(InputError, match=r"GB( of memory that)? are free"):
+        load_trace(path)
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_a_yaml_file_of_many_bytes_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "e.yaml"
+    with path.open("wb") as file:
+        file.truncate(17_000_000)
+    with pytest.raises(InputError, match=r"e\.yaml: a experiment has at most 16,000,000 bytes"):
+        read_yaml(path, "experiment")

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 ENGINES = LAYERS[5]
 HEAVY = {
     *("torch", "diffusers", "transformers", "peft", "safetensors", "sklearn", "torchmetrics", "PIL", "pynvml"),
-    *("triton", "matplotlib", "pandas", "pyarrow", "simpy", "joblib", "ray", "optuna"),
+    *("huggingface_hub", "triton", "matplotlib", "pandas", "pyarrow", "simpy", "joblib", "ray", "optuna"),
 }
 """Light modules import these inside functions; whatever else is imported inside a function is late."""
 LIGHT = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from synerdiff.core import InputError, Request
-from synerdiff.files import Progress, csv_rows, reading, write_rows
+from synerdiff.files import Progress, csv_rows, reading, within_memory, write_rows
 from traces.columns import (
     COLUMNS,
     INTEGER_COLUMNS,
@@ -46,6 +46,7 @@ def read_trace(path: Path, progress: Progress | None = None, sort: bool = False)
 def _parsed(path: Path, progress: Progress | None, sort: bool) -> Iterator[tuple[int, Fields]]:
     parquet = path.suffix == ".parquet"
     rows = parquet_rows(path, WHAT) if parquet else csv_rows(path, WHAT, progress)
+    rows = within_memory(rows, path, WHAT, REQUEST_BYTES)
     place = "row" if parquet else "line"
     header = next(rows, (0, list[str]()))[1]
     if not header:
@@ -102,6 +103,8 @@ def write_trace(path: Path, requests: Sequence[Request]) -> None:
 
 
 _ROWS_PER_BATCH = 16_384
+REQUEST_BYTES = 2000
+"""What a request takes in memory, its sample included, about."""
 
 
 def parquet_rows(path: Path, what: str, strict: bool = True) -> Iterator[tuple[int, list[str]]]:

@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from synerdiff.core import InputError
-from synerdiff.files import Progress, csv_rows, decompressed, reading, shown
-from traces.native import parquet_rows
+from synerdiff.files import Progress, csv_rows, decompressed, reading, require_memory, shown, within_memory
+from traces.native import REQUEST_BYTES, parquet_rows
 
 WHAT = "trace"
 _HEAD_BYTES = 65_536
 _MOST_BYTES = 2**31
+_JSON_COPIES = 12
+"""Text, its lines, the values in it and the texts made of them take so many times its size, about."""
 _NESTED = 4
 _DELIMITERS = {",": "CSV", "\t": "a table with tabs", ";": "a table with semicolons"}
 _CALL = re.compile(r"\w*Request\((.*)\)\s*,?\s*$")
@@ -69,6 +71,7 @@ def _cells(header: str, delimiter: str) -> int:
 
 
 def _counted(kind: str, place: str, rows: Iterator[tuple[int, list[str]]], path: Path) -> TextTable:
+    rows = within_memory(rows, path, WHAT, REQUEST_BYTES)
     names = next(rows, (0, list[str]()))[1]
     if not names:
         raise InputError(f"{path}: the trace is empty.")
@@ -85,9 +88,12 @@ def _mapped(kind: str, place: str, entries: Iterable[tuple[int, Mapping[str, str
 
 def _text(path: Path) -> str:
     with reading(path, WHAT), path.open("rb") as raw:
-        if path.stat().st_size > _MOST_BYTES:
+        require_memory(path, WHAT, _JSON_COPIES * path.stat().st_size)
+        text = decompressed(raw).read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
             raise InputError(f"{path}: JSON of more than 2 GiB is not read; split the file, or write it as parquet.")
-        return decompressed(raw).read().decode("utf-8-sig")
+        require_memory(path, WHAT, _JSON_COPIES * len(text))
+        return text.decode("utf-8-sig")
 
 
 def _json_table(path: Path) -> TextTable:

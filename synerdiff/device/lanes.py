@@ -12,12 +12,12 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
 
 from synerdiff.core import InputError
+from synerdiff.files import free_memory_bytes
 
 T = TypeVar("T")
 
@@ -126,11 +126,7 @@ def free_bytes(device: torch.device) -> int | None:
     """Memory that can still be allocated there; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
+    return free_memory_bytes()
 
 
 class CpuWork(Work[T]):

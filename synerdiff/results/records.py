@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synerdiff.core import NS_PER_S, InputError, RequestRecord, WorkRecord
-from synerdiff.files import atomic
+from synerdiff.files import atomic, require_memory
 
 if TYPE_CHECKING:
     import pandas
@@ -62,6 +62,8 @@ WORK_COLUMNS = {
 """Column -> type. ``sample_ids`` are ``request.image``; ``chunk`` is -1 for a step."""
 
 RUN_KEY = b"synerdiff"
+_COPIES = 3
+"""A table, as Arrow and as a frame, takes so many times its decoded size, about."""
 """Where a table's metadata holds what else is known about its run, as JSON."""
 
 
@@ -152,7 +154,11 @@ def read_table(path: Path, columns: Mapping[str, str]) -> tuple[pyarrow.Table, d
     from pyarrow import parquet
 
     try:
-        table = parquet.ParquetFile(path).read()
+        file = parquet.ParquetFile(path)
+        groups = range(file.metadata.num_row_groups)
+        size_bytes = sum(file.metadata.row_group(group).total_byte_size for group in groups)
+        require_memory(path, "table of records", _COPIES * size_bytes)
+        table = file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file of records.") from None
     except pyarrow.ArrowException:
