@@ -114,17 +114,18 @@ def run_real(
         error = raised
     finally:
         run.cancel.set()
+    if not hardware.hung and not isinstance(error, InputError | ContractError | LaneLost):
+        try:
+            run.worker.require_unwritten(run.execution.now_ns())
+        except ContractError as written:
+            error = written
     if error is not None and not hardware.hung:
+        run.worker.restore()
         try:
             run.execution.drain()
         except LaneLost as lost:
             error = run.lost(lost)
     execution = run.execution
-    if not hardware.hung and not isinstance(error, InputError | ContractError):
-        try:
-            run.worker.require_unwritten(run.execution.now_ns())
-        except ContractError as written:
-            error = written
     if serving is not None:
         if not hardware.hung:
             serving.finish()

@@ -23,6 +23,8 @@ _MOVING = (
     "decode_started_ns", "finished_ns",
 )  # fmt: skip
 _fixed, _moving = attrgetter(*_FIXED), attrgetter(*_MOVING)
+_NOTED = ("admitted_ns", "denoised_ns", "decode_started_ns")
+_MOST_CHUNKS = 10_000
 _ASKED = tuple(Request.__slots__)
 _asked = attrgetter(*_ASKED)
 _PHASE, _ADMITTED, _DENOISED = attrgetter("phase"), attrgetter("admitted_ns"), attrgetter("denoised_ns")
@@ -85,16 +87,31 @@ class Guard:
         self.ended[sample.id] = _moving(sample)
 
     def restore(self, samples: list[Sample], lanes: list[LaneView]) -> None:
-        """Lanes and the fixed fields as they were, so that what runs can end and what was finished be recorded."""
+        """Lanes, requests and samples as they were, so that what runs can end and what was finished be recorded.
+
+        How far a sample is that has not ended is known to a step at best, so that is only kept within its bounds.
+        """
         for lane, state in zip(lanes, self.lanes, strict=True):
-            for name, value in zip(_LANE, state, strict=True):
-                setattr(lane, name, value)
-        for sample_id, entered in self.entered.items():
-            for name, value in zip(_FIXED, entered, strict=True):
-                setattr(samples[sample_id], name, value)
+            _put(lane, _LANE, state)
         for request, asked in self.asked.values():
-            for name, value in zip(_ASKED, asked, strict=True):
-                object.__setattr__(request, name, value)
+            _put(request, _ASKED, asked)
+        for sample_id, entered in self.entered.items():
+            sample = samples[sample_id]
+            _put(sample, _FIXED, entered)
+            denoised = sample_id in self.denoised_ns
+            if sample_id in self.ended:
+                _put(sample, _MOVING, self.ended[sample_id])
+            else:
+                admitted = sample_id in self.admitted_ns
+                sample.phase = Phase.DECODING if denoised else Phase.ACTIVE if admitted else Phase.WAITING
+                sample.finished_ns = -1
+            for name in _NOTED:
+                setattr(sample, name, getattr(self, name).get(sample_id, -1))
+            sample.step_index = sample.steps if denoised else _within(sample.step_index, sample.steps)
+            sample.chunks_done = _within(sample.chunks_done, _MOST_CHUNKS)
+            skipped = sample.skipped_at if isinstance(sample.skipped_at, list) else []
+            sample.skipped_at = [at for at in skipped if type(at) is int and 0 <= at < sample.step_index]
+            sample.skips_spent = len(sample.skipped_at)
 
     def written(self, sample: Sample) -> str | None:
         """What was written to a sample of this worker, as part of a sentence; None for nothing."""
@@ -106,7 +123,7 @@ class Guard:
         ended = self.ended.get(sample.id)
         if ended is not None and (now := _moving(sample)) != ended:
             return _named(_MOVING, ended, now, entered)
-        for name in ("admitted_ns", "denoised_ns", "decode_started_ns"):
+        for name in _NOTED:
             if getattr(self, name).get(sample.id, -1) != getattr(sample, name):
                 return f"{name} of sample {sample.name}"
         skipped = sample.skipped_at or ()
@@ -154,6 +171,15 @@ class Guard:
             and not any(map(_SKIPPED, mine))
             and sum(map(_LEFT, mine)) == self.skips_given
         )
+
+
+def _put(target: object, names: tuple[str, ...], values: tuple[Any, ...]) -> None:
+    for name, value in zip(names, values, strict=True):
+        object.__setattr__(target, name, value)
+
+
+def _within(count: object, most: int) -> int:
+    return min(max(count, 0), most) if type(count) is int else 0
 
 
 def _named(names: tuple[str, ...], before: tuple[Any, ...], now: tuple[Any, ...], entered: tuple[Any, ...]) -> str:

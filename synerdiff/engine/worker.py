@@ -317,9 +317,13 @@ class Worker:
         if what is not None:
             self._refuse_written(now_ns, what)
 
-    def _refuse_written(self, now_ns: int, what: str) -> NoReturn:
+    def restore(self) -> None:
+        """Samples and lanes as they were, where a user's policy may have written to them: it is asked no more."""
         if self.guard is not None:
             self.guard.restore(self.samples, self.lanes)
+
+    def _refuse_written(self, now_ns: int, what: str) -> NoReturn:
+        self.restore()
         self._refuse(now_ns, f"it wrote {what}, which it may only read")
 
     def _note(self, lane: LaneView) -> None:
