@@ -134,7 +134,15 @@ class CopiedSolver:
             options = {"generator": one.generator, "eta": 0.0}
             options = {name: value for name, value in options.items() if name in self._takes}
             timestep = one.scheduler.timesteps[done]
-            result = one.scheduler.step(outputs[i : i + 1], timestep, latents[i : i + 1], return_dict=False, **options)
+            try:
+                result = one.scheduler.step(
+                    outputs[i : i + 1], timestep, latents[i : i + 1], return_dict=False, **options
+                )
+            except (IndexError, ValueError, ZeroDivisionError) as error:  # some take no step of some lengths
+                raise InputError(
+                    f"{self.scheduler_name} with this model's options cannot make {len(one.timesteps)} steps: "
+                    f"{first_line(error)}."
+                ) from error
             advanced.append(result[0])
         return torch.cat(advanced)
 

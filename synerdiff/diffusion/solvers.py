@@ -386,6 +386,11 @@ _COEFFICIENTS = {
 }
 
 
+LEAST_ALPHA = 1e-5
+"""Share of the image in the noisiest latent below which float32 loses the digits in which two orders of the same
+arithmetic agree (SD and SDXL: 0.0047; a schedule without a last signal: 0): the scheduler's own order is kept."""
+
+
 def is_linear(scheduler: Any) -> bool:
     """Whether the table reproduces this scheduler with these options (no clipping and no thresholding)."""
     config = scheduler.config
@@ -394,6 +399,9 @@ def is_linear(scheduler: Any) -> bool:
     if kind == "FlowMatchEulerDiscreteScheduler":
         return True
     if kind not in _COEFFICIENTS or prediction not in ("epsilon", "v_prediction", "sample"):
+        return False
+    least = float(scheduler.alphas_cumprod.min())
+    if least < LEAST_ALPHA and (least or prediction != "epsilon"):  # noise says nothing of an image without a share
         return False
     if kind.startswith("Euler"):
         return prediction != "sample" and getattr(config, "timestep_type", "discrete") == "discrete"

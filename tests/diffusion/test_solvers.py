@@ -124,10 +124,31 @@ def test_steps_of_no_length_are_refused_before_a_sample_starts() -> None:
         ("HeunDiscreteScheduler", {}),
         ("TCDScheduler", {"clip_sample": True}),
         ("DDPMScheduler", {"clip_sample": False, "variance_type": "fixed_large_log"}),
+        ("DDIMScheduler", {"clip_sample": False, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}),
+        ("EulerDiscreteScheduler", {"rescale_betas_zero_snr": True}),
+        ("EulerDiscreteScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
+        ("DPMSolverMultistepScheduler", {"beta_schedule": "squaredcos_cap_v2"}),
     ],
 )
 def test_what_the_tables_cannot_do_runs_as_copies(name: str, options: dict[Any, Any] | dict[str, Any]) -> None:
     assert isinstance(make_solver(make_scheduler(name, BASE | options)), CopiedSolver)
+
+
+def test_noise_without_a_share_of_the_image_is_refused() -> None:
+    options = {"clip_sample": False, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    with pytest.raises(InputError, match="cannot make 20 steps: one of them has no length, or starts from noise alone"):
+        make_solver(make_scheduler("DDIMScheduler", BASE | options)).start(20, torch.Generator())
+
+
+def test_a_step_that_a_scheduler_cannot_take_is_one_sentence() -> None:
+    options = {"timestep_spacing": "trailing", "num_train_timesteps": 100, "use_karras_sigmas": True}
+    scheduler = make_scheduler("EulerDiscreteScheduler", BASE | options | {"sigma_max": 80.0, "sigma_min": 0.002})
+    solver, latent = CopiedSolver(scheduler), torch.zeros(1, 4, 8, 8)
+    progress = solver.start(16, torch.Generator())
+    for done in range(15):
+        latent = solver.advance([progress], [done], latent, latent)
+    with pytest.raises(InputError, match="EulerDiscreteScheduler with this model's options cannot make 16 steps: "):
+        solver.advance([progress], [15], latent, latent)
 
 
 COPIED = ["HeunDiscreteScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "LMSDiscreteScheduler"]
