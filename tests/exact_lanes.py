@@ -68,7 +68,7 @@ class TimedIntake:
     def __init__(
         self,
         lane: TimedLane,
-        model: Any,
+        model_at: Any,
         requests: Sequence[Request],
         zero_ns: int,
         stop: Any,
@@ -101,6 +101,15 @@ class TimedIntake:
         return entries
 
 
+class TimedModel:
+    """What the engine asks a model, at every resolution."""
+
+    device = None
+
+    def denoiser_calls(self, steps: int) -> int:
+        return steps
+
+
 def rehearse(
     requests: Sequence[Request],
     policy: Policy,
@@ -124,15 +133,17 @@ def rehearse(
         piece.image.hidden = 0
         return profile.chunk_ns(policy.chunking, piece.image.sample.chunks_done)
 
+    model = TimedModel()
     hardware = SimpleNamespace(
         device=clock,
-        model=SimpleNamespace(device=None, denoiser_calls=lambda steps: steps),
+        model=model,
+        at=lambda request: model,
         denoise=TimedLane(clock, step_ns),
         decode=[TimedLane(clock, chunk_ns) for _ in range(decode_lanes)],
         intake=TimedLane(clock),
         results=TimedLane(clock, lambda piece, idle: profile.overhead_ns("result_copy")),
-        warm_up=lambda rows, cut: None,
-        chunk_functions=lambda lane, cut: [None] * len(cut),
+        warm_up=lambda rows, cut, model: None,
+        chunk_functions=lambda lane, cut, model: [None] * len(cut),
         hung=False,
     )
     patch = pytest.MonkeyPatch()
