@@ -176,9 +176,8 @@ def _apart(study: Inquiry, answers: Sequence[Answer]) -> list[str]:
         if layout == "together" or base is None:
             continue
         if answer.best is None or base.best is None:
-            what = "keeps the SLO within --gpus " + (
-                "only so" if answer.best else "only together" if base.best else "never"
-            )
+            kept = "only so is the SLO kept" if answer.best else "the SLO is kept only together" if base.best else ""
+            what = f"{kept or 'the SLO is not kept, and not together either'}, within the GPUs looked at"
         else:
             more = answer.best.level.gpus - base.best.level.gpus
             what = "pays" if more < 0 else "makes no difference in GPUs" if not more else "does not pay"
