@@ -260,7 +260,9 @@ def measure_session(
 
     Cases take turns in going first. A run that ends early (a hung lane, a broken contract) raises its error.
     """
-    profile = prepare(plan.spec).profile
+    profile, how = prepare(plan.spec).profile, hardware.model.execution
+    # The cells are those of what runs here.
+    profile = replace(profile, head=profile.head.model_copy(update={"execution": how.kind, "levers": how.levers}))
     cells = cells_of(plan, profile, len(hardware.decode))
     total = plan.repeats * len(plan.cases) + PASSES_AROUND
     done = 0

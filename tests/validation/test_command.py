@@ -25,7 +25,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         {"whole": [4_000_000]},
         {1: (1_300_000, 1_300_000), 4: (1_200_000, 1_200_000)},
     )
-    small.head = digits_profile().head
+    small.head = digits_profile().head.model_copy(update={"cuts": {}})
     write_profile(tmp_path / "p", small)
     rows = "".join(f"{i * 0.1:.1f},{1 + i % 3},3.0\n" for i in range(12))
     (tmp_path / "t.csv").write_text("arrival_s,steps,guidance_scale\n" + rows)
@@ -52,6 +52,7 @@ def test_a_validation_measures_predicts_and_judges(world: Any, capsys: pytest.Ca
         assert case["metrics"]["step_time_s"]["measured"] > 0
         assert len(case["metrics"]["step_time_s"]["repeats"]) == 1
     refreshed = load_profile(world / "o" / "profile")
+    assert refreshed.head.execution == "eager"
     assert refreshed.steps[2].n >= 6 * 3, "three plain steps in two passes before the first run and one after each"
     assert refreshed.steps[2].median != 9_000_000
     assert refreshed.corun["whole", 0][2].chunk.n >= 1
