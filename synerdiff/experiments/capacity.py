@@ -35,6 +35,8 @@ from synerdiff.experiments.capacity_fleets import (
 from synerdiff.experiments.compare import GridCell
 from synerdiff.experiments.grid import Grid, Run, with_key
 from synerdiff.experiments.offer import fitted, window_s
+from synerdiff.experiments.profile_error import at_times
+from synerdiff.experiments.run import execute, prepare
 from synerdiff.experiments.sources import arrivals
 from synerdiff.experiments.store import run_file
 from synerdiff.experiments.sweep import Results, rows_of
@@ -42,7 +44,8 @@ from synerdiff.files import require_writable_folder
 from synerdiff.profile.adapters import load_adapters
 from synerdiff.profile.capacity import default_batch, least_lane_s, mix_of, most_samples, offered_load
 from synerdiff.profile.folder import find_profile, load_profile
-from synerdiff.profile.tables import Profile
+from synerdiff.profile.scaling import own_band
+from synerdiff.profile.tables import Band, Profile
 from synerdiff.results.intervals import BLOCKS, Interval, blocks_interval, t_interval, values_for_interval
 from synerdiff.results.metrics import SLO_FACTOR, measured
 from synerdiff.results.records import REQUEST_COLUMNS, read_table
@@ -434,6 +437,18 @@ class Inquiry:
         length_s = self.length_s if rate is None else len(requests) / rate
         load = offered_load(requests, self.grid.devices[name].profile, length_s, ask.level.gpus)
         return verdict_of(self.question.target, ask.level, tables, load, ask.judging)
+
+    def band(self, answer: Answer) -> tuple[Band, tuple[float, float]] | None:
+        """The metric of the best where all times are as far off as its profile says they may be, at the shorter times
+        first, on the first replicate: arrivals and what policies plan with stay. None without such a band."""
+        band = own_band(answer.profile)
+        if answer.run is None or answer.best is None or answer.kinds is not None or band is None:
+            return None
+        prepared, ends = prepare(answer.run.spec), []
+        for factor in (band.low, band.high):
+            table = execute(at_times(prepared, factor)).frames[0]
+            ends.append(verdict_of(self.question.target, answer.best.level, [table], 0.0).value)
+        return band, (ends[0], ends[1])
 
     def search(self, name: str, entry: PolicyEntry) -> Generator[Ask, Verdict, tuple[Verdict | None, Verdict | None]]:
         """The levels to try, one after the other, given the verdicts so far."""

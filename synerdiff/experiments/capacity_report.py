@@ -60,7 +60,8 @@ def publish(study: Inquiry, answers: Sequence[Answer], engine: str | None = None
         ask = Ask(chosen.best.level, chosen.best.judging, few=False)
         sizes = by_size([request_table(run) for run in study.runs(chosen.name, chosen.entry, ask)])
         parts += ["", f"By size of request, {_who(question, chosen)}:", _size_table(sizes)]
-    parts += ["", *_rests_on(study, answers)]
+    rests_on = [*_rests_on(study, answers), *([] if chosen is None else _band(study, chosen))]
+    parts += ["", *rests_on]
     title = sentences(question, answers)[0]
     figure = capacity_figure(_points(question, answers), question.target, question.find, title, _setting(study))
     save(figure, folder / "figures", FIGURE)
@@ -68,7 +69,7 @@ def publish(study: Inquiry, answers: Sequence[Answer], engine: str | None = None
         "question": question.model_dump(mode="json"),
         "answer": [*sentences(question, answers), *_apart(study, answers)],
         "answers": [_plain(question, answer) for answer in answers],
-        "rests_on": _rests_on(study, answers),
+        "rests_on": rests_on,
     }
     with atomic(folder / ANSWERS) as temporary:
         temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -290,6 +291,19 @@ def _rests_on(study: Inquiry, answers: Sequence[Answer]) -> list[str]:
         )
     lines.append("'at least' is the work divided by the profile's best speed: no policy needs fewer GPUs than that.")
     return lines
+
+
+def _band(study: Inquiry, answer: Answer) -> list[str]:
+    """What the answer's metric would be if its profile's times were off."""
+    found = study.band(answer)
+    if found is None:
+        return []
+    band, ends = found
+    low, high = (study.question.target.text(end) for end in ends)
+    return [
+        f"If all times were {band.low:g} to {band.high:g} times those of {answer.profile.name} ({band.meaning}), "
+        f"{study.question.target.name} would be {low} to {high} on the first replicate."
+    ]
 
 
 def _points(question: Question, answers: Sequence[Answer]) -> list[dict[str, Any]]:

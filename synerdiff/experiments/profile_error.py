@@ -44,14 +44,18 @@ def asked_band(text: str | None, prepared: Prepared) -> Band | None:
     return Band(low=1 - percent / 100, high=1 + percent / 100, meaning="as was asked for") if percent else None
 
 
+def at_times(prepared: Prepared, factor: float) -> Prepared:
+    """The run with all times multiplied, and policies that plan with what they were."""
+    spec = replace(prepared.spec, planning=prepared.spec.planning or prepared.profile)
+    return replace(prepared, spec=spec, profile=all_times_scaled(prepared.profile, factor))
+
+
 def banded(prepared: Prepared, band: Band) -> dict[str, Any]:
     """The run at both ends of the band, at the shorter times first: each metric in seconds, the capacity in requests a
     second, and the word; ready for JSON."""
     ends = []
     for factor in (band.low, band.high):
-        spec = replace(prepared.spec, planning=prepared.spec.planning or prepared.profile)
-        profile = all_times_scaled(prepared.profile, factor)
-        ends.append(execute(replace(prepared, spec=spec, profile=profile)).described)
+        ends.append(execute(at_times(prepared, factor)).described)
     capacities = [end["run"]["policy_capacity_per_s"] for end in ends]
     loads = [end["run"]["policy_load"] for end in ends]
     return {

@@ -22,13 +22,24 @@ from synerdiff.config.capacity import Question, Target, target_of
 from synerdiff.config.experiment import PolicyEntry
 from synerdiff.core import InputError
 from synerdiff.experiments.backends import LokyBackend
-from synerdiff.experiments.capacity import Answer, Ask, Inquiry, Level, Verdict, by_size, fewest, highest, verdict_of
+from synerdiff.experiments.capacity import (
+    Answer,
+    Ask,
+    Inquiry,
+    Level,
+    Verdict,
+    by_size,
+    fewest,
+    highest,
+    request_table,
+    verdict_of,
+)
 from synerdiff.experiments.capacity_fleets import cheaper_mixes, divided, division
 from synerdiff.experiments.capacity_report import publish
 from synerdiff.experiments.sources import Source, arrivals
 from synerdiff.experiments.sweep import compute
 from synerdiff.profile.folder import combined, write_profile
-from synerdiff.profile.tables import Head
+from synerdiff.profile.tables import Band, Head
 from synerdiff.schema import validated
 from tests.builders import affine_profile, make_profile
 
@@ -492,3 +503,19 @@ def test_stages_apart_and_two_cards_are_answered_beside_the_rest(world: Path) ->
 def test_what_no_fleet_is(world: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         solved(question(**changes), world)
+
+
+def test_the_answer_says_what_it_would_be_if_the_profile_were_off(world: Path) -> None:
+    for times, same in ((Band(low=0.8, high=1.25, meaning="guessed"), False), (Band(low=1, high=1), True)):
+        write_profile(world / "p", replace(affine_profile(), head=Head(band=times)))
+        study, answer = solved(question(seeds=[1, 2, 3]), world, f"out{same}")
+        assert answer.run is not None
+        first = float(request_table(answer.run)["request_latency_s"].iloc[8:-4].quantile(0.99))
+        found = study.band(answer)
+        assert found is not None
+        assert found[1] == pytest.approx((first, first)) if same else found[1][0] < 0.9 * first < first < found[1][1]
+        text = [part for part in publish(study, [answer]) if isinstance(part, str)]
+        assert same or any("0.8 to 1.25 times those of test (guessed), P99 would be" in line for line in text)
+    write_profile(world / "p", affine_profile())
+    study, answer = solved(question(seeds=[1, 2, 3]), world, "none")
+    assert study.band(answer) is None
