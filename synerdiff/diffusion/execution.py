@@ -11,6 +11,7 @@ import shutil
 from dataclasses import dataclass
 
 from synerdiff.core import InputError
+from synerdiff.files import shown
 from synerdiff.profile.tables import Profile
 
 EXECUTIONS = ("eager", "graphs", "compiled")
@@ -40,11 +41,17 @@ class ModelExecution:
 
 
 def measured_execution(profile: Profile, on_gpu: bool) -> ModelExecution | None:
-    """How the profile was measured; None where nobody measured it on this kind of device, or it does not say."""
+    """How the profile was measured; None where nobody measured it on this kind of device, or it does not say.
+
+    InputError for levers that there are not.
+    """
     head = profile.head
     kind = _AS_WRITTEN.get(head.execution, head.execution)
     if profile.provenance != "measured" or bool(head.driver) != on_gpu or kind not in EXECUTIONS:
         return None
+    for name in head.levers:
+        if name not in LEVERS:
+            raise InputError(f"profile '{profile.name}': levers has {shown(name)}; there are {', '.join(LEVERS)}.")
     return ModelExecution(kind, tuple(name for name in LEVERS if name in head.levers))
 
 

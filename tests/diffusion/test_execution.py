@@ -330,6 +330,8 @@ def test_a_run_takes_its_profiles_execution_where_that_was_measured_on_such_a_de
         f"profile '{profile.name}' was measured compiled (group-norm, qkv), this runs eager: "
         "its times are not what runs here"
     )
+    with pytest.raises(InputError, match=r"levers has nonsense; there are channels-last, group-norm"):
+        execution_of(head("eager", ("qkv", "nonsense")), None, on_gpu=False)
     estimated = replace(fused, provenance="estimated")
     assert execution_of(estimated, None, on_gpu=False) == ModelExecution("eager")
     assert other_execution(estimated, ModelExecution("eager"), on_gpu=False) is None
