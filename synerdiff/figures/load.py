@@ -6,7 +6,7 @@ with a column ``workload`` of several values every (profile, workload) has its o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import log
 from typing import Any
 
@@ -39,6 +39,8 @@ HOLLOW = (
     f"Hollow: load 1 or more, or under {SHORTFALL:.0%} of the offered rate achieved; latency there grows with the "
     "run's length."
 )
+FRONTIER_GAIN = 0.01
+"""So much more throughput a point of the frontier brings than the one before it."""
 _BINS_S = (1, 5, 10, 30, 60, 300, 600, 1800, 3600, 3 * 3600, 6 * 3600, 86_400)
 _MOST_BINS = 300
 _LINEAR_TO = 10
@@ -217,7 +219,8 @@ def latency_by_size(
 def throughput_against_p99(
     runs: pd.DataFrame, *, title: str = "Throughput against P99 latency", caption: str = ""
 ) -> Figure:
-    """The trade-off: achieved requests per second and P99, one point per load (means over seeds), in load order.
+    """The trade-off: achieved requests per second and P99, one point per load (means over seeds), in load order; the
+    frontier is a broad grey line.
 
     With a column ``ssim`` (mean SSIM of the run's images against full guidance) a second panel shows P99 over fidelity.
     """
@@ -233,14 +236,19 @@ def throughput_against_p99(
     for line, (axis, (label, group)) in enumerate(zip(places, rows, strict=False)):
         panels = [(axis, "request_throughput")] + ([(grid[line, 1], "error")] if "ssim" in runs else [])
         for panel, across in panels:
+            drawn: list[tuple[float, float]] = []
             for name, style in styles.items():
                 own = group[group["policy"] == name]
                 if across == "error":
                     own = own.assign(error=own["ssim"].map(ssim_error))
                 points = _curve(panel, own.assign(x=own[across]), "request_latency_p99_s", style)
+                drawn += [(x, y) for _, x, y in points]
                 if panel is axis and name == next(iter(styles)):
                     for load, x, y in points:
                         beside(panel, f"load {load:g}", x, y, (-4, 4), ha="right", va="bottom")
+            if panel is axis:
+                edge = frontier(drawn)
+                panel.step(*zip(*edge, strict=True), where="pre", color="#d0d0d0", linewidth=4, zorder=0.5)
             panel.margins(x=0.2 if panel is axis else 0.05)
             plain_log_ticks(panel)
             panel_title(panel, label if panel is axis else "", bool(group["estimated"].any()))
@@ -248,9 +256,21 @@ def throughput_against_p99(
         if "ssim" in runs:
             ssim_axis(grid[line, 1], "x")
     policy_legend(figure, styles)
-    meaning = "Points along a curve: loads, low to high. Down and to the right is better."
+    meaning = (
+        "Points along a curve: loads, low to high. Down and to the right is better. Broad grey: the frontier, "
+        "from where more throughput costs a higher P99."
+    )
     meaning += f" {SSIM_NOTE}" if "ssim" in runs else ""
     return finish(figure, title, f"{meaning} {HOLLOW}{_skips(runs)} {caption}")
+
+
+def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (throughput, latency) those that serve at least 1% more than every point of a lower latency, in this order."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[1], -point[0])):
+        if not best or x >= (1 + FRONTIER_GAIN) * best[-1][0]:
+            best.append((x, y))
+    return best
 
 
 @styled

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from io import StringIO
 from itertools import cycle
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -50,6 +52,7 @@ RC: Any = {
     "lines.markersize": 4,
     "savefig.dpi": 200,
     "pdf.fonttype": 42,
+    "svg.fonttype": "none",
     "hatch.linewidth": 0.5,
 }
 
@@ -214,17 +217,38 @@ def ssim_axis(axis: Axes, side: str) -> None:
     axis.minorticks_off()
 
 
-def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
-    """Write ``name.png`` and ``name.pdf`` (or other ``kinds``) into the folder, each in one step; the paths written.
+def save(figure: Figure, folder: Path, name: str, kinds: Sequence[str] = ("png", "pdf", "svg")) -> list[Path]:
+    """Write ``name.png``, ``name.pdf`` and ``name.svg`` (or other ``kinds``) into the folder, each in one step; the
+    paths written.
 
-    The same figure gives the same bytes. InputError when the folder cannot be written.
+    The same figure gives the same bytes. An SVG has its title and its caption as metadata, for a page that sets them as
+    text. InputError when the folder cannot be written.
     """
     written = []
-    with matplotlib.rc_context(RC):
+    with matplotlib.rc_context({**RC, "svg.hashsalt": name}):
         for kind in kinds:
             path = folder / f"{name}.{kind}"
-            metadata = {"Software": None} if kind == "png" else {"CreationDate": None}
             with atomic(path) as temporary:
-                figure.savefig(temporary, format=kind, metadata=metadata)
+                if kind == "svg":
+                    temporary.write_text(_svg(figure), encoding="utf-8")
+                else:
+                    metadata = {"Software": None} if kind == "png" else {"CreationDate": None}
+                    figure.savefig(temporary, format=kind, metadata=metadata)
             written.append(path)
     return written
+
+
+def _svg(figure: Figure) -> str:
+    """The figure without the texts that ``finish`` wrote around it, which become its metadata; lengths to 0.01 pt."""
+    title, caption = figure.get_suptitle(), figure.get_supxlabel()
+    if figure.legends:  # which bears the title where it stands above the panels
+        title = title or figure.legends[0].get_title().get_text()
+        figure.legends[0].set_title("")
+    words = {name: " ".join(text.split()) for name, text in (("Title", title), ("Description", caption)) if text}
+    figure.suptitle("").set_in_layout(False)
+    figure.supxlabel("").set_in_layout(False)
+    stream = StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, **words})
+    text = re.sub(r'<g id="[^"]*">', "<g>", re.sub(r'\s*<g id="[^"]*"/>', "", stream.getvalue()))
+    # Only inside of tags: what a figure says stays as it is.
+    return re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag.group()), text)

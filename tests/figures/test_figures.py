@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import product
 from math import sqrt
@@ -32,7 +33,18 @@ from synerdiff.figures.load import (
     throughput_against_p99,
 )
 from synerdiff.figures.profile import profile_picture
-from synerdiff.figures.style import BLUE, GREY, ORANGE, PAGE_IN, POLICY_STYLES, marked_panels, policy_styles, save
+from synerdiff.figures.style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    PAGE_IN,
+    POLICY_STYLES,
+    finish,
+    marked_panels,
+    new_figure,
+    policy_styles,
+    save,
+)
 from synerdiff.profile.tables import Spread
 
 S = 1_000_000_000
@@ -126,11 +138,14 @@ def test_the_mark_stands_on_the_panels_that_rest_on_an_estimate(
         assert note in words(figure).replace("\n", " "), name
         assert figure.get_size_inches()[0] == PAGE_IN
         if estimated:
-            png, pdf = save(figure, tmp_path / "new", name)
+            png, pdf, svg = save(figure, tmp_path / "new", name)
             assert pdf.name == f"{name}.pdf"
             assert pdf.read_bytes().startswith(b"%PDF")
             assert png.read_bytes().startswith(b"\x89PNG")
-    assert len(list(tmp_path.glob("new/*"))) == (20 if estimated else 0)
+            drawn = svg.read_text()
+            assert drawn.count(note) == 1, "the caption is metadata, and not drawn"
+            assert "<g id=" not in drawn
+    assert len(list(tmp_path.glob("new/*"))) == (30 if estimated else 0)
 
 
 def test_strategies_rest_on_published_times_and_say_so() -> None:
@@ -155,6 +170,16 @@ def test_the_same_data_gives_the_same_bytes(requests: pd.DataFrame, tmp_path: Pa
     first = save(backlog_over_time({"auto": requests}, estimated=False), tmp_path / "a", "f")
     second = save(backlog_over_time({"auto": requests}, estimated=False), tmp_path / "b", "f")
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_an_svg_keeps_its_numbers_and_shortens_its_lengths(tmp_path: Path) -> None:
+    figure = new_figure(2)
+    figure.subplots().text(0.1, 0.1, "0.12345")
+    (path,) = save(finish(figure, "A title", "A caption"), tmp_path, "f", ("svg",))
+    drawn = path.read_text()
+    assert drawn.count("0.12345") == 1
+    assert not re.search(r'="[^"]*\d\.\d{3}', drawn)
+    assert "<dc:title>A title</dc:title>" in drawn
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(requests: pd.DataFrame, tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_pictures_are_drawn_also_for_tiny_traces(tmp_path: Path) -> None:
         ("one", [Request(0, 3 * S, 30)]),
         ("few", [Request(i, i * 100 * S, 20 + i % 12, 1 + i % 3) for i in range(200)]),
     ):
-        path, _ = save(trace_picture(requests, describe(requests), title=name), tmp_path, name)
+        path, *_ = save(trace_picture(requests, describe(requests), title=name), tmp_path, name)
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 10_000
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["few.png", "one.png"]
