@@ -31,6 +31,7 @@ GROUPS = {
         "tune": "synerdiff.cli.tune:tune",
         "compare": "synerdiff.cli.compare:compare",
         "schema": "synerdiff.cli.schema:schema",
+        "report": "synerdiff.cli.report:report",
     },
     "Inputs": {
         "profile": "synerdiff.cli.profile:profile_app",

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from synerdiff.cli.progress import print_table, progress
+from synerdiff.cli.progress import print_parts, progress
 from synerdiff.core import InputError
 from synerdiff.files import claim_folder
 
@@ -40,33 +40,20 @@ def scorecard(
         raise InputError(f"--data {data} is a file, which only --only mlperf takes; give a folder.")
     if out is not None:
         claim_folder(out, "scorecard")
+    told: dict[str, list[card.Printed]] = {}
     if "katz" in studies:
-        scores = []
-        if data is None:
-            typer.echo("No published tables (--data or SYNERDIFF_DATA): predictions only.")
-        else:
-            scores = card.katz_scores(data)
-            typer.echo(card.NOTE)
-            print_table(*card.score_table(scores))
-            for line in card.worst_lines(scores):
-                typer.echo(line)
-        typer.echo(f"One request with {controlnets} ControlNets and {loras} LoRAs alone, strategy by strategy:")
+        scores = [] if data is None else card.katz_scores(data)
         cases = card.strategies(controlnets, loras)
-        print_table(*card.strategy_table(cases))
+        told["katz"] = card.katz_lines(scores, cases, controlnets, loras)
         if out is not None:
             card.write(out, scores, cases)
     if "times" in studies:
         with progress("published times") as update:
-            tables = card.score_times(out, update)
-        for title, headers, rows in tables:
-            typer.echo(title)
-            print_table(headers, rows)
+            told["times"] = card.score_times(out, update)
     if "mlperf" in studies:
         with progress("MLPerf runs") as update:
-            headers, rows, lines = card.score_mlperf(out, runs, update)
-        typer.echo("MLPerf's SDXL server runs: predicted / published - 1, and the same of the sustainable rate")
-        print_table(headers, rows)
-        for line in lines:
-            typer.echo(line)
+            told["mlperf"] = card.score_mlperf(out, runs, update)
+    for lines in told.values():
+        print_parts(lines)
     if out is not None:
-        typer.echo(f"{out}: {', '.join(studies)} written")
+        typer.echo(f"{card.publish(out, told)}: the page; {', '.join(studies)} written")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Callable, Sequence
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
+from synerdiff import __version__
 from synerdiff.config.capacity import Question, load_question
 from synerdiff.experiments.backends import make_backend
-from synerdiff.experiments.capacity import Answer, Ask, Inquiry, Verdict, best_of, by_size, limits_s, request_table
+from synerdiff.experiments.capacity import FEW, Answer, Ask, Inquiry, Verdict, best_of, by_size, limits_s, request_table
 from synerdiff.experiments.capacity_fleets import APART, TITLES, stage_seconds
+from synerdiff.experiments.capacity_page import capacity_page
 from synerdiff.experiments.emit import Choice, check_engine, emit
-from synerdiff.experiments.report import Printed
+from synerdiff.experiments.page import Printed, provenance, write_page
 from synerdiff.experiments.sources import arrivals
+from synerdiff.experiments.store import library_versions
 from synerdiff.experiments.sweep import MANIFEST, write_manifest
 from synerdiff.figures.capacity import capacity_figure
 from synerdiff.figures.style import save
@@ -57,7 +61,7 @@ def publish(study: Inquiry, answers: Sequence[Answer], engine: str | None = None
     parts: list[Printed] = [*sentences(question, answers), *_apart(study, answers), "", _table(question, answers)]
     chosen = winner(question, answers)
     if chosen is not None and chosen.best is not None and chosen.kinds is None:
-        ask = Ask(chosen.best.level, chosen.best.judging, few=False)
+        ask = Ask(chosen.best.level, chosen.best.judging, few=chosen.best.replicates <= FEW)
         sizes = by_size([request_table(run) for run in study.runs(chosen.name, chosen.entry, ask)])
         parts += ["", f"By size of request, {_who(question, chosen)}:", _size_table(sizes)]
     rests_on = [*_rests_on(study, answers), *([] if chosen is None else _band(study, chosen))]
@@ -65,7 +69,7 @@ def publish(study: Inquiry, answers: Sequence[Answer], engine: str | None = None
     title = sentences(question, answers)[0]
     figure = capacity_figure(_points(question, answers), question.target, question.find, title, _setting(study))
     save(figure, folder / "figures", FIGURE)
-    document = {
+    document: dict[str, Any] = {
         "question": question.model_dump(mode="json"),
         "answer": [*sentences(question, answers), *_apart(study, answers)],
         "answers": [_plain(question, answer) for answer in answers],
@@ -76,8 +80,12 @@ def publish(study: Inquiry, answers: Sequence[Answer], engine: str | None = None
     write_manifest(folder, {"experiment": question.name, "complete": True})
     emitted = [] if engine is None or chosen is None else emit(engine, _choices(study, chosen), folder)
     rules = "".join(f", {path.name}" for path in emitted)
+    profiles = [answer.profile for answer in answers]
+    tables = parts[len(document["answer"]) : len(parts) - len(document["rests_on"])]
+    versions = {"synerdiff": __version__, "python": platform.python_version(), **library_versions()}
+    page = write_page(folder, capacity_page(question, document, tables, profiles, versions, FIGURE))
     counts = f"{study.results.computed} runs computed now and {study.results.reused} found"
-    return [*parts, f"{folder}: {ANSWERS}, figures/{FIGURE}.png, {MANIFEST}{rules}; {counts}"]
+    return [*parts, f"{page}: the page; {ANSWERS}, figures/{FIGURE}.png, {MANIFEST}{rules}; {counts}"]
 
 
 def _choices(study: Inquiry, answer: Answer) -> list[Choice]:
@@ -121,7 +129,7 @@ def sentences(question: Question, answers: Sequence[Answer]) -> list[str]:
         tried = (
             f"{_who(question, nearest, beyond)} {'have' if beyond.level.gpus > 1 else 'has'} {_value(question, beyond)}"
         )
-        return [f"{size} GPUs do not {keep}, whatever the profile and policy: {tried}."]
+        return [f"{size} GPUs {refusal(high, beyond)} {keep}, whatever the profile and policy: {tried}."]
     lines = [_sentence(question, first)]
     cheapest = best_of(answers, lambda answer: inf if answer.cost is None else answer.cost)
     if cheapest is not None and cheapest.cost is not None and cheapest.cost < (first.cost or inf):
@@ -137,19 +145,25 @@ def _sentence(question: Question, answer: Answer) -> str:
     text += f" (SLO {target.text(target.bound)})"
     if beyond is not None and question.find == "gpus":
         fewer = beyond.level.gpus
-        verb = (
-            ("also does there" if fewer == 1 else "also do there")
-            if beyond.keeps
-            else "does not"
-            if fewer == 1
-            else "do not"
-        )
+        verb = ("also does there" if fewer == 1 else "also do there") if beyond.keeps else refusal(fewer, beyond)
         text += f"; {fewer} {verb}: {_value(question, beyond)}"
     elif beyond is not None:
         text += f"; at {beyond.level.rate_per_s:g} requests/s it is {_value(question, beyond)}"
     if answer.cost is not None:
         text += f"; {answer.cost:.2f} $ per 1,000 images"
     return text + "."
+
+
+def _unclear(verdict: Verdict) -> bool:
+    """The bound lies inside its interval."""
+    return verdict.low is not None and not verdict.sure
+
+
+def refusal(gpus: int, verdict: Verdict) -> str:
+    """``do not``, or where the interval holds the bound ``are not shown to``."""
+    if _unclear(verdict):
+        return "is not shown to" if gpus == 1 else "are not shown to"
+    return "does not" if gpus == 1 else "do not"
 
 
 def _who(question: Question, answer: Answer, verdict: Verdict | None = None) -> str:
@@ -276,12 +290,7 @@ def _rests_on(study: Inquiry, answers: Sequence[Answer]) -> list[str]:
         )
         lines.append(f"One trace: intervals come from its blocks, and nothing is judged on other requests.{short}")
     for profile in {answer.profile.name: answer.profile for answer in answers}.values():
-        how = {
-            "measured": "was measured on its device",
-            "imported": f"holds times that others published{', with estimated slowdowns' if profile.corun else ''}",
-            "estimated": "is estimated from data sheets, not measured",
-        }.get(profile.provenance, f"is {profile.provenance}")
-        lines.append(f"Profile {profile.name} {how}.")
+        lines.append(provenance(profile))
     free = [n for n in question.profiles if study.grid.devices[n].adapters is None]
     asking = sum(bool(r.loras or r.controlnets) for r in study.requests(question.profiles[0]))
     if asking and free:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from synerdiff.core import InputError
-from synerdiff.experiments.report import Printed
+from synerdiff.experiments.page import Page, Part, Printed, write_page
 from synerdiff.experiments.sweep import MANIFEST
 from synerdiff.figures.pairs import paired_requests, paired_sweeps
 from synerdiff.figures.style import save
@@ -61,7 +61,11 @@ def compare_results(a: Path, b: Path, out: Path | None) -> list[Printed]:
     result = compare_sweeps(a, b) if kinds[0] == "sweep" else compare_runs(a, b)
     if out is not None:
         save(result.draw(), out, "compare")
-        return [*result.parts, f"{out}: compare.png, compare.pdf"]
+        part = Part(title="Side by side", lines=result.parts[1:], figures=["compare"])
+        gaps = ["What differs between the two is not explained here, only how much."]
+        question, answer = f"How do {a.name} (A) and {b.name} (B) differ?", [str(result.parts[0])]
+        page = Page(kind="compare", name=out.name, question=question, answer=answer, parts=[part], gaps=gaps)
+        return [*result.parts, f"{write_page(out, page)}: the page; compare.png, compare.pdf"]
     return result.parts
 
 

@@ -31,10 +31,12 @@ from synerdiff.experiments.compare import (
 )
 from synerdiff.experiments.grid import Grid
 from synerdiff.experiments.layouts import ablation
+from synerdiff.experiments.page import Printed, write_page
 from synerdiff.experiments.run import execute, prepare
 from synerdiff.experiments.sources import arrivals
 from synerdiff.experiments.store import ROOT, code_hash, run_file
 from synerdiff.experiments.sweep import Results, claim, read_manifest, run_sweep, write_manifest
+from synerdiff.experiments.sweep_page import SHOWN_LOAD, sweep_page
 from synerdiff.figures.adapters import cache_figure, strategy_map, strategy_steps
 from synerdiff.figures.comparison import best_policy_map, compare_at, gain_map, paired_comparison
 from synerdiff.figures.lanes import lane_chart, where_the_time_goes
@@ -63,7 +65,6 @@ WATCHED = "synerdiff-feedback"
 """Whose gain over the best baseline the map over contention and load shows."""
 CLAIMS = {"saturation": "1.6x", "mean": "up to -78.7%", "p99": "up to -78.7%"}
 """SynerDiff's paper, abstract."""
-_SHOWN_LOAD = 0.8
 _PANELS = 3
 _TITLES = {"saturation": "throughput at saturation", "mean": "mean latency", "p99": "P99 latency"}
 _COLUMNS = (
@@ -76,8 +77,6 @@ _COLUMNS = (
 )
 
 Row = Mapping[str, Any]
-Printed = str | tuple[Sequence[str], Sequence[Sequence[str]]]
-"""A line, or a table: its headers and rows."""
 Draw = Callable[[], Any]
 """Makes a figure."""
 
@@ -112,7 +111,7 @@ def open_sweep(
 
 
 def publish(experiment: Experiment, results: Results) -> list[Printed]:
-    """Write the texts and draw the figures whose data changed; what is to be printed."""
+    """Write the texts, draw the figures whose data changed, and write the page; what is to be printed."""
     report = KINDS[experiment.report](experiment, results)
     for name, text in report.texts.items():
         with atomic(results.folder / name) as temporary:
@@ -123,7 +122,10 @@ def publish(experiment: Experiment, results: Results) -> list[Printed]:
         "(those that compared batch sizes included)"
     )
     pictures = f"{results.folder / FIGURES}: {len(report.figures)} figures, {drawn} drawn now"
-    return [*report.parts, counts, *([pictures] if experiment.figures else [])]
+    figures = [*report.figures] if experiment.figures else []
+    caption = _caption(experiment, experiment.workloads, results.dropped)
+    page = write_page(results.folder, sweep_page(experiment, results, report.parts, figures, caption))
+    return [*report.parts, counts, *([pictures] if experiment.figures else []), f"{page}: the page"]
 
 
 def _draw(report: Report, experiment: Experiment, results: Results) -> int:
@@ -136,7 +138,8 @@ def _draw(report: Report, experiment: Experiment, results: Results) -> int:
     stale = [
         name
         for name in report.figures
-        if done.get(name) != now or not (results.folder / FIGURES / f"{name}.png").is_file()
+        if done.get(name) != now
+        or not all((results.folder / FIGURES / f"{name}.{kind}").is_file() for kind in ("png", "svg"))
     ]
     for name in stale:
         save(report.figures[name](), results.folder / FIGURES, name)
@@ -219,7 +222,7 @@ def _by_size(results: Results, runs: pandas.DataFrame) -> pandas.DataFrame:
     """Mean latency of each run's requests by their resolution, at the load nearest the one that is shown."""
     import pandas
 
-    load = min(runs["load"].unique(), key=lambda load: abs(load - _SHOWN_LOAD))
+    load = min(runs["load"].unique(), key=lambda load: abs(load - SHOWN_LOAD))
     parts = []
     for run in runs[runs["load"] == load].to_dict("records"):
         grid_run = results.grid_runs[str(run["key"])]
@@ -246,7 +249,7 @@ def _by_size(results: Results, runs: pandas.DataFrame) -> pandas.DataFrame:
 
 def _lanes(results: Results, runs: pandas.DataFrame) -> Any:
     """Some seconds of every policy on one profile: one run of each, replayed, for the records keep no work."""
-    load = min(runs["load"].unique(), key=lambda load: abs(load - _SHOWN_LOAD))
+    load = min(runs["load"].unique(), key=lambda load: abs(load - SHOWN_LOAD))
     first = runs[runs["load"] == load]
     first = first[first["workload"] == first["workload"].iloc[0]]
     first = first[first["seed"] == first["seed"].iloc[0]]

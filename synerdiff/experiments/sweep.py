@@ -32,6 +32,7 @@ from synerdiff.experiments.store import (
 from synerdiff.fidelity.floor import run_ssim
 from synerdiff.fidelity.table import FidelityTable
 from synerdiff.files import atomic, claim_folder, require_writable_folder, sha256_of_files
+from synerdiff.profile.tables import Profile
 from synerdiff.results.folder import state
 from synerdiff.results.records import REQUEST_COLUMNS, read_table
 
@@ -55,6 +56,10 @@ class Results:
     computed: int = 0
     reused: int = 0
     """Runs that had been computed before."""
+    profiles: list[Profile] = field(default_factory=list)
+    """Of the grid."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of synerdiff, Python and the libraries that make the numbers."""
 
 
 def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], None] | None = None) -> Results:
@@ -67,7 +72,8 @@ def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], No
     require_writable_folder(grid.folder / "runs")
     for torn in (grid.folder / "runs").glob(".*.part"):  # of a worker that was killed while it wrote
         torn.unlink()
-    results = Results(grid.folder)
+    versions = {"synerdiff": __version__, "python": platform.python_version(), **library_versions()}
+    results = Results(grid.folder, profiles=[device.profile for device in grid.devices.values()], versions=versions)
     if not (grid.folder / MANIFEST).is_file():
         write_manifest(grid.folder, {"experiment": grid.experiment.name, "complete": False})
     for (workload, _), replicates in grid.sources.items():
@@ -253,7 +259,7 @@ def _write(grid: Grid, results: Results, search: Sequence[Mapping[str, Any]]) ->
         "read_as": {name: list(arrivals(replicates[0]).read_as) for (name, _), replicates in grid.sources.items()},
         "batches": results.batches,
         "runs": [row["key"] for row in results.rows],
-        "versions": {"synerdiff": __version__, "python": platform.python_version(), **library_versions()},
+        "versions": results.versions,
         "figures": before.get("figures", {}),
     }
     manifest = json.loads(json.dumps(manifest))  # as it will be read again

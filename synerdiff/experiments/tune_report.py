@@ -15,7 +15,7 @@ from synerdiff.core import InputError
 from synerdiff.experiments.backends import make_backend
 from synerdiff.experiments.compare import MEASURES
 from synerdiff.experiments.emit import Choice, check_engine, emit
-from synerdiff.experiments.report import Printed
+from synerdiff.experiments.page import Printed
 from synerdiff.experiments.sources import arrivals
 from synerdiff.experiments.sweep import write_manifest
 from synerdiff.experiments.tune import REFUSED, JudgedTrial, Search, Trial

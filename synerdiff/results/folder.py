@@ -44,8 +44,8 @@ def write_run(
             write_timeline(stack.enter_context(atomic(out / "timeline.json")), frames[1], frames[0])
         records.store(stack.enter_context(atomic(out / "work.parquet")), tables[1])
         records.store(stack.enter_context(atomic(out / "requests.parquet")), tables[0])
-    if not timeline:
-        (out / "timeline.json").unlink(missing_ok=True)
+    for stale in ["report.html"] + ["timeline.json"] * (not timeline):  # of an earlier run in this folder
+        (out / stale).unlink(missing_ok=True)
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from profiler.datasheets import GPUS, MODELS
 from profiler.durations import FITTED, Constants
 from profiler.operations import Operations, decoder, text_encoders, total, unet
+from synerdiff.experiments.page import Printed
 from synerdiff.figures.style import save
 from synerdiff.figures.validation import estimate_errors
 from synerdiff.files import write_rows
 from synerdiff.validation.published_times import (
     Compared,
     Published,
+    errors_of,
     estimate_ms,
     read_published,
     summary_table,
@@ -138,10 +140,8 @@ def judge(
     return judged
 
 
-def score_times(
-    out: Path | None, update: Callable[[float, float], None] = lambda done, total: None
-) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Tables (title, headers, rows) of the estimator against published times; written into ``out`` with a figure."""
+def score_times(out: Path | None, update: Callable[[float, float], None] = lambda done, total: None) -> list[Printed]:
+    """The answer and two tables of the estimator against published times; written into ``out`` with a figure."""
     rows, others = read_published()
     judged = judge(rows, update)
     summarised, (headers, lines) = summary_table(judged), table(judged)
@@ -154,9 +154,14 @@ def score_times(
         save(estimate_errors(_frame(judged), caption=caption), out, "times")
     printed = headers.index("roofline")
     note = f"{len(unusable)} further rows cannot be judged (times-unusable.csv)"
+    left_out = errors_of((case.left_out_ms, case.row.ms) for case in judged)
     return [
-        ("Every published time beside its estimate", headers[:printed], [line[:printed] for line in lines]),
-        (f"How far estimates are off, card left out of the fit unless said otherwise; {note}", *summarised),
+        f"{left_out.n} published times, each card left out of the fit: the median error of an estimate is "
+        f"{left_out.size:.1%}, and {left_out.within_10:.0%} are within 10%.",
+        "Every published time beside its estimate",
+        (headers[:printed], [line[:printed] for line in lines]),
+        f"How far estimates are off, card left out of the fit unless said otherwise; {note}",
+        summarised,
     ]
 
 

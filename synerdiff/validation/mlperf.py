@@ -19,6 +19,7 @@ from profiler.datasheets import GPUS, gpu_key
 from profiler.imported import SHAPE_GPU, Throughput, throughput_profile
 from synerdiff.config.cluster import cluster_of
 from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.experiments.page import Printed
 from synerdiff.experiments.run import RunSpec, execute, prepare
 from synerdiff.figures.style import save
 from synerdiff.figures.validation import latency_percentiles
@@ -275,8 +276,8 @@ def replay(run: ServerRun, host_s: float, fitted_on: str, rate: bool = True) -> 
 
 def score_mlperf(
     out: Path | None, table: Path | None = None, update: Callable[..., None] = lambda done, total, text: None
-) -> tuple[list[str], list[list[str]], list[str]]:
-    """(headers, rows, lines) of all runs of the committed table, or of one of its shape; written into ``out``.
+) -> list[Printed]:
+    """The answer, a table and lines on all runs of the committed table, or of one of its shape; written into ``out``.
 
     There stand ``mlperf.csv``, a figure, and per run a folder with what its commands need.
     """
@@ -289,7 +290,9 @@ def score_mlperf(
     lines = [line for one in replayed for line in _said(one)]
     if out is not None:
         _write(out, replayed)
-    return *_table(replayed), lines
+    errors = ", ".join(f"{one.run.name} {one.mean_error:.1%}" for one in replayed)
+    answer = f"MLPerf's SDXL server runs, mean error of the published latencies: {errors}."
+    return [answer, "Predicted / published - 1, and the same of the sustainable rate:", _table(replayed), *lines]
 
 
 def _table(replayed: Sequence[Replayed]) -> tuple[list[str], list[list[str]]]:

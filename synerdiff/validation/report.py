@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from synerdiff.experiments.page import Page, Part, profile_table, write_page
 from synerdiff.figures.lanes import lane_chart
 from synerdiff.figures.style import save
 from synerdiff.figures.validation import prediction_errors, request_scatter
@@ -52,7 +53,7 @@ def write_report(
     tolerance: Tolerance,
     facts: Mapping[str, Any],
 ) -> str:
-    """Write the data, then the pictures; returns the report's text."""
+    """Write the data, then the pictures and the page; returns the report's text."""
     data = as_json(session, cases, verdicts, tolerance, facts)
     text = report_text(data)
     with atomic(out / "validation.json") as temporary:
@@ -67,7 +68,43 @@ def write_report(
     with atomic(out / "report.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     _draw(out, session, cases, tolerance, facts)
+    write_page(out, page_of(data, text, session.profile))
     return text
+
+
+def page_of(data: Mapping[str, Any], text: str, profile: Profile) -> Page:
+    """The report's text as a page: its first part is the setting, every heading a section."""
+    first, *others = text.split("\n## ")
+    parts = [Part(title="Predicted against measured", figures=FIGURES)]
+    for section in others:
+        title, *lines = section.split("\n")
+        parts.append(Part(title=title, lines=lines))
+    parts.append(Part(title="Setting", lines=[*first.split("\n")[1:], profile_table([profile])]))
+    verdict = tally(check["verdict"] for check in data["checks"])
+    unclear = sum(check["verdict"] == "unclear" for check in data["checks"])
+    limits = data["tolerance"]
+    gaps = [
+        f"One machine, one trace, loads {', '.join(data['loads'])}: others are not said anything about.",
+        *([f"{unclear} checks are unclear: their intervals are too wide for the tolerance."] if unclear else []),
+        *(
+            [f"Cells that were not measured here: {data['cells_not_measured']}."]
+            if data.get("cells_not_measured")
+            else []
+        ),
+    ]
+    if data["repeats"] < data["repeats_wanted"]:
+        gaps.append(f"{data['repeats']} of {data['repeats_wanted']} repeats were run.")
+    return Page(
+        kind="validate",
+        name=profile.name,
+        question=f"How far is the simulator from {data['model']} on {data['device']}?",
+        answer=[
+            f"Of {len(data['checks'])} checks {verdict}: stage times within {limits['stage_times']:.0%}, throughput "
+            f"within {limits['throughput']:.0%}, mean latency within {limits['mean_latency']:.0%}, whole 95% intervals."
+        ],
+        parts=parts,
+        gaps=gaps,
+    )
 
 
 def as_json(

@@ -7,7 +7,7 @@ come out of the engine and not of a formula.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +15,8 @@ from pathlib import Path
 from synerdiff.core import InputError
 from synerdiff.experiments.h800 import SYSTEMS, h800_adapters, h800_profile
 from synerdiff.experiments.layouts import STRATEGIES, Ablation, ablation, solo
+from synerdiff.experiments.page import Page, Part, write_page
+from synerdiff.experiments.page import Printed as Printed
 from synerdiff.files import read_rows, write_rows
 from synerdiff.profile.adapters import write_adapters
 from synerdiff.profile.folder import write_profile
@@ -78,7 +80,13 @@ def katz_scores(data: Path) -> list[PublishedNumber]:
     return scores
 
 
-STUDIES = ("katz", "times", "mlperf")
+TITLES = {
+    "katz": "Katz and diffusers on H800, from component times",
+    "times": "Steps, decodes and images beside published times",
+    "mlperf": "MLPerf's SDXL server runs, from their exact arrivals",
+}
+STUDIES = tuple(TITLES)
+FIGURES: dict[str, Sequence[str]] = {"katz": (), "times": ("times",), "mlperf": ("mlperf",)}
 NOTE = (
     "One request with C ControlNets and L LoRAs, 50 guided steps, SDXL 1024x1024 on\n"
     "H800; seconds. Predicted from component times alone (estimated, not measured by\n"
@@ -120,6 +128,18 @@ def worst_lines(scores: Sequence[PublishedNumber]) -> list[str]:
     return lines
 
 
+def katz_lines(
+    scores: Sequence[PublishedNumber], cases: Sequence[Ablation], controlnets: int, loras: int
+) -> list[Printed]:
+    """What the study says: the answer, every case, and one request taken apart strategy by strategy."""
+    lines: list[Printed] = ["No published tables (--data or SYNERDIFF_DATA): predictions only."]
+    if scores:
+        lines = [f"Katz and diffusers on H800: {'; '.join(worst_lines(scores))}.", NOTE, score_table(scores)]
+        lines += worst_lines(scores)
+    apart = f"One request with {controlnets} ControlNets and {loras} LoRAs alone, strategy by strategy:"
+    return [*lines, apart, strategy_table(cases)]
+
+
 def strategies(controlnets: int, loras: int) -> list[Ablation]:
     """One request with so many of each, strategy by strategy."""
     return ablation(controlnets, loras)
@@ -140,6 +160,24 @@ def strategy_table(cases: Sequence[Ablation]) -> tuple[list[str], list[list[str]
         ]
         for case in cases
     ]
+
+
+def publish(out: Path, told: Mapping[str, Sequence[Printed]]) -> Path:
+    """The page of the studies that were run; what each told, a sentence that answers it first. Its path."""
+    left = [name for name in STUDIES if name not in told]
+    page = Page(
+        kind="scorecard",
+        name=out.name,
+        question="How far are predictions from what others measured on machines of theirs?",
+        answer=[str(lines[0]) for lines in told.values()],
+        parts=[Part(title=TITLES[name], lines=lines[1:], figures=FIGURES[name]) for name, lines in told.items()],
+        gaps=[
+            "Nothing here was measured by this project: published numbers stand as their authors give them.",
+            "What nobody published is not judged: no card, model or precision beyond the tables above.",
+            *([f"Studies not run: {', '.join(left)}."] if left else []),
+        ],
+    )
+    return write_page(out, page)
 
 
 def write(out: Path, scores: Sequence[PublishedNumber], cases: Sequence[Ablation]) -> None:

@@ -35,7 +35,7 @@ from synerdiff.experiments.capacity import (
     verdict_of,
 )
 from synerdiff.experiments.capacity_fleets import cheaper_mixes, divided, division
-from synerdiff.experiments.capacity_report import publish
+from synerdiff.experiments.capacity_report import publish, refusal
 from synerdiff.experiments.sources import Source, arrivals
 from synerdiff.experiments.sweep import compute
 from synerdiff.profile.folder import combined, write_profile
@@ -519,3 +519,18 @@ def test_the_answer_says_what_it_would_be_if_the_profile_were_off(world: Path) -
     write_profile(world / "p", affine_profile())
     study, answer = solved(question(seeds=[1, 2, 3]), world, "none")
     assert study.band(answer) is None
+
+
+@pytest.mark.parametrize(
+    ("interval", "sure", "few", "one"),
+    [
+        ((15.5, 22.9), False, "are not shown to", "is not shown to"),
+        ((22.0, 28.0), True, "do not", "does not"),
+        ((None, None), False, "do not", "does not"),
+    ],
+)
+def test_a_fleet_is_refused_only_where_its_whole_interval_is_outside(
+    interval: tuple[float | None, float | None], sure: bool, few: str, one: str
+) -> None:
+    verdict = Verdict(Level(12, None), 18.8, *interval, 5, holds=True, keeps=False, sure=sure)
+    assert (refusal(12, verdict), refusal(1, verdict)) == (few, one)
