@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean, median, stdev
 
 import pytest
 
@@ -36,3 +40,35 @@ def test_what_the_cpu_validation_is_said_to_show_is_in_its_data(page: str) -> No
     assert f"{verdicts['passed']} checks pass, {verdicts['unclear']} are unclear, none fails" in text
     for kind in kinds:
         assert f"| {kind} | {counts[kind, 'passed']} | {counts[kind, 'unclear']} | 0 |" in text
+
+
+def test_what_the_rule_for_pairs_of_resolutions_is_said_to_be_worth_is_in_its_data() -> None:
+    with (ROOT / "docs/data/across-digits-cpu.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    pairs: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in rows:
+        pairs.setdefault(tuple(list(row.values())[1:6]), []).append(row)
+    assert [len(of_pair) for of_pair in pairs.values()] == [2] * 40
+
+    def logs(side: str) -> list[list[float]]:
+        return [[math.log(int(row[f"{side}_slowdown_ppm"]) / 1e6) for row in of_pair] for of_pair in pairs.values()]
+
+    def off(side: str) -> list[float]:
+        rule = [[math.log(int(row[f"{side}_by_rule_ppm"]) / 1e6) for row in of_pair] for of_pair in pairs.values()]
+        return [fmean(r) - fmean(m) for r, m in zip(rule, logs(side), strict=True)]
+
+    def mean(values: list[float]) -> tuple[str, str, str]:
+        half = 2.0227 * stdev(values) / math.sqrt(len(values))  # t, 39 degrees of freedom
+        middle, low, high = (f"{100 * math.expm1(fmean(values) + h):+.1f}" for h in (0, -half, half))
+        return middle, low, high
+
+    def typical(values: Iterable[float]) -> float:
+        return 100 * median(abs(math.expm1(value)) for value in values)
+
+    text = " ".join((ROOT / "docs/profiling.md").read_text(encoding="utf-8").split())
+    assert "{}% off for steps (95%: {} to {}%,".format(*mean(off("step"))) in text
+    assert f"no contention at all would be {mean([-fmean(m) for m in logs('step')])[0]}%" in text
+    assert f"off by {typical(off('step')):.1f}% in the median" in text
+    assert f"the same pair differ by {typical(m[0] - m[1] for m in logs('step')):.1f}%" in text
+    assert f"repeat to {typical(m[0] - m[1] for m in logs('chunk')):.0f}% only" in text
+    assert "the rule's {}% ({} to {}%)".format(*mean(off("chunk"))) in text

@@ -160,7 +160,8 @@ def _curves(experiment: Experiment, results: Results) -> Report:
     if experiment.max_concurrency:
         if "concurrency" in experiment.figures:
             caption = _caption(experiment, experiment.workloads, results.dropped)
-            report.figures["concurrency"] = partial(against_concurrency, _frame(results.rows), caption=caption)
+            closed = _frame(results.rows).sort_values(["profile", "workload", "seed"], kind="stable")
+            report.figures["concurrency"] = partial(against_concurrency, closed, caption=caption)
         return report
     runs = _frame(row for row in results.rows if row["load"] is not None)
     order = {name: place for place, name in enumerate(experiment.policy_names)}

@@ -15,6 +15,7 @@ from synerdiff.core import REUSE, SkipBudget
 from tests.builders import requests_at
 from tests.faulty import Faults, faulty, watched_chunks
 from tests.hardware import digits_profile
+from tests.real_runner.test_resolutions import asked, mixed_profile
 
 pytestmark = [
     pytest.mark.gpu,
@@ -64,3 +65,22 @@ def test_a_broken_sample_fails_alone_on_a_gpu() -> None:
     failed = [record.request.request_id for record in run.result.requests if record.status == "failed"]
     assert failed == [3, 5]
     assert len(made) == 10
+
+
+def test_each_resolution_has_graphs_of_its_own() -> None:
+    requests = asked(9)
+    latents: dict[str, dict[str, torch.Tensor]] = {"cuda": {}, "cpu": {}}
+    for device in ("cuda", "cpu"):
+        made = latents[device]
+        with open_hardware("digits", device, mixed_profile()) as hardware:
+            run = run_real(
+                requests,
+                build_policy("continuous-parallel", {"turn": "drr"}),
+                mixed_profile(),
+                hardware,
+                on_image=lambda sample, state, image, made=made: made.update({sample.name: state.latent.cpu()}),  # type: ignore[misc]
+            )
+        assert run.error is None
+        assert [record.status for record in run.result.requests] == ["done"] * 9
+    for name, latent in latents["cuda"].items():
+        assert float((latent - latents["cpu"][name]).abs().max()) < 1e-2
