@@ -45,9 +45,13 @@ def asked_band(text: str | None, prepared: Prepared) -> Band | None:
 
 
 def at_times(prepared: Prepared, factor: float) -> Prepared:
-    """The run with all times multiplied, and policies that plan with what they were."""
-    spec = replace(prepared.spec, planning=prepared.spec.planning or prepared.profile)
-    return replace(prepared, spec=spec, profile=all_times_scaled(prepared.profile, factor))
+    """The run with all times multiplied, and policies that plan with what they were; where workers have times of their
+    own, they plan with those that they get."""
+    cluster, spec = prepared.spec.cluster, prepared.spec
+    if cluster is None or not (cluster.profiles or any(worker.degree > 1 for worker in cluster.workers)):
+        spec = replace(spec, planning=spec.planning or prepared.profile)
+    others = {name: all_times_scaled(other, factor) for name, other in prepared.profiles.items()}
+    return replace(prepared, spec=spec, profile=all_times_scaled(prepared.profile, factor), profiles=others)
 
 
 def banded(prepared: Prepared, band: Band) -> dict[str, Any]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from policies.continuous import ContinuousSerial
+from synerdiff.config.cluster import cluster_of
 from synerdiff.core import InputError, Request, WorkerInfo
-from synerdiff.experiments.profile_error import asked_band, banded
+from synerdiff.experiments.profile_error import asked_band, at_times, banded
 from synerdiff.experiments.run import Prepared, RunSpec, execute, prepare
+from synerdiff.profile.folder import write_profile
 from synerdiff.profile.scaling import own_band
 from synerdiff.profile.tables import Band, Profile, Spread
-from tests.builders import affine_profile
+from tests.builders import affine_profile, requests_at
 
 TOLD: set[int] = set()
 
@@ -88,3 +91,16 @@ def test_another_text_is_refused(text: str) -> None:
 def test_own_needs_a_profile_that_says_it() -> None:
     with pytest.raises(InputError, match="does not say how far its times may be off"):
         asked_band("own", prepared())
+
+
+def test_workers_with_times_of_their_own_are_off_too(tmp_path: Path) -> None:
+    write_profile(tmp_path / "q", replace(affine_profile(base_ms=30), name="q"))
+    cluster = cluster_of({"workers": [{"count": 1}, {"count": 1, "profile": str(tmp_path / "q")}]})
+    spec = RunSpec(
+        profile=affine_profile(), source=tuple(requests_at(0, 0, steps=3)), policy="continuous-serial", cluster=cluster,
+        router="round-robin",
+    )  # fmt: skip
+    run = prepare(spec)
+    mine, others = ([r.finished_ns for r in execute(own).result.requests] for own in (run, at_times(run, 2.0)))
+    assert others == [2 * finished_ns for finished_ns in mine]
+    assert mine[0] < mine[1]
