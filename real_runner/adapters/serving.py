@@ -7,7 +7,7 @@ alone; prompts and images are prepared in the intake; files come from loaders.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -64,25 +64,38 @@ class Parts:
 def require_files(requests: Sequence[Request], folders: Folders, model: DiffusionModel) -> None:
     """Read every LoRA and conditioning picture that requests ask for once: before a run, not in it.
 
-    InputError names the first request whose adapters cannot be had or do not fit the model.
+    InputError names the first request whose adapters cannot be had or do not fit the model. Where that holds for all
+    of them none is raised: the run records each as failed, and nothing is served.
     """
     weights = MergedWeights(model.unet)
-    seen: set[object] = set()
-    for request in requests:
-        try:
-            for lora in request.loras:
-                if lora.file not in seen and folders.loras is not None:
-                    weights.check(OwnReader(folders.loras).read(lora.file))
-                seen.add(lora.file)
-            for use in request.controlnets:
-                asked = (use.name, picture_for(request, use), request.size)
-                if asked not in seen and folders.images is not None:
-                    place = controlnet_place(use.name, folders.controlnets)
-                    of_size = model if request.size is None else model.at(request.size)
-                    read_control_image(asked[1], folders.images, image_channels(place), of_size)
-                seen.add(asked)
-        except InputError as error:
-            raise InputError(f"request {request.request_id}: {error}") from None
+    known: dict[object, InputError | None] = {}
+
+    def lora(file: str) -> None:
+        if folders.loras is not None:
+            weights.check(OwnReader(folders.loras).read(file))
+
+    def picture(name: str, image: str, size: tuple[int, int] | None) -> None:
+        if folders.images is not None:
+            channels = image_channels(controlnet_place(name, folders.controlnets))
+            read_control_image(image, folders.images, channels, model if size is None else model.at(size))
+
+    def fault(read: Callable[..., None], *asked: object) -> InputError | None:
+        if (read, asked) not in known:
+            try:
+                read(*asked)
+                known[read, asked] = None
+            except InputError as error:
+                known[read, asked] = error
+        return known[read, asked]
+
+    def faults_of(request: Request) -> list[InputError]:
+        tried = [fault(lora, one.file) for one in request.loras]
+        tried += [fault(picture, use.name, picture_for(request, use), request.size) for use in request.controlnets]
+        return [error for error in tried if error is not None]
+
+    faults = [(request.request_id, found[0]) for request in requests if (found := faults_of(request))]
+    if 0 < len(faults) < len(requests):
+        raise InputError(f"request {faults[0][0]}: {faults[0][1]}") from None
 
 
 def picture_for(request: Request, use: ControlNetUse) -> str:

@@ -175,6 +175,17 @@ def test_a_run_in_which_every_request_failed_is_a_failed_check(
     assert set(read_requests(world / "lost")["status"]) == {"failed"}
 
 
+def test_adapters_that_no_request_can_have_fail_the_check_and_are_recorded(
+    world: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (world / "none.csv").write_text(HEADER + "0,3,1,4.0,1,nowhere,\n0.05,3,1,4.0,2,torn,\n")
+    assert cli.main(words("--loras", "loras", trace="none.csv", out="none")) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "No request was served: 2 failed.\n"
+    assert "there is no such LoRA" in printed.out
+    assert set(read_requests(world / "none")["status"]) == {"failed"}
+
+
 @contextmanager
 def alone(settings: Any, bench: Any) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as name:
