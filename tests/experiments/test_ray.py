@@ -85,15 +85,27 @@ def address() -> Iterator[str]:
     """Of a cluster of two nodes with one place each."""
     pytest.importorskip("ray", reason="ray is not installed")
     import ray
-    from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = _two_nodes()
     try:
-        cluster.add_node(num_cpus=1)
         yield cluster.address
     finally:
         ray.shutdown()
-        cluster.shutdown()  # type: ignore[no-untyped-call]
+        cluster.shutdown()
+
+
+def _two_nodes(attempts: int = 3) -> Any:
+    """Ray gives a node 30 s to start; a busy machine may take longer."""
+    from ray.cluster_utils import Cluster
+
+    try:
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster.add_node(num_cpus=1)
+    except Exception as error:
+        if attempts == 1 or "timed out" not in str(error):
+            raise
+        return _two_nodes(attempts - 1)
+    return cluster
 
 
 def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(
