@@ -217,9 +217,10 @@ class RayBackend:
                     if error is not None:
                         raise error
         except ray.exceptions.RayError as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
+            raised = isinstance(error, ray.exceptions.RayTaskError)  # by a task: its own error ends the page
+            said = str(error).strip().splitlines()[-1 if raised else 0]
             raise InputError(
-                f"The Ray cluster gave up ({said[0].rstrip('.')}); what was finished is kept, so run it again."
+                f"The Ray cluster gave up ({said.rstrip('.')}); what was finished is kept, so run it again."
             ) from None
         finally:
             for reference in pending:
@@ -244,7 +245,12 @@ def _ray(jobs: int | None, address: str | None) -> Any:
     if ray.is_initialized():
         return ray
     if address is None:
-        ray.init(num_cpus=None if "RAY_ADDRESS" in os.environ else jobs, log_to_driver=False)
+        # A cluster that happens to run here is not meant: it is named by its address.
+        here: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "num_cpus": jobs}
+        try:
+            ray.init(**here, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray raises plain ones, as for a node that does not start within 30 s
+            raise InputError(f"Ray does not start on this machine ({str(error).rstrip('.')}).") from None
         return ray
     with tempfile.TemporaryDirectory() as folder:
         for package in ("synerdiff", *PACKAGES):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from synerdiff.experiments import parcel
 from synerdiff.experiments.backends import Backend
 from synerdiff.experiments.grid import Grid, Run, best_batch
 from synerdiff.experiments.run import Outcome, Prepared, capacity_per_s, execute, prepare, saturated
-from synerdiff.experiments.sources import arrivals
+from synerdiff.experiments.sources import Arrivals, arrivals
 from synerdiff.experiments.store import (
     code_hash,
     finished_row,
@@ -166,7 +166,10 @@ def _offered(run: Run, prepared: Prepared, metrics: Mapping[str, Any]) -> dict[s
     rate = prepared.rate_per_s
     if run.load is None or rate is None or not run.keep_requests or run.spec.cluster is not None:
         return {}
-    same = (run.folder, run.cell, run.label, run.spec.parameters.get("batch"), run.source)
+    source = run.spec.source
+    own = source.content_hash if isinstance(source, Arrivals) else source
+    # All but the load, a policy's parameters included: a search tries many under one label.
+    same = (repr(replace(run.spec, load=None, source=(), profile=Path())), own)
     if same not in _CAPACITIES:
         _CAPACITIES[same] = capacity_per_s(prepared)
     capacity = _CAPACITIES[same]
