@@ -26,21 +26,14 @@ class BatchPoint(NamedTuple):
     """From admission to the end of the decode: batch / images_per_s (Little's law), queueing not included."""
 
 
-def estimate_band(profile: Profile) -> tuple[float, float] | None:
-    """Multiples of the estimate between which most published times lie, as profile.yaml has them; None without them."""
-    found = profile.head.notes.get("band")
-    low, high = (found.get(end) if isinstance(found, dict) else None for end in ("low", "high"))
-    if isinstance(low, int | float) and isinstance(high, int | float) and 0.01 <= low <= high <= 100:
-        return float(low), float(high)
-    return None
-
-
 def band_meaning(profile: Profile) -> str:
     """What the band of its images a second is, for people."""
-    ends = estimate_band(profile)
-    if ends is None:
+    band = profile.head.band
+    if band is None:
         return "all times at their p10, and at their p90"
-    return f"8 of 10 published times lie at {ends[0]:g} to {ends[1]:g} of such estimates, all batches together"
+    if profile.estimated:
+        return f"8 of 10 published times lie at {band.low:g} to {band.high:g} of such estimates, all batches together"
+    return f"all times x {band.low:g} to {band.high:g}, as the profile says, all batches together"
 
 
 def batch_points(profile: Profile, steps: int, guided: bool = True) -> list[BatchPoint]:
@@ -66,10 +59,9 @@ def _rate(profile: Profile, steps: int, batch: int, guided: bool) -> float:
 
 def _band(whole: Profile, one: Profile, steps: int, batch: int, guided: bool) -> tuple[float, float]:
     """Lowest and highest images a second."""
-    ends = estimate_band(whole)
-    if ends is not None:
+    if whole.head.band is not None:
         rate = _rate(one, steps, batch, guided)
-        return rate / ends[1], rate / ends[0]
+        return rate / whole.head.band.high, rate / whole.head.band.low
 
     def at(end: str) -> float:
         def only(spread: Spread) -> Spread:

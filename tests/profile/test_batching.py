@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from synerdiff.cli import main
-from synerdiff.profile.batching import BatchPoint, batch_points, best_point, sentence
-from synerdiff.profile.folder import write_profile
-from synerdiff.profile.tables import Head, Profile
+from synerdiff.profile.batching import BatchPoint, band_meaning, batch_points, best_point, sentence
+from synerdiff.profile.folder import find_profile, load_profile, write_profile
+from synerdiff.profile.tables import Band, Head, Profile
 from tests.builders import make_profile
 
 MS = 1_000_000
@@ -35,11 +35,17 @@ def test_points_are_the_closed_form_at_full_batches() -> None:
 
 
 def test_an_estimates_band_is_its_own() -> None:
-    guess = replace(profile("estimated"), head=Head(notes={"band": {"low": 0.8, "high": 1.25}}))
+    guess = replace(profile("estimated"), head=Head(band=Band(low=0.8, high=1.25)))
     one = batch_points(guess, 10)[0]
     assert (one.low, one.high) == pytest.approx((0.8 / 0.150, 1.25 / 0.150))
-    odd = replace(guess, head=Head(notes={"band": "wide"}))
-    assert batch_points(odd, 10)[0].low == pytest.approx(1 / 0.250)
+    assert band_meaning(guess).startswith("8 of 10 published times lie at 0.8 to 1.25")
+    assert batch_points(replace(guess, head=Head()), 10)[0].low == pytest.approx(1 / 0.250)
+
+
+def test_the_band_of_an_estimate_that_ships_reaches_the_table() -> None:
+    shipped = load_profile(find_profile("h200-sdxl-estimated"))
+    one = batch_points(shipped, 30)[0]
+    assert one.low < 0.9 * one.images_per_s < one.images_per_s < one.high
 
 
 def point(batch: int, images_per_s: float) -> BatchPoint:
