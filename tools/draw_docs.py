@@ -57,8 +57,8 @@ def plan_figure() -> None:
 
 
 def controller_figure() -> None:
-    """Two quiet minutes, a burst, and quiet again."""
-    profile = load_profile(find_profile("h200-sdxl-estimated"))
+    """Two quiet minutes, a burst, and quiet again, at the highest contention: at the middle of its range none skips."""
+    profile = load_profile(find_profile("h200-sdxl-estimated-contention1"))
     times_s = [5.0 * i for i in range(24)] + [120 + 0.55 * i for i in range(90)] + [180 + 5.0 * i for i in range(36)]
     requests = [Request(i, round(time_s * 1e9), 30) for i, time_s in enumerate(times_s)]
     policy: Any = build_policy("synerdiff-feedback", {"batch": BATCH, "trail": 100_000})

@@ -27,8 +27,18 @@ _PANELS = 3
 
 
 @styled
-def capacity_figure(points: Sequence[Mapping[str, Any]], target: Target, find: str, title: str, caption: str) -> Figure:
-    """One panel per profile. Points: profile, estimated, policy, gpus, rate_per_s, value, low, high, keeps, answer."""
+def capacity_figure(
+    points: Sequence[Mapping[str, Any]],
+    target: Target,
+    find: str,
+    title: str,
+    caption: str,
+    filled: str = "kept with its whole 95% interval (bar)",
+) -> Figure:
+    """One panel per profile. Points: profile, estimated, policy, gpus, rate_per_s, value, low, high, keeps, answer.
+
+    ``filled``: what ``keeps`` means, for the note.
+    """
     profiles = list(dict.fromkeys(point["profile"] for point in points))
     styles = policy_styles(point["policy"] for point in points)
     column = "gpus" if find == "gpus" else "rate_per_s"
@@ -73,7 +83,7 @@ def capacity_figure(points: Sequence[Mapping[str, Any]], target: Target, find: s
     policy_legend(figure, styles)
     goal = "at most" if target.quantile is not None else "at least"
     note = (
-        f"Red: the SLO, {goal} {target.text(target.bound)}. Filled: kept with its whole 95% interval (bar). "
+        f"Red: the SLO, {goal} {target.text(target.bound)}. Filled: {filled}. "
         "Large: the answer of each line. Only what the search tried is drawn."
     )
     return finish(figure, title, f"{note} {caption}")

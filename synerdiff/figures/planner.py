@@ -82,7 +82,10 @@ def _lanes(axis: Axes, steps: Sequence[PlannedStep]) -> None:
     for j, step in enumerate(steps):
         text = f"{j + 1}" + (" skip" if step.skipped else "")
         pieces.append((1, step.start_ns, step.end_ns, _SKIPPED if step.skipped else _GUIDED, text))
-        pieces += [(0, begin, end, _CHUNKS[image % 2], str(chunk)) for image, chunk, begin, end in step.chunks]
+        pieces += [(0, begin, end, _CHUNKS[image % 2], "") for image, _, begin, end in step.chunks]
+        if step.chunks:
+            numbers = " " + ", ".join(str(chunk) for _, chunk, _, _ in step.chunks)
+            axis.text(step.chunks[-1][-1] / _MS, 0, numbers, va="center", fontsize=6.5)
     for lane, begin_ns, end_ns, color, text in pieces:
         axis.barh(lane, (end_ns - begin_ns) / _MS, left=begin_ns / _MS, height=0.8, color=color, edgecolor="white")
         axis.text((begin_ns + end_ns) / 2 / _MS, lane, text, ha="center", va="center", fontsize=6.5)
