@@ -284,11 +284,17 @@ def _rests_on(study: Inquiry, answers: Sequence[Answer]) -> list[str]:
             f"Chosen and judged on the same {len(study.sources)} replicates; four or more would keep them apart."
         )
     else:
-        needed = max((answer.best.needed or 0 for answer in answers if answer.best is not None), default=0)
+        shown = [verdict for answer in answers for verdict in (answer.best, answer.beyond) if verdict is not None]
+        needed = max((verdict.needed or 0 for verdict in shown), default=0)
         short = (
             f" It has too few for an interval: at this load {needed:,} measured requests are needed." if needed else ""
         )
         lines.append(f"One trace: intervals come from its blocks, and nothing is judged on other requests.{short}")
+        if any(verdict.low is not None and verdict.value < inf == verdict.high for verdict in shown):
+            lines.append(
+                f"An interval without an upper end: too few requests lie beyond {target.name}; a longer trace or a "
+                "lower percentile gives it one."
+            )
     for profile in {answer.profile.name: answer.profile for answer in answers}.values():
         lines.append(provenance(profile))
     free = [n for n in question.profiles if study.grid.devices[n].adapters is None]

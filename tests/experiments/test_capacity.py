@@ -534,3 +534,15 @@ def test_a_fleet_is_refused_only_where_its_whole_interval_is_outside(
 ) -> None:
     verdict = Verdict(Level(12, None), 18.8, *interval, 5, holds=True, keeps=False, sure=sure)
     assert (refusal(12, verdict), refusal(1, verdict)) == (few, one)
+
+
+def test_an_interval_without_an_upper_end_is_explained(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["trace", "generate", "poisson", "--requests", "200", "--rate", "1", "--mix", "gentd26", "--out", "t.csv"])
+    capsys.readouterr()
+    ask = ["capacity", "--trace", "t.csv", "--profile", "p", "--policy", "static", "--jobs", "1", "--gpus", "2"]
+    assert cli.main([*ask, "--slo", "p99=60s", "--out", "o"]) == 1
+    text = capsys.readouterr().out
+    assert "2 GPUs are not shown to keep P99 at 60 s" in text
+    assert "too few requests lie beyond P99; a longer trace or a lower percentile" in text
+    assert cli.main([*ask, "--slo", "p50=60s", "--out", "p50"]) == 0
+    assert "without an upper end" not in capsys.readouterr().out
