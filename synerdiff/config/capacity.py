@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from synerdiff.config.cluster import LinkSpeed, RouterEntry, named_router
+from synerdiff.config.cluster import LinkSpeed, NamedRouter, RouterEntry
 from synerdiff.config.experiment import (
     Axis,
     Count,
@@ -22,7 +22,7 @@ from synerdiff.config.experiment import (
     with_policy_files,
 )
 from synerdiff.files import read_yaml
-from synerdiff.schema import Also, Listed, Section, validated
+from synerdiff.schema import Listed, Section, validated
 
 MOST_GPUS = 1024
 DEFAULT_POLICY = "auto"
@@ -89,9 +89,7 @@ class Question(Section):
     """Between stages that are apart."""
     mixed: bool = False
     """Also fleets of two of the profiles, where they are cheaper."""
-    router: Annotated[RouterEntry, BeforeValidator(named_router), Also(lambda own: {"type": "string"})] = RouterEntry(
-        kind="shortest-queue"
-    )
+    router: NamedRouter = RouterEntry(kind="shortest-queue")
     seeds: Axis[Seed] = Field(default=tuple(range(1, 11)), min_length=1)
     """Of a generated workload; the first half chooses, the other half judges."""
     requests: Count = 1000

@@ -100,16 +100,19 @@ class Pool(Kind):
     count: int = Field(ge=1, le=4096)
 
 
-def _named_count(given: Any) -> Any:
-    """A number alone stands for so many GPUs."""
-    return {"count": given} if isinstance(given, int) and not isinstance(given, bool) else given
+PoolOf = Annotated[
+    Pool | None,
+    BeforeValidator(lambda given: {"count": given} if type(given) is int else given),
+    Also(lambda own: {"type": "integer"}),
+]
+"""A number alone stands for so many GPUs."""
 
 
 class Stages(Section):
     """Stages on GPUs of their own; one that is not named stays on the workers, which denoise."""
 
-    encode: Annotated[Pool | None, BeforeValidator(_named_count)] = None
-    decode: Annotated[Pool | None, BeforeValidator(_named_count)] = None
+    encode: PoolOf = None
+    decode: PoolOf = None
     latent_bytes: int | None = Field(default=None, ge=0, le=10**12)
     """Of one image at the profile's first resolution; without it, the model's."""
     embedding_bytes: int | None = Field(default=None, ge=0, le=10**12)
@@ -192,17 +195,18 @@ class RouterEntry(Section):
         return self.model_dump(exclude={"kind"}, exclude_none=True)
 
 
-def named_router(given: Any) -> Any:
-    """A router's name alone stands for it."""
-    return {"kind": given} if isinstance(given, str) else given
+NamedRouter = Annotated[
+    RouterEntry,
+    BeforeValidator(lambda given: {"kind": given} if isinstance(given, str) else given),
+    Also(lambda own: {"type": "string"}),
+]
+"""A router's name alone stands for it."""
 
 
 class Cluster(Section):
     """Workers, services and how they work together."""
 
-    router: Annotated[RouterEntry, BeforeValidator(named_router), Also(lambda own: {"type": "string"})] = RouterEntry(
-        kind="shortest-queue"
-    )
+    router: NamedRouter = RouterEntry(kind="shortest-queue")
 
     workers: Listed[WorkerEntry] = Field(min_length=1, max_length=4096)
     strategies: Strategies = Strategies()

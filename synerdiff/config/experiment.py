@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from synerdiff.config.cluster import Degree, LinkSpeed, RouterEntry, Stages, named_router
+from synerdiff.config.cluster import Degree, LinkSpeed, NamedRouter, RouterEntry, Stages
 from synerdiff.core import PPM, Mode, SkipBudget
 from synerdiff.files import read_yaml, shown
 from synerdiff.schema import Also, Listed, Section, validated
@@ -247,7 +247,7 @@ class Fleet(Section):
     strategies: Listed[Literal["service", "asynchronous", "two-gpus"]] | None = None
     lora_mib: float = Field(default=380, ge=1e-6, le=1e6)
     host_cache_mib: float = Field(default=0, ge=0, le=1e9)
-    router: Axis[Annotated[RouterEntry, BeforeValidator(named_router)]] = ()
+    router: Axis[NamedRouter] = ()
     """Instead of the cluster's own."""
 
     @model_validator(mode="after")

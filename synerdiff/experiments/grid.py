@@ -153,13 +153,14 @@ class Grid:
 
     def _fidelity_tables(self) -> dict[str, FidelityTable]:
         """Profile -> its fidelity table; empty without a floor. InputError where there is none or it lacks a number."""
-        sections = [self.section_of(entry) for entry in self.policies if entry.may_skip]
-        section = next((one for one in sections if one.min_ssim is not None), None)
-        if section is None:
+        sections = [self.experiment.skip_budget, *(self.section_of(entry) for entry in self.policies if entry.may_skip)]
+        floors = {one.fidelity for one in sections if one.min_ssim is not None}
+        if not floors:
             return {}
-        if len({one.fidelity for one in sections if one.min_ssim is not None}) > 1:
+        if len(floors) > 1:
             raise InputError("the policies' floors name several fidelity tables; one is needed to compare them.")
-        given = None if section.fidelity is None else self.base / section.fidelity
+        [named] = floors
+        given = None if named is None else self.base / named
         asked = {
             (request.steps, request.guidance_scale)
             for replicates in self.sources.values()

@@ -17,8 +17,9 @@ FILES = [ROOT / "experiments.yaml", *sorted((ROOT / "experiments").glob("*.yaml"
 
 
 def kind_of(file: Path) -> str:
-    names = {"capacity.yaml": "capacity", "cluster.yaml": "cluster", "tune.yaml": "tune"}
-    return names.get(file.name, "experiment")
+    if file.stem in ("capacity", "production", "stages"):
+        return "capacity"
+    return file.stem if file.stem in ("cluster", "tune") else "experiment"
 
 
 def schema(kind: str, capsys: pytest.CaptureFixture[str]) -> Any:
