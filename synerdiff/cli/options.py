@@ -121,6 +121,8 @@ def priced(text: str) -> dict[str, float]:
     prices: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = (side.strip() for side in part.partition("="))
+        if name in prices:
+            raise InputError(f"--price {shown(text)}: the price of '{name}' is given twice.")
         try:
             prices[name] = number(value, 0, 1e6)
         except ValueError:

@@ -33,7 +33,13 @@ class Strategies(Section):
     guidance: Literal["one-gpu", "two-gpus"] = "one-gpu"
 
 
-Degree = Literal[1, 2, 4, 8]
+def _a_number(value: Any) -> Any:
+    if isinstance(value, bool | float):  # they equal a literal: True is 1, 2.0 is 2
+        raise ValueError(f"{value} is no whole number; it must be 1, 2, 4 or 8")
+    return value
+
+
+Degree = Annotated[Literal[1, 2, 4, 8], BeforeValidator(_a_number)]
 """GPUs that take each step of a worker together."""
 
 

@@ -78,8 +78,10 @@ def publish(study: Inquiry, answers: Sequence[Answer], engine: str | None = None
     with atomic(folder / ANSWERS) as temporary:
         temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     write_manifest(folder, {"experiment": question.name, "complete": True})
-    emitted = [] if engine is None or chosen is None else emit(engine, _choices(study, chosen), folder)
-    rules = "".join(f", {path.name}" for path in emitted)
+    choices = [] if engine is None or chosen is None else _choices(study, chosen)
+    known = [device.profile.name for device in study.grid.devices.values()]
+    emitted = [] if engine is None else emit(engine, choices, folder, known)
+    rules = "".join(f", {path.name}" for path in emitted) or ("" if engine is None else f"; no rules for {engine}")
     profiles = [answer.profile for answer in answers]
     tables = parts[len(document["answer"]) : len(parts) - len(document["rests_on"])]
     versions = {"synerdiff": __version__, "python": platform.python_version(), **library_versions()}

@@ -53,16 +53,23 @@ def check_engine(name: str | None, profiles: Iterable[Profile]) -> None:
             raise InputError(f"--emit {name}: profile '{profile.name}' names no {what}, which its rules need.")
 
 
-def emit(engine: str, choices: Sequence[Choice], folder: Path) -> list[Path]:
-    """Write the engine's rules into the folder, a file for each choice; the paths."""
+def emit(engine: str, choices: Sequence[Choice], folder: Path, profiles: Sequence[str] = ()) -> list[Path]:
+    """Write the engine's rules into the folder, a file for each choice; the paths.
+
+    What an earlier answer about ``profiles`` has left there, and this one does not write, is removed.
+    """
+    kind = "json" if engine == "sglang" else "yaml"
     paths = []
     for choice in choices:
         which = f"-{choice.profile.name}" if len(choices) > 1 else ""
-        path = folder / f"{engine}-batching{which}.{'json' if engine == 'sglang' else 'yaml'}"
+        path = folder / f"{engine}-batching{which}.{kind}"
         text = sglang_rules(choice) if engine == "sglang" else vllm_omni_options(choice)
         with atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
         paths.append(path)
+    for old in {folder / f"{engine}-batching{which}.{kind}" for which in ["", *(f"-{name}" for name in profiles)]}:
+        if old not in paths:
+            old.unlink(missing_ok=True)
     return paths
 
 

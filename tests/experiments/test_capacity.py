@@ -380,6 +380,10 @@ def test_the_highest_rate_of_a_fleet(world: Path) -> None:
         (["--slo", "p99=1s", "--profile", "p", "--trace", "t.csv", "--gpus", "1..4", "--find", "rate"], "one number"),
         (["--slo", "p99=1s", "--profile", "p", "--trace", "t.csv", "--price", "a100=1"], "prices: 'a100' is none of"),
         (["--slo", "p99=1s", "--profile", "p", "--trace", "t.csv", "--price", "p=-1"], "a price above 0"),
+        (
+            ["--slo", "p99=1s", "--profile", "p", "--trace", "t.csv", "--price", "p=1,p=2"],
+            "price of 'p' is given twice",
+        ),
         (["--slo", "p99=1s", "--profile", "p", "--trace", "t.csv", "--slo-seconds", "3"], "slo_seconds is the limit"),
         (["--slo", "p99=1s", "--profile", "p", "--trace", "t.csv", "--router", "random"], "router"),
         (["q.yaml", "--slo", "p99=1s"], "holds the whole question"),

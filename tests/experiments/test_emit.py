@@ -154,3 +154,8 @@ def test_capacity_emits_the_batch_of_its_answer(tmp_path: Path, monkeypatch: pyt
     assert rule["max_batch_size"] == 4
     assert rule["calibration"]["slo"] == "p99=60s"
     assert rule["calibration"]["answer"].startswith("1 h200-sdxl-estimated with continuous-serial")
+    (tmp_path / "out" / "sglang-batching-mine.json").write_text("{}")
+    unkept = ["p99=1ms" if word == "p99=60s" else word for word in asked]
+    assert cli.main(["capacity", *unkept, *policy]) == 1
+    own = sorted(path.name for path in (tmp_path / "out").glob("*batching*"))
+    assert own == ["sglang-batching-mine.json"], "no rules of an answer that no longer holds"

@@ -250,6 +250,12 @@ def test_a_worker_of_four_gpus_takes_steps_in_the_times_of_its_degree() -> None:
         serve([Request(0, 0, 2)], cluster_of({"workers": {"count": 1, "degree": 2}}), "static", profile=profile)
 
 
+@pytest.mark.parametrize("degree", [True, 2.0, 3, "2", None])
+def test_a_degree_is_a_whole_number_of_gpus(degree: object) -> None:
+    with pytest.raises(InputError, match=r"degree.* 1, 2, 4 or 8"):
+        cluster_of({"workers": {"count": 1, "degree": degree}})
+
+
 def test_workers_of_several_profiles_encode_step_and_decode_in_their_own_times() -> None:
     fast = make_profile({2: 100, 4: 120}, {"whole": [50]}, overheads={"text_encode": 5})
     slow = replace(make_profile({2: 300, 4: 350}, {"whole": [90]}, overheads={"text_encode": 8}), name="slow")
