@@ -29,6 +29,7 @@ from synerdiff.core import ControlNetUse, InputError, Mode, Request, Sample
 from synerdiff.device.lanes import Work
 from synerdiff.diffusion.controlnet import read_control_image
 from synerdiff.diffusion.denoisers.controlnet import ControlUse
+from synerdiff.diffusion.lora import UnservedLora
 from synerdiff.diffusion.merging import MergedWeights
 from synerdiff.diffusion.model import DiffusionModel, PreparedStep
 from synerdiff.diffusion.rows import RowInputs, bucket_of, select_rows
@@ -65,7 +66,8 @@ def require_files(requests: Sequence[Request], folders: Folders, model: Diffusio
     """Read every LoRA and conditioning picture that requests ask for once: before a run, not in it.
 
     InputError names the first request whose adapters cannot be had or do not fit the model. Where that holds for all
-    of them none is raised: the run records each as failed, and nothing is served.
+    of them none is raised: the run records each as failed, and nothing is served. So it does with LoRAs of kinds that
+    are not merged here.
     """
     weights = MergedWeights(model.unet)
     known: dict[object, InputError | None] = {}
@@ -83,6 +85,8 @@ def require_files(requests: Sequence[Request], folders: Folders, model: Diffusio
         if (read, asked) not in known:
             try:
                 read(*asked)
+                known[read, asked] = None
+            except UnservedLora:
                 known[read, asked] = None
             except InputError as error:
                 known[read, asked] = error

@@ -51,6 +51,10 @@ _ORIGINAL = {
 _METADATA = "lora_adapter_metadata"
 
 
+class UnservedLora(InputError):
+    """A LoRA of a kind that is not merged here: a run fails the requests that name it, and serves the others."""
+
+
 class LoraLayer(NamedTuple):
     """The change of one layer: `scaling` * up @ down.
 
@@ -178,11 +182,11 @@ def _layer_of(file: Path, key: str) -> tuple[str, str]:
         if key.endswith(ending):
             module = key.removesuffix(ending).removeprefix(_PEFT).removeprefix(_PREFIX)
             if module.startswith(("text_encoder", "text_model", "lora_te")):
-                raise InputError(f"{file}: the layer {module} is one of a text encoder; only a UNet's can be merged.")
+                raise UnservedLora(f"{file}: the layer {module} is one of a text encoder; only a UNet's can be merged.")
             return (_from_kohya(module.removeprefix(_KOHYA)) if module.startswith(_KOHYA) else module), part
     if key.endswith(_DORA):
-        raise InputError(f"{file}: the tensor {key} is one of a DoRA, which cannot be merged here.")
-    raise InputError(
+        raise UnservedLora(f"{file}: the tensor {key} is one of a DoRA, which cannot be merged here.")
+    raise UnservedLora(
         f"{file}: the tensor {key} is none of a LoRA's; each must be <layer>.lora_A.weight, <layer>.lora_B.weight or "
         "<layer>.alpha with unet. or base_model.model. before it, or lora_unet_<layer> with .lora_down.weight, "
         ".lora_up.weight or .alpha."
@@ -228,7 +232,7 @@ def _config_of(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     config = {key.removeprefix(_PREFIX): value for key, value in config.items()}
     for option in ("use_rslora", "use_dora", "lora_bias"):
         if config.get(option):
-            raise InputError(f"{file}: it was made with {option}, which cannot be merged here.")
+            raise UnservedLora(f"{file}: it was made with {option}, which cannot be merged here.")
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", key) for key in patterns):
         raise InputError(f"{file}: the alpha_pattern of {where} must map names of layers to numbers.")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from profiler.adapter_cells import Session
 from real_runner.hardware import Hardware
@@ -184,6 +185,16 @@ def test_adapters_that_no_request_can_have_fail_the_check_and_are_recorded(
     assert printed.err == "No request was served: 2 failed.\n"
     assert "there is no such LoRA" in printed.out
     assert set(read_requests(world / "none")["status"]) == {"failed"}
+
+
+def test_a_lora_of_a_kind_that_is_not_merged_fails_its_request_alone(
+    world: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"unet.x.lora_magnitude_vector": torch.ones(1)}, world / "loras" / "dora.safetensors")
+    (world / "kinds.csv").write_text(HEADER + "0,3,1,4.0,1,dora,\n0.05,3,1,4.0,2,ink,\n")
+    assert cli.main(words("--loras", "loras", trace="kinds.csv", out="kinds")) == 0
+    assert "is one of a DoRA, which cannot be merged here" in capsys.readouterr().out
+    assert list(read_requests(world / "kinds")["status"]) == ["failed", "done"]
 
 
 @contextmanager
