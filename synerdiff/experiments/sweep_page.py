@@ -43,7 +43,7 @@ def sweep_page(
 ) -> Page:
     """``parts``: the tables that the sweep prints; ``figures``: those that were drawn; ``caption``: how it was run."""
     shown, rows = _shown(experiment, results), _in_order(experiment, results, results.rows)
-    at_load = [row for row in rows if row["load"] == shown.load]
+    at_load = [row for row in rows if shown.load is not None and row["load"] == shown.load]
     stages = {f"{stage.replace('_', ' ')}, s": f"{stage}_mean_s" for stage in STAGES}
     tables = {
         "Paired ratios": _ratio_table(shown),
@@ -85,7 +85,7 @@ def _shown(experiment: Experiment, results: Results) -> _Shown:
     load = min(loads, key=lambda load: abs(load - SHOWN_LOAD), default=None)
     names = [fleet.name for fleet in experiment.fleets] if fleets else experiment.policy_names
     best = best_of_cells(paired, names, experiment.baselines or (experiment.reference,))
-    return _Shown(paired, [row for row in best if row.load == load], load)
+    return _Shown(paired, [row for row in best if load is not None and row.load == load], load)
 
 
 def _in_order(experiment: Experiment, results: Results, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

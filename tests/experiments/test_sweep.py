@@ -512,7 +512,7 @@ def test_figures_come_after_the_data(world: Path, capsys: pytest.CaptureFixture[
         "lanes-test",
         "backlog-burst-test-load0.5-1",
     )
-    assert pictures == {f"{name}.{kind}" for name in names for kind in ("png", "pdf")}
+    assert pictures == {f"{name}.{kind}" for name in names for kind in ("png", "pdf", "svg")}
     assert all((world / "out" / "figures" / name).stat().st_size > 5000 for name in pictures)
     out = capsys.readouterr().out
     assert "w on test, means over 2 runs" in out
