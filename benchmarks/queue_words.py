@@ -59,7 +59,7 @@ SERVER = Profile(
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class QueueRun:
     """What one run printed."""
 
     load: float
@@ -68,7 +68,7 @@ class Run:
     covers: bool
 
 
-def run(at: tuple[float, int], requests: int = REQUESTS) -> Run:
+def run(at: tuple[float, int], requests: int = REQUESTS) -> QueueRun:
     """One run at (load, seed)."""
     load, seed = at
     random = Random(seed)
@@ -78,10 +78,10 @@ def run(at: tuple[float, int], requests: int = REQUESTS) -> Run:
     found = execute(prepare(spec)).described
     low, high = found["request_latency_mean_ci_low_s"], found["request_latency_mean_ci_high_s"]
     covers = low is not None and load < 1 and low <= 1 + load / (2 * (1 - load)) <= high
-    return Run(load, state(found["run"]["policy_load"], found), low is not None, covers)
+    return QueueRun(load, state(found["run"]["policy_load"], found), low is not None, covers)
 
 
-def table(runs: Sequence[Run]) -> list[tuple[float | int, ...]]:
+def table(runs: Sequence[QueueRun]) -> list[tuple[float | int, ...]]:
     """A row for each load (``HEADERS``)."""
     rows = []
     for load in sorted({run.load for run in runs}):

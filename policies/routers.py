@@ -81,7 +81,7 @@ class LeastWork:
 
 
 def declared_cost(request: Request) -> int:
-    """Of one image: steps x pixels, what a request itself says of its work (llm-d-router issue 2053)."""
+    """Of one image: steps x pixels, what a request itself says of its work (llm-d-router#2053)."""
     return request.steps * (1 if request.size is None else request.size[0] * request.size[1])
 
 
