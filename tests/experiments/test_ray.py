@@ -128,21 +128,21 @@ def test_a_cluster_gives_the_same_bytes_though_a_worker_is_killed(
     assert cli.main(far) == 0
     assert "12 runs, 3 computed now and 9 found" in capsys.readouterr().out
     assert _kept(world / "far") == _kept(world / "here")
+
+    def refuse(number: int) -> int:
+        """Nested, so that it travels by value: a node need not have these tests."""
+        if number == 3:
+            raise InputError("no 3")
+        return number
+
+    def fail(number: int) -> int:
+        raise ZeroDivisionError
+
     backend = make_backend("ray", None)
     with pytest.raises(InputError, match=r"^no 3$"):
-        list(backend.run_unordered(_refuse, range(4)))
+        list(backend.run_unordered(refuse, range(4)))
     with pytest.raises(InputError, match=r"^The Ray cluster gave up \(.*ZeroDivisionError.*what was finished is kept"):
-        list(backend.run_unordered(_fail, range(2)))
-
-
-def _refuse(number: int) -> int:
-    if number == 3:
-        raise InputError("no 3")
-    return number
-
-
-def _fail(number: int) -> int:
-    raise ZeroDivisionError
+        list(backend.run_unordered(fail, range(2)))
 
 
 def test_a_parcel_needs_no_file_of_the_machine_that_packed_it(tmp_path: Path) -> None:
