@@ -10,7 +10,7 @@ from typing import Any
 from synerdiff.fidelity.calibration import Calibration, choose_skips
 from synerdiff.fidelity.rules import SkipRule, skips_to_calibrate, spread
 from synerdiff.fidelity.sampling import Judged, interval_of, paired_difference
-from synerdiff.fidelity.table import FidelityTable, PairedScore, Score
+from synerdiff.fidelity.table import FidelityTable, PairedScore, Score, significant
 from synerdiff.figures import fidelity as pictures
 from synerdiff.figures.style import save
 
@@ -68,15 +68,15 @@ class SettingResult:
             schedule=rule.schedule,
             warmup_steps=rule.warmup_steps,
             skipped_steps=None if rule.varies else tuple(sorted(rule.skipped)),
-            rows=float(judged.rows.mean()),
+            rows=significant(judged.rows.mean()),
             n=len(chosen),
-            ssim=ssim.value,
-            ssim_low=max(-1.0, ssim.low),
-            ssim_high=min(1.0, ssim.high),
-            psnr_db=psnr_db.value,
-            psnr_low_db=max(0.0, psnr_db.low),
-            psnr_high_db=psnr_db.high,
-            recognised=float(judged.recognised[chosen].mean()) if judged.recognised.size else None,
+            ssim=significant(ssim.value),
+            ssim_low=significant(max(-1.0, ssim.low)),
+            ssim_high=significant(min(1.0, ssim.high)),
+            psnr_db=significant(psnr_db.value),
+            psnr_low_db=significant(max(0.0, psnr_db.low)),
+            psnr_high_db=significant(psnr_db.high),
+            recognised=significant(judged.recognised[chosen].mean()) if judged.recognised.size else None,
             held_out=only,
         )
         self.scores.append(score)

@@ -23,6 +23,11 @@ VARIES = "varies"
 """Stands for the skipped steps of a rule that decides by image: a study measures it, a budget cannot name it."""
 
 
+def significant(value: float) -> float:
+    """To the six digits that a study keeps; what is read from a table is written as it stood."""
+    return float(f"{value:.6g}")
+
+
 class Score(NamedTuple):
     """One row: a rule under one solver, step count and guidance scale, against full guidance from the same seeds."""
 
@@ -81,7 +86,8 @@ class PairedScore(NamedTuple):
         cls, setting: tuple[str, int, float], rule: str, against: str, images: str, difference: Interval
     ) -> PairedScore:
         """From a setting (solver, steps, guidance scale) and a difference with its interval."""
-        return cls(*setting, rule, against, images, difference.n, difference.value, difference.low, difference.high)
+        values = map(significant, (difference.value, difference.low, difference.high))
+        return cls(*setting, rule, against, images, difference.n, *values)
 
     @property
     def setting(self) -> tuple[str, int, float]:
@@ -215,7 +221,7 @@ def _cell(name: str, value: Any) -> str:
         return str(int(value))
     if value is None:
         return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def _score(row: Row) -> Score:
