@@ -30,11 +30,14 @@ def test_what_the_cpu_validation_is_said_to_show_is_in_its_data(page: str) -> No
             assert checks[label, METRICS[name][0]] == verdict, "the data says what follows from its intervals"
     text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
     verdicts = Counter(check["verdict"] for check in data["checks"])
+    assert len(data["cases"]) == 22 == 2 * len(data["policies"])
     assert verdicts["failed"] == 0
     kinds = [METRICS[name][0] for name in JUDGED]
     passed = [counts[kind, "passed"] for kind in kinds]
     if page == "README.md":
-        assert "{} of 8 step times, {} of 8 decode times, {} of 8 throughputs and {} of 8 mean".format(*passed) in text
+        assert (
+            "{} of 22 step times, {} of 22 decode times, {} of 22 throughputs and {} of 22 mean".format(*passed) in text
+        )
         assert f"the other {verdicts['unclear']} are unclear, none fails" in text
         return
     assert f"{verdicts['passed']} checks pass, {verdicts['unclear']} are unclear, none fails" in text
@@ -66,9 +69,12 @@ def test_what_the_rule_for_pairs_of_resolutions_is_said_to_be_worth_is_in_its_da
         return 100 * median(abs(math.expm1(value)) for value in values)
 
     text = " ".join((ROOT / "docs/profiling.md").read_text(encoding="utf-8").split())
-    assert "{}% off for steps (95%: {} to {}%,".format(*mean(off("step"))) in text
-    assert f"no contention at all would be {mean([-fmean(m) for m in logs('step')])[0]}%" in text
-    assert f"off by {typical(off('step')):.1f}% in the median" in text
-    assert f"the same pair differ by {typical(m[0] - m[1] for m in logs('step')):.1f}%" in text
-    assert f"repeat to {typical(m[0] - m[1] for m in logs('chunk')):.0f}% only" in text
-    assert "the rule's {}% ({} to {}%)".format(*mean(off("chunk"))) in text
+    for side, said in (("step", "{}% off for steps (95%: {} to {}%,"), ("chunk", "{}% off for chunks ({} to {}%;")):
+        assert said.format(*mean(off(side))) in text
+    nothing = [mean([-fmean(m) for m in logs(side)])[0] for side in ("step", "chunk")]
+    assert f"no contention at all would be {nothing[0]}%" in text
+    assert f"no contention: {nothing[1]}%" in text
+    single = [typical(off(side)) for side in ("step", "chunk")]
+    assert "off by {:.1f}% in the median for steps and by {:.1f}% for chunks".format(*single) in text
+    again = [typical(m[0] - m[1] for m in logs(side)) for side in ("step", "chunk")]
+    assert "the same pair differ by {:.1f} and {:.1f}%".format(*again) in text
