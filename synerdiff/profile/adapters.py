@@ -74,11 +74,8 @@ class Adapters:
             )
         place = bisect_left(points, at)
         low, high = points[place - 1], points[place]
-        a, b = table[low], table[high]
-        median, p10, p90 = (
-            interpolate(x, y, at - low, high - low) for x, y in ((a.median, b.median), (a.p10, b.p10), (a.p90, b.p90))
-        )
-        return Spread(median, p10, p90, 0)
+        ends = zip(table[low][:3], table[high][:3], strict=True)
+        return Spread._make([*(interpolate(x, y, at - low, high - low) for x, y in ends), 0])
 
     def ns(self, name: str, at: int) -> int:
         """The median at that size."""
@@ -131,9 +128,5 @@ def load_adapters(folder: Path, owner: str | None = None) -> Adapters | None:
 
 def write_adapters(folder: Path, adapters: Adapters) -> None:
     """Write ``adapters.csv`` into a profile's folder."""
-    rows = [
-        (name, at, spread.median, spread.p10, spread.p90, spread.n)
-        for name in QUANTITIES
-        for at, spread in sorted(adapters.tables.get(name, {}).items())
-    ]
-    write_rows(folder / FILE, COLUMNS, rows)
+    known = ((name, at, *s) for name in QUANTITIES for at, s in sorted(adapters.tables.get(name, {}).items()))
+    write_rows(folder / FILE, COLUMNS, known)

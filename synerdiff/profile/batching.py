@@ -42,39 +42,32 @@ def batch_points(profile: Profile, steps: int, guided: bool = True) -> list[Batc
     A guided image takes two rows of a step. Images a second: `capacity.serial_capacity_samples_per_s`, every decode
     between steps.
     """
-    points = []
+    points, band = [], profile.head.band
     for one in (profile, *profile.others.values()):
         at = pixels_of(one.head.resolutions[0]) if one.head.resolutions else ""
         rows = one.steps if one.row_buckets is None else one.row_buckets
         for batch in [count // (1 + guided) for count in rows if count % (1 + guided) == 0]:
-            rate = _rate(one, steps, batch, guided)
-            low, high = _band(profile, one, steps, batch, guided)
+            rate, low, high = (
+                serial_capacity_samples_per_s(times, steps, batch, float(guided))
+                for times in (one, _ends(one, "p90"), _ends(one, "p10"))
+            )
+            if band is not None:
+                low, high = rate / band.high, rate / band.low
             points.append(BatchPoint(at, batch, rate, low, high, batch / rate))
     return points
 
 
-def _rate(profile: Profile, steps: int, batch: int, guided: bool) -> float:
-    return serial_capacity_samples_per_s(profile, steps, batch, float(guided))
+def _ends(profile: Profile, end: str) -> Profile:
+    """With every time at its p10, or at its p90."""
 
+    def only(spread: Spread) -> Spread:
+        return spread._replace(median=getattr(spread, end))
 
-def _band(whole: Profile, one: Profile, steps: int, batch: int, guided: bool) -> tuple[float, float]:
-    """Lowest and highest images a second."""
-    if whole.head.band is not None:
-        rate = _rate(one, steps, batch, guided)
-        return rate / whole.head.band.high, rate / whole.head.band.low
-
-    def at(end: str) -> float:
-        def only(spread: Spread) -> Spread:
-            return replace(spread, median=getattr(spread, end))
-
-        times = replace(
-            one,
-            steps={rows: only(spread) for rows, spread in one.steps.items()},
-            chunks={name: tuple(map(only, spreads)) for name, spreads in one.chunks.items()},
-        )
-        return _rate(times, steps, batch, guided)
-
-    return at("p90"), at("p10")
+    return replace(
+        profile,
+        steps={rows: only(spread) for rows, spread in profile.steps.items()},
+        chunks={name: tuple(map(only, spreads)) for name, spreads in profile.chunks.items()},
+    )
 
 
 def best_point(points: Sequence[BatchPoint], slo_s: float | None) -> BatchPoint | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import comb
 from typing import Protocol
 
-from synerdiff.core import NS_PER_S, PPM, InputError, Request
+from synerdiff.core import NS_PER_S, InputError, Request
 from synerdiff.profile.tables import Profile, Size
 
 DEFAULT_BATCH = 8
@@ -100,41 +100,8 @@ def serial_capacity_samples_per_s(
     samples that skip independently of each other; samples that skip together have another one.
     """
     mix = binomial_rows(batch, two_row_share) if rows is None else rows
-    decode_ns = sum(_chunk_ns(profile, chunking, i) for i in range(profile.chunk_count(chunking)))
-    decode_ns += profile.overhead_ns("sample_host")
-    return NS_PER_S / (_denoise_ns(profile, steps_mean, batch, mix) + decode_ns)
-
-
-def parallel_capacity_samples_per_s(
-    profile: Profile,
-    steps_mean: float,
-    batch: int,
-    two_row_share: float = 1.0,
-    chunking: str = "whole",
-    lanes: int = 1,
-    rows: Mapping[int, float] | None = None,
-) -> float:
-    """X = min(1 / (N * (mean T + step_dispatch) / B + sum(delta_i)), m / sum(c_i * s_v)): every decode runs beside.
-
-    delta_i = c_i * s_v * (1 - 1/s_u) is the denoise time lost by running chunk i beside; c_i includes its dispatch.
-    The decode queue is unbounded, and the host's time per sample is left out. With several lanes the loss is priced as
-    if chunks ran one at a time. ``rows`` as for ``serial_capacity_samples_per_s``.
-    """
-    mix = binomial_rows(batch, two_row_share) if rows is None else rows
-    chunks = [(i, _chunk_ns(profile, chunking, i)) for i in range(profile.chunk_count(chunking))]
-
-    def lost_ns(rows: int) -> float:
-        total = 0.0
-        for i, alone_ns in chunks:
-            s_u, s_v = profile.slowdown_ppm(rows, chunking, i)
-            total += alone_ns * (s_v / PPM) * (1 - PPM / s_u)
-        return total
-
-    def decoding_ns(rows: int) -> float:
-        return sum(alone_ns * profile.slowdown_ppm(rows, chunking, i)[1] / PPM for i, alone_ns in chunks)
-
-    denoise_ns = _denoise_ns(profile, steps_mean, batch, mix) + _mean(lost_ns, mix)
-    return min(NS_PER_S / denoise_ns, lanes * NS_PER_S / _mean(decoding_ns, mix))
+    decode_ns = _decode_ns(profile, chunking) + profile.overhead_ns("sample_host")
+    return NS_PER_S / (denoise_ns(profile, steps_mean, batch, mix) + decode_ns)
 
 
 def offered_load(
@@ -188,11 +155,7 @@ def _least_ns(
     sizes = profile.steps if profile.row_buckets is None else profile.row_buckets
     row_ns = min((profile.step_ns(rows) + dispatch_ns) / rows for rows in sizes)
     rows = mix.sample_steps + mix.two_row_steps * (1 - skip_fraction)
-    decode_ns = mix.images * min(
-        sum(_chunk_ns(profile, chunking, chunk) for chunk in range(profile.chunk_count(chunking)))
-        for chunking in profile.chunkings
-    )
-    return rows * steps_scale * row_ns, decode_ns
+    return rows * steps_scale * row_ns, mix.images * min(_decode_ns(profile, cut) for cut in profile.chunkings)
 
 
 def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None) -> int:
@@ -211,14 +174,14 @@ def solo_latency_ns(request: Request, profile: Profile, batch: int | None = None
         wave = min(left, most)
         total += request.steps * (profile.step_ns(wave * rows) + profile.overhead_ns("step_dispatch"))
         total += (1 if profile.overhead_ns("decision_lead") else request.steps) * profile.launch_ns(wave * rows)
-        total += wave * (_chunk_ns(profile, "whole", 0) + profile.overhead_ns("sample_host"))
+        total += wave * (_decode_ns(profile, "whole") + profile.overhead_ns("sample_host"))
         left -= wave
     return total
 
 
 def solo_latencies_ns(requests: Iterable[Request], profile: Profile) -> list[int]:
     """``solo_latency_ns`` of each request."""
-    known: dict[tuple[int, int, bool, tuple[int, int] | None], int] = {}
+    known: dict[tuple[int, int, bool, Size | None], int] = {}
     latencies = []
     for request in requests:
         kind = (request.steps, request.images, request.guidance_scale > 1, request.size)
@@ -228,18 +191,19 @@ def solo_latencies_ns(requests: Iterable[Request], profile: Profile) -> list[int
     return latencies
 
 
-def _chunk_ns(profile: Profile, chunking: str, chunk: int) -> int:
-    return profile.chunk_ns(chunking, chunk) + profile.overhead_ns("chunk_dispatch")
+def _decode_ns(profile: Profile, chunking: str) -> int:
+    """All chunks of a decode with their dispatch."""
+    return profile.decode_ns(chunking) + profile.chunk_count(chunking) * profile.overhead_ns("chunk_dispatch")
 
 
-def _denoise_ns(profile: Profile, steps_mean: float, batch: int, rows: Mapping[int, float]) -> float:
+def denoise_ns(profile: Profile, steps_mean: float, batch: int, rows: Mapping[int, float]) -> float:
     """Denoise-lane time per sample at full batches."""
-    step_ns = _mean(profile.step_ns, rows) + profile.overhead_ns("step_dispatch")
+    step_ns = mean_over(profile.step_ns, rows) + profile.overhead_ns("step_dispatch")
     if not profile.overhead_ns("decision_lead"):
-        step_ns += _mean(profile.launch_ns, rows)
+        step_ns += mean_over(profile.launch_ns, rows)
     return steps_mean * step_ns / batch
 
 
-def _mean(value: Callable[[int], float], rows: Mapping[int, float]) -> float:
+def mean_over(value: Callable[[int], float], rows: Mapping[int, float]) -> float:
     """Mean of value(rows) over the shares of the row counts."""
     return sum(share * value(count) for count, share in rows.items())

@@ -24,7 +24,6 @@ from synerdiff.profile.tables import (
     STEP_COLUMNS,
     STEP_LAUNCH,
     Corun,
-    CorunCells,
     Head,
     Profile,
     Size,
@@ -53,18 +52,16 @@ def is_profile(folder: Path) -> bool:
 
 def find_profile(name_or_folder: str, base: Path | None = None) -> Path:
     """The folder of a profile: a path (also relative to ``base``), else the name of a shipped one."""
-    candidates = [Path(name_or_folder)]
-    if base is not None:
-        candidates.insert(0, base / name_or_folder)
-    for folder in candidates:
+    candidates = [*([] if base is None else [base / name_or_folder]), Path(name_or_folder)]
+    shipped = shipped_profiles()
+    for folder in [*candidates, *([SHIPPED / name_or_folder] if name_or_folder in shipped else [])]:
         if is_profile(folder):
             return folder
-    if name_or_folder in shipped_profiles():
-        return SHIPPED / name_or_folder
     if any(folder.exists() for folder in candidates):
         raise InputError(f"{name_or_folder}: this folder holds no profile.yaml, so it is not a profile.")
-    known = ", ".join(shipped_profiles())
-    raise InputError(f"{name_or_folder}: there is no such profile folder, and the shipped profiles are {known}.")
+    raise InputError(
+        f"{name_or_folder}: there is no such profile folder, and the shipped profiles are {', '.join(shipped)}."
+    )
 
 
 def load_profile(folder: Path) -> Profile:
@@ -120,11 +117,9 @@ def load_profile(folder: Path) -> Profile:
             content_hash=profile_hash(folder),
         )
     first = profiles.pop(sizes[0])
-    if not profiles:
-        return first
     others = {size: profile for size, profile in profiles.items() if size is not None}
     across = {(u, v): cells for (u, v), cells in corun.items() if u is not None and v is not None}
-    return replace(first, head=facts, others=others, across=across)
+    return replace(first, head=facts, others=others, across=across) if others else first
 
 
 def combined(profiles: Sequence[Profile], name: str) -> Profile:
@@ -156,16 +151,11 @@ def combined(profiles: Sequence[Profile], name: str) -> Profile:
                 "profile --resolution A,B measures both with the same cuts."
             )
         own[size] = profile
-    provenance = max((profile.provenance for profile in profiles), key=PROVENANCES.index)
-    others = {
-        size: replace(
-            profile, name=name, provenance=provenance, overheads=first.overheads, step_launch=first.step_launch
-        )
-        for size, profile in own.items()
-        if profile is not first
-    }
+    same: dict[str, Any] = {"name": name, "overheads": first.overheads, "step_launch": first.step_launch}
+    same["provenance"] = max((profile.provenance for profile in profiles), key=PROVENANCES.index)
+    others = {size: replace(profile, **same) for size, profile in own.items() if profile is not first}
     head = first.head.model_copy(update={"resolutions": tuple(own)})
-    return replace(first, name=name, provenance=provenance, head=head, others=others)
+    return replace(first, **same, head=head, others=others)
 
 
 def _lengths(chunks: Mapping[str, Sequence[Spread]]) -> dict[str, int]:
@@ -219,14 +209,14 @@ def fields_of(head: Head) -> dict[str, Any]:
         if name == "resolutions":
             for height, width in value if len(value) == 1 else ():
                 fields["resolution"] = height if height == width else [height, width]
-        elif name == "cuts":
-            fields |= {"cuts": {cut: list(places) for cut, places in value.items()}} if value else {}
-        elif name == "levers":
-            fields |= {"levers": list(value)} if value else {}
-        elif isinstance(value, Section):
-            fields[name] = value.model_dump(exclude_defaults=True)
-        elif name != "notes" and value not in (None, "", {}):
+        elif name != "notes" and value not in (None, "", {}, ()):
             fields[name] = value
+            if name == "cuts":
+                fields[name] = {cut: list(places) for cut, places in value.items()}
+            elif name == "levers":
+                fields[name] = list(value)
+            elif isinstance(value, Section):
+                fields[name] = value.model_dump(exclude_defaults=True)
     return {**fields, **head.notes}
 
 
@@ -265,16 +255,14 @@ def _row_buckets(
     if "row_buckets" not in head:
         raise InputError(f"{path}: row_buckets is missing; give a list of rows, or null for eager execution.")
     buckets = head["row_buckets"]
-    if buckets is None:
-        return None
-    if size is not None:
+    if size is not None and buckets is not None:
         if not isinstance(buckets, dict) or pixels_of(size) not in buckets:
             raise InputError(
                 f"{path}: row_buckets must map each resolution (HEIGHTxWIDTH) to its rows; it lacks {pixels_of(size)}."
             )
         buckets = buckets[pixels_of(size)]
-        if buckets is None:
-            return None
+    if buckets is None:
+        return None
     if not isinstance(buckets, list) or not buckets:
         raise InputError(f"{path}: row_buckets is {buckets!r}; allowed are a list of rows or null.")
     for rows in buckets:
@@ -330,14 +318,10 @@ def _read_chunks(path: Path, table: Sequence[Row]) -> dict[str, tuple[Spread, ..
     if "whole" not in chunkings:
         raise InputError(f"{path}: the chunking 'whole' is missing.")
     for chunking, cells in chunkings.items():
-        if sorted(cells) != list(range(len(cells))):
-            raise InputError(
-                f"{path}: the chunks of '{chunking}' must count from 0 without gaps; found {sorted(cells)}."
-            )
-    if len(chunkings["whole"]) != 1:
-        raise InputError(
-            f"{path}: the chunking 'whole' has {len(chunkings['whole'])} chunks; it has exactly one, chunk 0."
-        )
+        if (found := sorted(cells)) != list(range(len(cells))):
+            raise InputError(f"{path}: the chunks of '{chunking}' must count from 0 without gaps; found {found}.")
+    if (count := len(chunkings["whole"])) != 1:
+        raise InputError(f"{path}: the chunking 'whole' has {count} chunks; it has exactly one, chunk 0.")
     return {chunking: tuple(cells[i] for i in range(len(cells))) for chunking, cells in chunkings.items()}
 
 
@@ -355,22 +339,14 @@ def _read_corun(
                     raise row.error(
                         column, f"{_text(size)} is not in steps.csv, which has {', '.join(map(_text, sizes))}"
                     )
-        of_pair = pairs.setdefault(pair, {})
-        chunking, chunk, rows = (
-            row.name("chunking"),
-            row.integer("chunk", 0, _MOST_CHUNKS),
-            row.integer("rows", 1, _MOST_ROWS),
-        )
+        chunking, chunk = row.name("chunking"), row.integer("chunk", 0, _MOST_CHUNKS)
+        rows = row.integer("rows", 1, _MOST_ROWS)
         if chunking not in chunks or chunk >= len(chunks[chunking]):
             raise row.error("chunk", f"{chunk} of '{chunking}' is not in chunks.csv")
-        cells = of_pair.setdefault((chunking, chunk), {})
+        cells = pairs.setdefault(pair, {}).setdefault((chunking, chunk), {})
         if rows in cells:
             raise row.error("rows", f"{rows} is given twice for chunk {chunk} of '{chunking}'")
-        cells[rows] = Corun(
-            step=_slowdown(row, "step"),
-            chunk=_slowdown(row, "chunk"),
-            held_out=row.flag("held_out"),
-        )
+        cells[rows] = Corun(_slowdown(row, "step"), _slowdown(row, "chunk"), row.flag("held_out"))
     return pairs
 
 
@@ -414,78 +390,55 @@ def _read_degrees(path: Path) -> dict[Size | None, dict[int, dict[int, Spread]]]
 def write_profile(folder: Path, profile: Profile) -> None:
     """Write all tables of a profile; its head becomes profile.yaml."""
     sizes = profile.sizes
+    tables: Mapping[Any, Profile] = sizes or {None: profile}
+    buckets = {size: None if one.row_buckets is None else list(one.row_buckets) for size, one in tables.items()}
+    named = {pixels_of(size): buckets[size] for size in sizes}
     own = {
         "schema_version": SIZED_SCHEMA_VERSION if sizes else SCHEMA_VERSION,
         "name": profile.name,
         "provenance": profile.provenance,
-        "row_buckets": _buckets(profile),
+        "row_buckets": named if any(named.values()) else next(iter(buckets.values())),
     }
+
+    def at(*places: Any, rows: int | None = None) -> tuple[Any, ...]:
+        """How a line begins: of several resolutions with its own, and with the tokens of its rows."""
+        if not sizes:
+            return ()
+        return (*map(pixels_of, places), *(() if rows is None else (sizes[places[0]].tokens.get(rows, ""),)))
+
+    columns: tuple[Sequence[str], ...] = (STEP_COLUMNS, CHUNK_COLUMNS, CORUN_COLUMNS)
     if sizes:
-        if any(one.row_buckets is not None for one in sizes.values()):
-            own["row_buckets"] = {pixels_of(size): _buckets(one) for size, one in sizes.items()}
-        step_rows = [(pixels_of(z), one.tokens.get(r[0], ""), *r) for z, one in sizes.items() for r in _step_rows(one)]
-        write_rows(folder / "steps.csv", SIZED_STEP_COLUMNS, step_rows)
-        chunks = [(pixels_of(size), *row) for size, one in sizes.items() for row in _chunk_rows(one)]
-        write_rows(folder / "chunks.csv", SIZED_CHUNK_COLUMNS, chunks)
-        pairs = {(size, size): one.corun for size, one in sizes.items()} | dict(profile.across)
-        corun = [
-            (pixels_of(step), pixels_of(chunk), sizes[step].tokens.get(row[2], ""), *row)
-            for (step, chunk), cells in pairs.items()
-            for row in _corun_rows(cells)
-        ]
-        write_rows(folder / "corun.csv", SIZED_CORUN_COLUMNS, corun)
-    else:
-        write_rows(folder / "steps.csv", STEP_COLUMNS, _step_rows(profile))
-        write_rows(folder / "chunks.csv", CHUNK_COLUMNS, _chunk_rows(profile))
-        write_rows(folder / "corun.csv", CORUN_COLUMNS, _corun_rows(profile.corun))
-    overheads: list[tuple[Any, ...]] = [(k, s.median, s.p10, s.p90, s.n, "") for k, s in profile.overheads.items()]
-    overheads += [(STEP_LAUNCH, s.median, s.p10, s.p90, s.n, rows) for rows, s in sorted(profile.step_launch.items())]
-    write_rows(folder / "overheads.csv", (*OVERHEAD_COLUMNS, "rows"), overheads)
-    tables: Mapping[Any, Profile] = sizes or {profile.head.size: profile}
-    degrees = [
-        ("" if size is None else pixels_of(size), degree, rows, s.median, s.p10, s.p90, s.n)
+        columns = (SIZED_STEP_COLUMNS, SIZED_CHUNK_COLUMNS, SIZED_CORUN_COLUMNS)
+    steps = []
+    for size, one in tables.items():
+        rows = [(r, *s, 0) for r, s in one.steps.items()] + [(r, *s, 1) for r, s in one.held_out_steps.items()]
+        steps += [(*at(size, rows=row[0]), *row) for row in sorted(rows)]
+    write_rows(folder / "steps.csv", columns[0], steps)
+    chunks = [
+        (*at(size), chunking, i, *spread)
         for size, one in tables.items()
+        for chunking, spreads in one.chunks.items()
+        for i, spread in enumerate(spreads)
+    ]
+    write_rows(folder / "chunks.csv", columns[1], chunks)
+    pairs = {(size, size): one.corun for size, one in tables.items()} | dict(profile.across)
+    corun = [
+        (*at(*pair, rows=r), *key, r, u.median, v.median, u.p10, u.p90, v.p10, v.p90, min(u.n, v.n), int(cell.held_out))
+        for pair, by_chunk in pairs.items()
+        for key, cells in by_chunk.items()
+        for r, cell in sorted(cells.items())
+        for u, v in [(cell.step, cell.chunk)]
+    ]
+    write_rows(folder / "corun.csv", columns[2], corun)
+    overheads: list[tuple[Any, ...]] = [(name, *spread, "") for name, spread in profile.overheads.items()]
+    overheads += [(STEP_LAUNCH, *spread, rows) for rows, spread in sorted(profile.step_launch.items())]
+    write_rows(folder / "overheads.csv", (*OVERHEAD_COLUMNS, "rows"), overheads)
+    degrees = [
+        (pixels_of(one.head.size) if one.head.size else "", degree, rows, *spread)
+        for one in tables.values()
         for degree, cells in sorted(one.degrees.items())
-        for rows, s in sorted(cells.items())
+        for rows, spread in sorted(cells.items())
     ]
     if degrees:
         write_rows(folder / DEGREES_FILE, DEGREE_COLUMNS, degrees)
     write_yaml(folder / "profile.yaml", {**own, **fields_of(profile.head)})
-
-
-def _buckets(profile: Profile) -> list[int] | None:
-    return None if profile.row_buckets is None else list(profile.row_buckets)
-
-
-def _chunk_rows(profile: Profile) -> list[tuple[Any, ...]]:
-    return [
-        (chunking, i, s.median, s.p10, s.p90, s.n)
-        for chunking, spreads in profile.chunks.items()
-        for i, s in enumerate(spreads)
-    ]
-
-
-def _step_rows(profile: Profile) -> list[tuple[int, ...]]:
-    rows = [(r, s.median, s.p10, s.p90, s.n, 0) for r, s in profile.steps.items()]
-    rows += [(r, s.median, s.p10, s.p90, s.n, 1) for r, s in profile.held_out_steps.items()]
-    return sorted(rows)
-
-
-def _corun_rows(corun: CorunCells) -> list[tuple[Any, ...]]:
-    return [
-        (
-            chunking,
-            chunk,
-            rows,
-            cell.step.median,
-            cell.chunk.median,
-            cell.step.p10,
-            cell.step.p90,
-            cell.chunk.p10,
-            cell.chunk.p90,
-            min(cell.step.n, cell.chunk.n),
-            int(cell.held_out),
-        )
-        for (chunking, chunk), cells in corun.items()
-        for rows, cell in sorted(cells.items())
-    ]

@@ -27,21 +27,26 @@ def scaled_profile(base: Profile, contention: float = 1.0, decode: float = 1.0) 
     name += f"+contention{contention:g}" if contention != 1 else ""
     name += f"+decode{decode:g}" if decode != 1 else ""
 
+    def contending(slowdown: Spread) -> Spread:
+        return slowdown.each(lambda value: max(1, PPM + round((value - PPM) * contention)))
+
     def scaled_corun(corun: CorunCells) -> CorunCells:
         return {
             place: {
-                rows: Corun(_contending(cell.step, contention), _contending(cell.chunk, contention), cell.held_out)
-                for rows, cell in cells.items()
+                rows: Corun(contending(cell.step), contending(cell.chunk), cell.held_out) for rows, cell in of.items()
             }
-            for place, cells in corun.items()
+            for place, of in corun.items()
         }
+
+    def longer(chunk: Spread) -> Spread:
+        return chunk.each(lambda value: max(1, round(value * decode)))
 
     def scaled(own: Profile) -> Profile:
         return replace(
             own,
             name=name,
             provenance="estimated",
-            chunks={cut: tuple(_times(spread, decode) for spread in spreads) for cut, spreads in own.chunks.items()},
+            chunks={cut: tuple(map(longer, chunks)) for cut, chunks in own.chunks.items()},
             corun=scaled_corun(own.corun),
             across={pair: scaled_corun(corun) for pair, corun in own.across.items()},
             content_hash=f"{base.content_hash}+{contention!r}+{decode!r}",
@@ -55,8 +60,7 @@ def all_times_scaled(profile: Profile, factor: float) -> Profile:
     ppm = round(factor * PPM)
 
     def scaled(spread: Spread) -> Spread:
-        median, p10, p90 = (max(1, value * ppm // PPM) for value in (spread.median, spread.p10, spread.p90))
-        return Spread(median, p10, p90, spread.n)
+        return spread.each(lambda value: max(1, value * ppm // PPM))
 
     def slower(own: Profile) -> Profile:
         return replace(
@@ -82,24 +86,6 @@ def own_band(profile: Profile) -> Band | None:
     if profile.head.band is not None:
         return profile.head.band
     cells = [*profile.steps.values(), *profile.chunks["whole"]]
-    low, high = (exp(fmean(log(value(cell) / cell.median) for cell in cells)) for value in (_p10, _p90))
+    low = exp(fmean(log(max(1, cell.p10) / cell.median) for cell in cells))
+    high = exp(fmean(log(cell.p90 / cell.median) for cell in cells))
     return None if low == high else Band(low=low, high=high, meaning="p10 to p90 of what was measured")
-
-
-def _p10(spread: Spread) -> int:
-    return max(1, spread.p10)
-
-
-def _p90(spread: Spread) -> int:
-    return spread.p90
-
-
-def _times(spread: Spread, factor: float) -> Spread:
-    median, p10, p90 = (max(1, round(value * factor)) for value in (spread.median, spread.p10, spread.p90))
-    return Spread(median, p10, p90, spread.n)
-
-
-def _contending(spread: Spread, factor: float) -> Spread:
-    values = (PPM + round((value - PPM) * factor) for value in (spread.median, spread.p10, spread.p90))
-    median, p10, p90 = (max(1, value) for value in values)
-    return Spread(median, p10, p90, spread.n)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, TypeVar
+from operator import itemgetter
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, Strict
 
@@ -55,14 +56,27 @@ MOST_DEGREE = 8
 OVERHEAD_COLUMNS = ("name", "median_ns", "p10_ns", "p90_ns", "n")
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
+class Spread(NamedTuple):
     """Median, 10th and 90th percentile (ns or ppm) of n samples."""
 
     median: int
     p10: int
     p90: int
     n: int
+
+    @classmethod
+    def exactly(cls, value: float, n: int = 0) -> Spread:
+        """What is known as one number only; at least 1."""
+        whole = max(1, round(value))
+        return cls(whole, whole, whole, n)
+
+    def each(self, change: Callable[[int], int]) -> Spread:
+        """The same change to median, p10 and p90."""
+        return Spread(change(self.median), change(self.p10), change(self.p90), self.n)
+
+    def around(self, value: int) -> Spread:
+        """With this in the median's place, where lookups look."""
+        return Spread(value, min(self.p10, value), max(self.p90, value), self.n)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +141,7 @@ class Head(Section):
     """What only people read."""
 
     @property
-    def size(self) -> tuple[int, int] | None:
+    def size(self) -> Size | None:
         """(height, width) in pixels, None when the profile does not say."""
         return self.resolutions[0] if self.resolutions else None
 
@@ -258,15 +272,11 @@ class Profile:
     ) -> tuple[int, int, int]:
         step, own = self.at(step_size), self.at(chunk_size)
         pair = own.corun if step_size == chunk_size else self.across.get((step_size, chunk_size), {})
-        measured = {r: cell for r, cell in pair.get((chunking, chunk), {}).items() if not cell.held_out}
+        measured = looked_up(pair, chunking, chunk)
         bucket = step.bucket(rows)
         if measured and min(measured) <= bucket <= max(measured):
-            return (
-                _at(bucket, measured, lambda cell: cell.step.median),
-                _at(bucket, measured, lambda cell: cell.chunk.median),
-                0,
-            )
-        cells = {r: cell for r, cell in own.corun.get((chunking, chunk), {}).items() if not cell.held_out}
+            return *_slowdowns_at(bucket, measured), 0
+        cells = looked_up(own.corun, chunking, chunk)
         if not cells:
             raise InputError(
                 f"profile '{self.name}' has no co-run slowdowns of chunk {chunk} of '{chunking}' at "
@@ -277,11 +287,7 @@ class Profile:
             by_time.setdefault(_at(r, own.steps, lambda spread: spread.median), cell)
         solo_ns = _at(bucket, step.steps, lambda spread: spread.median)
         at_ns = min(max(solo_ns, min(by_time)), max(by_time))
-        return (
-            _at(at_ns, by_time, lambda cell: cell.step.median),
-            _at(at_ns, by_time, lambda cell: cell.chunk.median),
-            1 if at_ns == solo_ns else 2,
-        )
+        return *_slowdowns_at(at_ns, by_time), 1 if at_ns == solo_ns else 2
 
     @property
     def estimated(self) -> bool:
@@ -315,15 +321,12 @@ class Profile:
         """The smallest bucket of at least ``rows`` rows; ``rows`` itself on an eager profile."""
         bucket = self._bucket_memo.get(rows)
         if bucket is None:
-            bucket = self._bucket_memo[rows] = self._find_bucket(rows)
+            eager, points = self.row_buckets is None, self.row_buckets or tuple(sorted(self.steps))
+            low, high = points[0] if eager else 1, points[-1]
+            if not low <= rows <= high:
+                raise InputError(f"profile '{self.name}' knows steps of {low} to {high} rows; {rows} were asked for.")
+            bucket = self._bucket_memo[rows] = rows if eager else points[bisect_left(points, rows)]
         return bucket
-
-    def _find_bucket(self, rows: int) -> int:
-        points = self.row_buckets if self.row_buckets is not None else tuple(sorted(self.steps))
-        low = 1 if self.row_buckets is not None else points[0]
-        if not low <= rows <= points[-1]:
-            raise InputError(f"profile '{self.name}' knows steps of {low} to {points[-1]} rows; {rows} were asked for.")
-        return points[bisect_left(points, rows)] if self.row_buckets is not None else rows
 
     def step_ns(self, rows: int) -> int:
         """T(rows): solo time of a step, at the bucket of ``rows``; interpolated only on eager profiles."""
@@ -346,8 +349,7 @@ class Profile:
     def step_spread(self, rows: int) -> Spread:
         """Median, p10 and p90 of a step at the bucket of ``rows``, at speed 1."""
         bucket = self.bucket(rows)
-        parts = [_at(bucket, self.steps, pick) for pick in (lambda s: s.median, lambda s: s.p10, lambda s: s.p90)]
-        return Spread(parts[0], parts[1], parts[2], 0)
+        return Spread._make([*(_at(bucket, self.steps, itemgetter(place)) for place in range(3)), 0])
 
     def chunk_count(self, chunking: str) -> int:
         """Chunks of one decode; InputError lists the known chunkings."""
@@ -388,7 +390,7 @@ class Profile:
 
     def _find_slowdown(self, rows: int, chunking: str, chunk: int) -> tuple[int, int]:
         self._chunks_of(chunking)
-        measured = {r: cell for r, cell in self.corun.get((chunking, chunk), {}).items() if not cell.held_out}
+        measured = looked_up(self.corun, chunking, chunk)
         bucket = self.bucket(rows)
         self.require_corun()
         if not measured or not min(measured) <= bucket <= max(measured):
@@ -397,10 +399,16 @@ class Profile:
                 f"profile '{self.name}' has co-run slowdowns of chunk {chunk} of '{chunking}' for {span} rows; "
                 f"{bucket} were asked for."
             )
-        return (
-            _at(bucket, measured, lambda cell: cell.step.median),
-            _at(bucket, measured, lambda cell: cell.chunk.median),
-        )
+        return _slowdowns_at(bucket, measured)
+
+
+def looked_up(corun: CorunCells, chunking: str, chunk: int) -> dict[int, Corun]:
+    """Rows -> the cells of a chunk that lookups use: those that are not held out."""
+    return {rows: cell for rows, cell in corun.get((chunking, chunk), {}).items() if not cell.held_out}
+
+
+def _slowdowns_at(x: int, cells: Mapping[int, Corun]) -> tuple[int, int]:
+    return _at(x, cells, lambda cell: cell.step.median), _at(x, cells, lambda cell: cell.chunk.median)
 
 
 def _at(x: int, points: Mapping[int, _T], value: Callable[[_T], int]) -> int:

@@ -813,7 +813,7 @@ figures: [latency-load]
 
 def test_fleets_of_every_size_router_degree_stages_and_kind(world: Path) -> None:
     profile = affine_profile()
-    steps = {rows: replace(spread, median=spread.median // 2, p10=1) for rows, spread in profile.steps.items()}
+    steps = {rows: spread._replace(median=spread.median // 2, p10=1) for rows, spread in profile.steps.items()}
     write_profile(world / "p", replace(profile, degrees={2: steps}))
     write_profile(world / "q", affine_profile(base_ms=30))
     hurried = "  - {policy: static, label: hurried, batch: 4, parameters: {max_wait_s: 0.1}}"

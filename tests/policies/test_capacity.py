@@ -11,10 +11,11 @@ from policies.registry import build_policy
 from profiler.estimate import estimate_profile
 from simulator import simulate
 from synerdiff.core import Request, RunResult, SkipBudget
-from synerdiff.profile.capacity import binomial_rows, parallel_capacity_samples_per_s, serial_capacity_samples_per_s
+from synerdiff.profile.capacity import binomial_rows, serial_capacity_samples_per_s
 from synerdiff.profile.tables import Profile
 from synerdiff.results.metrics import saturation_throughput
 from synerdiff.results.records import work_table
+from tests.theory import parallel_capacity_samples_per_s
 
 BUDGET = SkipBudget(300_000)
 

@@ -19,7 +19,7 @@ MS = 1_000_000
 def profile(provenance: str = "measured") -> Profile:
     """Steps of 1, 2, 4 and 8 rows take 10, 10, 15 and 30 ms (p90 twice that), a decode 50 ms."""
     plain = make_profile({1: 10 * MS, 2: 10 * MS, 4: 15 * MS, 8: 30 * MS}, {"whole": [50 * MS]})
-    steps = {rows: replace(spread, p90=2 * spread.median) for rows, spread in plain.steps.items()}
+    steps = {rows: spread._replace(p90=2 * spread.median) for rows, spread in plain.steps.items()}
     return replace(plain, steps=steps, provenance=provenance, head=Head(resolutions=((512, 512),)))
 
 

@@ -15,7 +15,6 @@ from synerdiff.profile.capacity import (
     default_batch,
     mix_of,
     offered_load,
-    parallel_capacity_samples_per_s,
     serial_capacity_samples_per_s,
     solo_latencies_ns,
     solo_latency_ns,
@@ -23,6 +22,7 @@ from synerdiff.profile.capacity import (
 from synerdiff.profile.tables import Corun, Profile, Spread
 from synerdiff.results.metrics import saturation_throughput
 from synerdiff.results.records import work_table
+from tests.theory import parallel_capacity_samples_per_s
 
 MS = 1_000_000
 

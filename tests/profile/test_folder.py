@@ -170,6 +170,6 @@ def test_simulate_takes_a_rectangular_profile(folder: Path, capsys: pytest.Captu
 def test_a_changed_profile_forgets_what_it_looked_up() -> None:
     profile = affine_profile(10, 2)
     assert profile.step_ns(4) == 18_000_000
-    slower = replace(profile, steps={rows: replace(s, median=2 * s.median) for rows, s in profile.steps.items()})
+    slower = replace(profile, steps={rows: s._replace(median=2 * s.median) for rows, s in profile.steps.items()})
     assert (slower.step_ns(4), profile.step_ns(4)) == (36_000_000, 18_000_000)
     assert scaled_profile(profile, decode=2.0).decode_ns() == 2 * profile.decode_ns()

@@ -11,9 +11,10 @@ import pytest
 from policies.registry import build_policy
 from simulator import simulate
 from synerdiff.core import Request
-from synerdiff.profile.capacity import parallel_capacity_samples_per_s, serial_capacity_samples_per_s
+from synerdiff.profile.capacity import serial_capacity_samples_per_s
 from synerdiff.profile.tables import Profile
 from tests.builders import MS, affine_profile
+from tests.theory import parallel_capacity_samples_per_s
 
 STEPS = 2
 T_999_19 = 3.883  # two-sided 99.9% quantile of Student's t with 19 degrees of freedom
