@@ -265,7 +265,8 @@ def _cell(metric: Mapping[str, Any] | None, key: str, kind: str) -> str:
     elif key == "request_throughput":
         value = f"{metric['measured']:.3g}/s"
     else:
-        value = f"{1e3 * metric['measured']:.3g} ms"
+        seconds = metric["measured"]
+        value = f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
     if metric["error"] is None:
         return value
     ends = [metric["error_low"], metric["error_high"]]
