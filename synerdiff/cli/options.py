@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Signature, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -22,52 +25,10 @@ from traces.columns import MAX_ARRIVAL_S
 if TYPE_CHECKING:
     from synerdiff.experiments.run import Outcome, RunSpec
 
-ProfileName = Annotated[str, typer.Option("--profile", help="Folder of a profile, or the name of a shipped one.")]
-TraceFile = Annotated[
-    Path, typer.Option("--trace", help="Trace file: CSV, parquet, JSON or JSON lines, with the names of many engines.")
-]
-PolicyName = Annotated[str, typer.Option("--policy", help="Name of a policy, module:Class, or a policy file (YAML).")]
-OutFolder = Annotated[Path, typer.Option("--out", help="Folder for the records.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value, a parameter of the policy; may be repeated.")
-]
-LoadOption = Annotated[float | None, typer.Option("--load", help="Stretch the arrivals to this load.")]
-RateOption = Annotated[float | None, typer.Option("--rate", help="Stretch the arrivals to so many requests a second.")]
-TimeScale = Annotated[float | None, typer.Option("--time-scale", help="Multiply every arrival by this.")]
-MaxConcurrency = Annotated[
-    int | None,
-    typer.Option("--max-concurrency", help="Closed loop: at most so many requests in the system, sent as others end."),
-]
-Window = Annotated[str | None, typer.Option("--window", help="A:B, seconds of the trace as written; B excluded.")]
 Map = Annotated[
     str | None, typer.Option("--map", help="Columns of a foreign trace: arrival=timestamp:ms,steps=30,size=dims:WxH.")
 ]
 Sort = Annotated[bool, typer.Option("--sort", help="Sort a trace that is not in order of arrival.")]
-Slo = Annotated[
-    float | None, typer.Option("--slo", help="Latency limit in seconds of a request that has none of its own.")
-]
-DecodeGpus = Annotated[str, typer.Option("--decode-gpus", help="GPU of each decode lane, separated by commas.")]
-SkipFraction = Annotated[
-    float, typer.Option("--skip-fraction", help="Share of a sample's steps that may skip guidance.")
-]
-SkipWarmup = Annotated[int, typer.Option("--skip-warmup", help="First steps that are always guided.")]
-SkipLongestRun = Annotated[int, typer.Option("--skip-longest-run", help="Most skips in a row.")]
-SkipMode = Annotated[str, typer.Option("--skip-mode", help="What a skip does: reuse or conditional.")]
-MinSsim = Annotated[
-    float | None,
-    typer.Option(
-        "--min-ssim",
-        help="Floor on image fidelity instead: the cheapest skipping whose mean SSIM stays above it, by the "
-        "fidelity table.",
-    ),
-]
-FidelityFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--fidelity", help="Folder of the fidelity table (default: beside the profile, else the one of its model)."
-    ),
-]
-ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="Cluster file (YAML): workers, adapters, links.")]
 ExecutionOption = Annotated[
     str | None,
     typer.Option(
@@ -81,10 +42,139 @@ Address = Annotated[str | None, typer.Option("--address", help="Of the Ray clust
 Emit = Annotated[
     str | None, typer.Option("--emit", help="Also write a serving engine's batching rules: sglang or vllm-omni.")
 ]
-Timeline = Annotated[bool, typer.Option("--timeline", help="Also write timeline.json for Perfetto.")]
 
 MOST_SKIPS = 10_000
 SKIP_MODES = (Mode.REUSE, Mode.CONDITIONAL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    """Options of every command that replays a trace on a profile."""
+
+    profile: Annotated[str, typer.Option(help="Folder of a profile, or the name of a shipped one.")]
+    trace: Annotated[
+        Path, typer.Option(help="Trace file: CSV, parquet, JSON or JSON lines, with the names of many engines.")
+    ]
+    window: Annotated[str | None, typer.Option(help="A:B, seconds of the trace as written; B excluded.")] = None
+    map: Map = None
+    sort: Sort = False
+    skip_fraction: Annotated[float, typer.Option(help="Share of a sample's steps that may skip guidance.")] = 0.0
+    skip_warmup: Annotated[int, typer.Option(help="First steps that are always guided.")] = 3
+    skip_longest_run: Annotated[int, typer.Option(help="Most skips in a row.")] = 1
+    skip_mode: Annotated[str, typer.Option(help="What a skip does: reuse or conditional.")] = "reuse"
+
+    def spec(
+        self,
+        policy: str,
+        settings: Sequence[str] | None = None,
+        decode_gpus: str = "0",
+        cluster: Path | None = None,
+        **fields: Any,
+    ) -> RunSpec:
+        """The run that is described; ``fields`` are taken as they are."""
+        from synerdiff.experiments import run, sources
+
+        budget = skip_budget(self.skip_fraction, self.skip_warmup, self.skip_longest_run, self.skip_mode)
+        if cluster is not None and decode_gpus != "0":
+            raise InputError("--decode-gpus excludes --cluster, whose workers list their decode_gpus.")
+        entry = load_policy(Path(policy)) if is_policy_file(policy) else PolicyEntry(policy=policy)
+        home = Path(entry.folder or ".")
+        known = policy_parameters(entry.policy, home)
+        parameters = _own_parameters(policy, entry) | parameter_values(entry.policy, known, settings or [])
+        if entry.skip_budget is not None:
+            if budget != NO_SKIPS or fields.get("min_ssim") is not None:
+                raise InputError(f"{policy} holds a skip budget, which excludes --min-ssim and the options --skip-...")
+            section = entry.skip_budget
+            budget = section.budget if section.min_ssim is None else NO_SKIPS
+            fields |= {"min_ssim": section.min_ssim, "fidelity": section.fidelity and Path(section.fidelity)}
+        if not entry.may_skip:
+            budget, fields = NO_SKIPS, fields | {"min_ssim": None, "fidelity": None}
+        return run.RunSpec(
+            profile=find_profile(self.profile),
+            source=sources.trace_source(self.trace, window_of(self.window), self.map, self.sort),
+            policy=entry.policy,
+            parameters=parameters,
+            base_folder=home,
+            decode_gpus=decode_lanes(decode_gpus),
+            cluster=None if cluster is None else load_cluster(cluster),
+            budget=budget,
+            steps_scale=entry.steps_scale,
+            **fields,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ReplayOptions):
+    """Options of ``simulate`` and ``run``."""
+
+    policy: Annotated[str, typer.Option(help="Name of a policy, module:Class, or a policy file (YAML).")]
+    out: Annotated[Path, typer.Option(help="Folder for the records.")]
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, a parameter of the policy; may be repeated.")
+    ] = None
+    load: Annotated[float | None, typer.Option(help="Stretch the arrivals to this load.")] = None
+    rate: Annotated[float | None, typer.Option(help="Stretch the arrivals to so many requests a second.")] = None
+    time_scale: Annotated[float | None, typer.Option(help="Multiply every arrival by this.")] = None
+    max_concurrency: Annotated[
+        int | None, typer.Option(help="Closed loop: at most so many requests in the system, sent as others end.")
+    ] = None
+    slo: Annotated[
+        float | None, typer.Option(help="Latency limit in seconds of a request that has none of its own.")
+    ] = None
+    decode_gpus: Annotated[str, typer.Option(help="GPU of each decode lane, separated by commas.")] = "0"
+    cluster: Annotated[Path | None, typer.Option(help="Cluster file (YAML): workers, adapters, links.")] = None
+    min_ssim: Annotated[
+        float | None,
+        typer.Option(
+            help="Floor on image fidelity instead: the cheapest skipping whose mean SSIM stays above it, by the "
+            "fidelity table."
+        ),
+    ] = None
+    fidelity: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the fidelity table (default: beside the profile, else the one of its model)."),
+    ] = None
+    timeline: Annotated[bool, typer.Option("--timeline", help="Also write timeline.json for Perfetto.")] = False
+
+    def described(self, **fields: Any) -> RunSpec:
+        """The run, with the fields of ``RunSpec`` that only one of the two commands has."""
+        return self.spec(
+            self.policy,
+            self.settings,
+            self.decode_gpus,
+            self.cluster,
+            min_ssim=self.min_ssim,
+            fidelity=self.fidelity,
+            load=self.load,
+            rate_per_s=self.rate,
+            time_scale=self.time_scale,
+            max_concurrency=self.max_concurrency,
+            slo_seconds=self.slo,
+            **fields,
+        )
+
+
+def taking(group: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose first parameter is a ``group`` of options, as typer reads it: with each option a parameter.
+
+    What must be given comes first in its help, what every ``ReplayOptions`` has last.
+    """
+    hints = get_type_hints(group, include_extras=True)
+    options = [p.replace(annotation=hints[p.name]) for p in signature(group).parameters.values()]
+    last = ReplayOptions.__annotations__ if issubclass(group, ReplayOptions) else {}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def wrapper(**values: Any) -> None:
+            command(group(**{option.name: values.pop(option.name) for option in options}), **values)
+
+        own = list(signature(command, eval_str=True).parameters.values())[1:]
+        named = [p.replace(kind=p.KEYWORD_ONLY) for p in (*options, *own)]
+        named.sort(key=lambda p: 0 if p.default is p.empty else 2 if p.name in last else 1)
+        wrapper.__signature__ = Signature(named)  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
 
 
 def parameter_values(policy: str, known: Sequence[Parameter], settings: Sequence[str]) -> dict[str, Any]:
@@ -165,51 +255,6 @@ def skip_budget(fraction: float, warmup_steps: int, longest_run: int, mode: str)
     if mode not in SKIP_MODES:
         raise InputError(f"--skip-mode is '{mode}'; allowed are {' and '.join(SKIP_MODES)}.")
     return SkipBudget(round(fraction * PPM), warmup_steps, longest_run, Mode(mode))
-
-
-def run_spec(
-    profile: str,
-    trace: Path,
-    policy: str,
-    settings: Sequence[str] | None,
-    *,
-    budget: SkipBudget,
-    window: str | None,
-    mapping: str | None,
-    sort: bool,
-    decode_gpus: str,
-    cluster: Path | None,
-    **fields: Any,
-) -> RunSpec:
-    """The run that ``simulate`` and ``run`` describe with their shared options; other fields are taken as they are."""
-    from synerdiff.experiments import run, sources
-
-    if cluster is not None and decode_gpus != "0":
-        raise InputError("--decode-gpus excludes --cluster, whose workers list their decode_gpus.")
-    entry = load_policy(Path(policy)) if is_policy_file(policy) else PolicyEntry(policy=policy)
-    home = Path(entry.folder or ".")
-    known = policy_parameters(entry.policy, home)
-    parameters = _own_parameters(policy, entry) | parameter_values(entry.policy, known, settings or [])
-    if entry.skip_budget is not None:
-        if budget != NO_SKIPS or fields.get("min_ssim") is not None:
-            raise InputError(f"{policy} holds a skip budget, which excludes --min-ssim and the options --skip-...")
-        section = entry.skip_budget
-        budget = section.budget if section.min_ssim is None else NO_SKIPS
-        fields |= {"min_ssim": section.min_ssim, "fidelity": section.fidelity and Path(section.fidelity)}
-    if not entry.may_skip:
-        budget, fields = NO_SKIPS, fields | {"min_ssim": None, "fidelity": None}
-    return run.RunSpec(
-        profile=find_profile(profile),
-        source=sources.trace_source(trace, window_of(window), mapping, sort),
-        policy=entry.policy,
-        parameters=parameters,
-        base_folder=home,
-        decode_gpus=decode_lanes(decode_gpus),
-        cluster=None if cluster is None else load_cluster(cluster),
-        budget=budget,
-        steps_scale=entry.steps_scale,
-        **fields,
-    )
 
 
 def _own_parameters(file: str, entry: PolicyEntry) -> dict[str, Any]:

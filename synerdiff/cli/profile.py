@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,15 +22,27 @@ profile_app = typer.Typer(add_completion=False, rich_markup_mode=None)
 import_app = typer.Typer(no_args_is_help=True, add_completion=False, help="Import what others measured.")
 profile_app.add_typer(import_app, name="import")
 
-ImportOut = Annotated[Path, typer.Option(help="Folder for the profile, which is named after it.")]
-SourceText = Annotated[str, typer.Option(help="Who published the numbers, and where; kept in profile.yaml.")]
-Estimate = Annotated[
-    str | None,
-    typer.Option(help="Card whose estimate fills what is missing, marked: slowdowns, chunks, h100, l40s, ..."),
-]
-Contention = Annotated[str, typer.Option(help="With --estimate: low, mid, high or a number from 0 to 3.")]
 WarmUp = Annotated[int, typer.Option(min=0, max=1000, help="First steps to leave out.")]
 Guided = Annotated[bool, typer.Option("--guided/--unguided", help="Whether an image takes two rows of a step.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Options of every import."""
+
+    out: Annotated[Path, typer.Option(help="Folder for the profile, which is named after it.")]
+    guided: Guided = True
+    estimate: Annotated[
+        str | None,
+        typer.Option(help="Card whose estimate fills what is missing, marked: slowdowns, chunks, h100, l40s, ..."),
+    ] = None
+    contention: Annotated[str, typer.Option(help="With --estimate: low, mid, high or a number from 0 to 3.")] = "mid"
+    source: Annotated[str, typer.Option(help="Who published the numbers, and where; kept in profile.yaml.")] = ""
+
+    @property
+    def name(self) -> str:
+        """Of the profile."""
+        return self.out.resolve().name
 
 
 @profile_app.callback(invoke_without_command=True)
@@ -165,21 +178,18 @@ def batching(
 
 
 @import_app.command()
+@options.taking(ImportOptions)
 def throughput(
+    given: ImportOptions,
     images_per_s: Annotated[float, typer.Option(help="Of the whole machine, at full batches and saturated.")],
     gpus: Annotated[int, typer.Option(help="Of that machine.")],
     batch: Annotated[int, typer.Option(help="Images of a batch on one GPU.")],
     steps: Annotated[int, typer.Option(help="Denoising steps of an image.")],
-    out: ImportOut,
-    guided: Guided = True,
     model: Annotated[str, typer.Option(help="sd15 or sdxl.")] = "sdxl",
     decode_ms: Annotated[
         float, typer.Option(help="One image's decode, where it is known; else all of the time is in the steps.")
     ] = 0.0,
     gpu: Annotated[str, typer.Option(help="Card whose estimated T(rows) gives smaller batches their share.")] = "h100",
-    estimate: Estimate = None,
-    contention: Contention = "mid",
-    source: SourceText = "",
 ) -> None:
     """One GPU's profile from a machine's saturated throughput, such as MLPerf's Offline result.
 
@@ -187,22 +197,19 @@ def throughput(
     """
     from profiler import imported
 
-    of = imported.Throughput(images_per_s, gpus, batch, steps, guided, model, decode_ms, gpu, estimate)
-    _write_imported(imported.throughput_profile(of, out.resolve().name, source), out, estimate, contention)
+    of = imported.Throughput(images_per_s, gpus, batch, steps, given.guided, model, decode_ms, gpu, given.estimate)
+    _write_imported(imported.throughput_profile(of, given.name, given.source), given)
 
 
 @import_app.command()
+@options.taking(ImportOptions)
 def table(
+    given: ImportOptions,
     file: Annotated[Path, typer.Argument(help="CSV: kind (step, decode, encode), milliseconds, rows or batch.")],
-    out: ImportOut,
-    guided: Guided = True,
     model: Annotated[str, typer.Option(help="Its name, for people.")] = "",
     resolution: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH; which one, where the column resolution has several.")
     ] = None,
-    estimate: Estimate = None,
-    contention: Contention = "mid",
-    source: SourceText = "",
 ) -> None:
     """A profile from a table of times: kind (step, decode, encode), milliseconds, rows or batch, and resolution.
 
@@ -210,22 +217,19 @@ def table(
     """
     from profiler import imported
 
-    found = imported.table_profile(file, out.resolve().name, source, model, resolution, guided)
-    _write_imported(found, out, estimate, contention)
+    found = imported.table_profile(file, given.name, given.source, model, resolution, given.guided)
+    _write_imported(found, given)
 
 
 @import_app.command()
+@options.taking(ImportOptions)
 def sglang(
+    given: ImportOptions,
     files: Annotated[list[Path], typer.Argument(help="Dumps of --perf-dump-path.")],
     batch: Annotated[str, typer.Option(help="Images of a batch, which dumps do not name: one number, or one a file.")],
     resolution: Annotated[str, typer.Option(help="HEIGHTxWIDTH, which dumps do not name.")],
-    out: ImportOut,
-    guided: Guided = True,
     model: Annotated[str, typer.Option(help="Its name; sd15 or sdxl for --estimate.")] = "",
     warm_up: WarmUp = 1,
-    estimate: Estimate = None,
-    contention: Contention = "mid",
-    source: SourceText = "",
 ) -> None:
     """A profile from SGLang's performance dumps: steps, decode and text encoding.
 
@@ -234,26 +238,21 @@ def sglang(
     from profiler import engine_logs as logs
 
     size = logs.size_of(resolution)
-    times = logs.sglang_times(files, logs.batches_of(batch, len(files)), guided, warm_up)
-    _write_imported(
-        logs.engine_profile(times, out.resolve().name, source or "SGLang", model, size), out, estimate, contention
-    )
+    times = logs.sglang_times(files, logs.batches_of(batch, len(files)), given.guided, warm_up)
+    _write_imported(logs.engine_profile(times, given.name, given.source or "SGLang", model, size), given)
 
 
 @import_app.command("vllm-omni")
+@options.taking(ImportOptions)
 def vllm_omni(
+    given: ImportOptions,
     files: Annotated[list[Path], typer.Argument(help="Logs with lines of [DiffusionBatchProfiler].")],
     resolution: Annotated[str, typer.Option(help="HEIGHTxWIDTH: which of the logged batches count.")],
-    out: ImportOut,
     unit: Annotated[
         str | None, typer.Option(help="s, ms, us or ns: of times that the lines give without a unit.")
     ] = None,
-    guided: Guided = True,
     model: Annotated[str, typer.Option(help="Its name; sd15 or sdxl for --estimate.")] = "",
     warm_up: WarmUp = 1,
-    estimate: Estimate = None,
-    contention: Contention = "mid",
-    source: SourceText = "",
 ) -> None:
     """A profile from the lines of vllm-omni's batching profiler: steps alone.
 
@@ -264,18 +263,17 @@ def vllm_omni(
     if unit is not None and unit not in logs.UNITS_NS:
         raise InputError(f"--unit is {unit!r}; allowed are {', '.join(logs.UNITS_NS)}.")
     size = logs.size_of(resolution)
-    times = logs.vllm_omni_times(files, size, unit, guided, warm_up)
-    _write_imported(
-        logs.engine_profile(times, out.resolve().name, source or "vllm-omni", model, size), out, estimate, contention
-    )
+    times = logs.vllm_omni_times(files, size, unit, given.guided, warm_up)
+    _write_imported(logs.engine_profile(times, given.name, given.source or "vllm-omni", model, size), given)
 
 
-def _write_imported(found: Profile, out: Path, estimate: str | None = None, contention: str = "mid") -> None:
+def _write_imported(found: Profile, given: ImportOptions) -> None:
     """With what is missing estimated where that is asked for, and with what is to be known about it."""
-    if estimate is not None:
+    out = given.out
+    if given.estimate is not None:
         from profiler.engine_logs import filled
 
-        found = filled(found, estimate, contention)
+        found = filled(found, given.estimate, given.contention)
     for fact in found.head.notes.get("said", ()):
         typer.echo(f"  {fact}")
     claim_folder(out, "profile import")

@@ -19,33 +19,14 @@ from synerdiff.core import InputError
 from synerdiff.files import claim_folder, require_writable_folder
 
 
+@options.taking(options.RunOptions)
 def run(
-    profile: options.ProfileName,
-    trace: options.TraceFile,
-    policy: options.PolicyName,
-    out: options.OutFolder,
+    given: options.RunOptions,
     model: Annotated[
         str | None, typer.Option(help="digits, sd15, sdxl, a checkpoint folder or a hub name (default: the profile's).")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     execution: options.ExecutionOption = None,
-    settings: options.Settings = None,
-    load: options.LoadOption = None,
-    rate: options.RateOption = None,
-    time_scale: options.TimeScale = None,
-    max_concurrency: options.MaxConcurrency = None,
-    window: options.Window = None,
-    map: options.Map = None,
-    sort: options.Sort = False,
-    slo: options.Slo = None,
-    decode_gpus: options.DecodeGpus = "0",
-    cluster: options.ClusterFile = None,
-    skip_fraction: options.SkipFraction = 0.0,
-    skip_warmup: options.SkipWarmup = 3,
-    skip_longest_run: options.SkipLongestRun = 1,
-    skip_mode: options.SkipMode = "reuse",
-    min_ssim: options.MinSsim = None,
-    fidelity: options.FidelityFolder = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 (default: the profile's).")] = None,
     scheduler: Annotated[
         str | None, typer.Option(help="ddim, euler, dpm++2m or a diffusers class (default: the model's own).")
@@ -63,7 +44,6 @@ def run(
     watchdog: Annotated[
         float, typer.Option(help="Seconds after which a lane that does not come back is given up.")
     ] = 60,
-    timeline: options.Timeline = False,
 ) -> None:
     """Replay a trace through a policy on this machine's hardware, and write requests, work and metrics.
 
@@ -78,27 +58,8 @@ def run(
 
     if hardware.served_another_rank():
         return
-    spec = options.run_spec(
-        profile,
-        trace,
-        policy,
-        settings,
-        budget=options.skip_budget(skip_fraction, skip_warmup, skip_longest_run, skip_mode),
-        window=window,
-        mapping=map,
-        sort=sort,
-        decode_gpus=decode_gpus,
-        cluster=cluster,
-        min_ssim=min_ssim,
-        fidelity=fidelity,
-        scheduler=scheduler,
-        load=load,
-        rate_per_s=rate,
-        time_scale=time_scale,
-        max_concurrency=max_concurrency,
-        slo_seconds=slo,
-    )
-    claim_folder(out, "run")
+    spec = given.described(scheduler=scheduler)
+    claim_folder(given.out, "run")
     if images is not None:
         _require_empty(images)
     prepared = run.prepare(spec)
@@ -115,15 +76,12 @@ def run(
         execution=execution,
     )
     engine.require(prepared)
-    with (
-        engine,
-        stop_on_interrupt(engine.stop),
-        progress("running", prepared.images) as on_progress,
-    ):
+    with engine, stop_on_interrupt(engine.stop), progress("running", prepared.images) as on_progress:
         outcome = run.execute(prepared, engine, on_progress)
-        outcome.write(out, timeline)
+        outcome.write(given.out, given.timeline)
     facts = outcome.served.facts
-    options.report(outcome, f"{out}: {policy} on {facts['device']}, {trace.name}", hardware.hardware_lines(facts))
+    title = f"{given.out}: {given.policy} on {facts['device']}, {given.trace.name}"
+    options.report(outcome, title, hardware.hardware_lines(facts))
     if engine.hung:
         print(engine.error, file=sys.stderr)
         if engine.device.startswith("cuda"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,69 +80,59 @@ def describe(
             typer.echo(f"{path}: written")
 
 
-@trace_app.command()
-def generate(
-    kind: Annotated[str, typer.Argument(help="poisson, gamma, mmpp, gentd26-like or mlperf (LoadGen's schedule).")],
-    out: Annotated[Path, typer.Option(help="The trace to write (.csv).")],
-    requests: Annotated[int | None, typer.Option(help="How many requests; or give --duration.")] = None,
-    duration: Annotated[float | None, typer.Option(help="Seconds that the trace covers.")] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Mean requests per second (default 1; gentd26-like: 0.013483).")
-    ] = None,
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Options of ``generate`` that are fields of a ``TraceSpec``."""
+
+    requests: Annotated[int | None, typer.Option(help="How many requests; or give --duration.")] = None
+    duration_s: Annotated[float | None, typer.Option("--duration", help="Seconds that the trace covers.")] = None
+    rate_per_s: Annotated[
+        float | None, typer.Option("--rate", help="Mean requests per second (default 1; gentd26-like: 0.013483).")
+    ] = None
     min_requests: Annotated[
         int | None, typer.Option(help="mlperf: go on after --duration until there are so many.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Same seed, same trace.")] = 0,
+    ] = None
+    seed: Annotated[int, typer.Option(help="Same seed, same trace.")] = 0
     mix: Annotated[
         str | None,
         typer.Option(
             help="Steps and images: gentd26, fixed, guided-20-50, unguided-4 or unguided-8 (4 or 8 steps); "
             "default gentd26, for mlperf fixed."
         ),
-    ] = None,
-    mix_file: Annotated[
-        Path | None, typer.Option(help="Shapes of requests with weights, as vllm-omni's random requests (JSON).")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps per image; with --mix fixed (default 30).")] = None,
-    images: Annotated[int | None, typer.Option(help="Images per request; with --mix fixed (default 1).")] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="Guidance scale; with --mix fixed (default 7.5).")
-    ] = None,
-    cv: Annotated[float | None, typer.Option(help="gamma: standard deviation / mean of the gaps (default 2).")] = None,
-    burst_ratio: Annotated[float | None, typer.Option(help="mmpp: rate in bursts / rate outside (default 5).")] = None,
-    burst_share: Annotated[float | None, typer.Option(help="mmpp: share of time in bursts (default 0.2).")] = None,
-    burst_s: Annotated[float | None, typer.Option(help="mmpp: mean length of a burst in seconds (default 60).")] = None,
+    ] = None
+    steps: Annotated[int | None, typer.Option(help="Steps per image; with --mix fixed (default 30).")] = None
+    images: Annotated[int | None, typer.Option(help="Images per request; with --mix fixed (default 1).")] = None
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale; with --mix fixed (default 7.5).")] = None
+    cv: Annotated[float | None, typer.Option(help="gamma: standard deviation / mean of the gaps (default 2).")] = None
+    burst_ratio: Annotated[float | None, typer.Option(help="mmpp: rate in bursts / rate outside (default 5).")] = None
+    burst_share: Annotated[float | None, typer.Option(help="mmpp: share of time in bursts (default 0.2).")] = None
+    burst_s: Annotated[float | None, typer.Option(help="mmpp: mean length of a burst in seconds (default 60).")] = None
     loras: Annotated[
         str | None, typer.Option(help="none or gentd26 (default: gentd26 for gentd26-like, else none).")
+    ] = None
+
+
+@trace_app.command()
+@options.taking(GenerateOptions)
+def generate(
+    given: GenerateOptions,
+    kind: Annotated[str, typer.Argument(help="poisson, gamma, mmpp, gentd26-like or mlperf (LoadGen's schedule).")],
+    out: Annotated[Path, typer.Option(help="The trace to write (.csv).")],
+    mix_file: Annotated[
+        Path | None, typer.Option(help="Shapes of requests with weights, as vllm-omni's random requests (JSON).")
     ] = None,
 ) -> None:
     """Generate a trace with a seed."""
     from traces.generate import generate_trace
 
-    shapes = None if mix_file is None else read_shapes(mix_file, steps)
-    fields = {
-        "kind": kind,
-        "requests": requests,
-        "min_requests": min_requests,
-        "duration_s": duration,
-        "rate_per_s": rate,
-        "seed": seed,
-        "mix": mix,
-        "shapes": shapes,
-        "steps": steps if mix_file is None else None,
-        "images": images,
-        "guidance_scale": guidance_scale,
-        "cv": cv,
-        "burst_ratio": burst_ratio,
-        "burst_share": burst_share,
-        "burst_s": burst_s,
-        "loras": loras,
-    }
-    spec = trace_spec({key: value for key, value in fields.items() if value is not None}, "trace generate")
+    fields = {name: value for name, value in asdict(given).items() if value is not None} | {"kind": kind}
+    if mix_file is not None:
+        fields["shapes"] = read_shapes(mix_file, fields.pop("steps", None))
+    spec = trace_spec(fields, "trace generate")
     require_trace_target(out)
     generated = generate_trace(spec)
     write_trace(out, generated)
-    typer.echo(f"{out}: {len(generated):,} requests, {_duration(generated[-1].arrival_ns / 1e9)}, seed {seed}")
+    typer.echo(f"{out}: {len(generated):,} requests, {_duration(generated[-1].arrival_ns / 1e9)}, seed {given.seed}")
 
 
 @trace_app.command()

@@ -17,9 +17,9 @@ DEFAULT_POLICIES = ("dynamic", "continuous-serial", "continuous-parallel", "syne
 DEFAULT_LOADS = (0.5, 0.8)
 
 
+@options.taking(options.ReplayOptions)
 def validate(
-    profile: options.ProfileName,
-    trace: options.TraceFile,
+    given: options.ReplayOptions,
     out: Annotated[Path, typer.Option(help="Folder for the report.")],
     policy: Annotated[
         list[str] | None,
@@ -34,13 +34,6 @@ def validate(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     execution: options.ExecutionOption = None,
     tolerance: Annotated[str | None, typer.Option(help="strict or cpu (default: cpu on a CPU, else strict).")] = None,
-    window: options.Window = None,
-    map: options.Map = None,
-    sort: options.Sort = False,
-    skip_fraction: options.SkipFraction = 0.0,
-    skip_warmup: options.SkipWarmup = 3,
-    skip_longest_run: options.SkipLongestRun = 1,
-    skip_mode: options.SkipMode = "reuse",
 ) -> None:
     """Profile cells and run policies in turn, simulate the same, and report every error against stated tolerances.
 
@@ -51,18 +44,7 @@ def validate(
 
     limits = errors.tolerance_of(tolerance or ("cpu" if device == "cpu" else "strict"))
     policies = tuple(dict.fromkeys(policy or DEFAULT_POLICIES))
-    spec = options.run_spec(
-        profile,
-        trace,
-        policies[0],
-        None,
-        budget=options.skip_budget(skip_fraction, skip_warmup, skip_longest_run, skip_mode),
-        window=window,
-        mapping=map,
-        sort=sort,
-        decode_gpus="0",
-        cluster=None,
-    )
+    spec = given.spec(policies[0])
     loads = (*dict.fromkeys(load or DEFAULT_LOADS), *([session.SATURATION] if saturation else []))
     plan = session.ValidationPlan(spec, policies, loads, repeats)
     name = session.require(plan, model)
