@@ -43,19 +43,8 @@ WORDS_AIM, INTERVALS_AIM = 0.95, 0.93
 HEADERS = ("load", "runs", STABLE, NEAR, SATURATED, "word right", "intervals", "covering")
 
 
-def exactly(time_ns: int) -> Spread:
-    return Spread(time_ns, time_ns, time_ns, 0)
-
-
-SERVER = Profile(
-    name="one-second",
-    provenance="estimated",
-    row_buckets=None,
-    steps={1: exactly(NS_PER_S - 1)},
-    chunks={"whole": (exactly(1),)},
-    corun={},
-    overheads={},
-)
+STEPS, WHOLE = {1: Spread.exactly(NS_PER_S - 1)}, {"whole": (Spread.exactly(1),)}
+SERVER = Profile("one-second", "estimated", None, STEPS, WHOLE, corun={}, overheads={})
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,7 @@ class Session:
         for (name, at), samples in self.samples.items():
             tables.setdefault(name, {})[at] = spread_of(samples)
         for (name, at), value in self._constants.items():
-            tables.setdefault(name, {})[at] = Spread(value, value, value, 1)
+            tables.setdefault(name, {})[at] = Spread.exactly(value, 1)
         return tables
 
     # --- LoRAs --------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import permutations, product
@@ -69,7 +69,10 @@ class MeasuringPlan:
         self.settings, self.sizes = settings, tuple(sizes)
         counts = [count for count in settings.chunk_counts if count <= len(atoms_ns)]
         self.chunkings = (WHOLE, *(choose_cuts(atoms_ns, count) for count in counts))
-        self.longest = {cut.name: _longest(cut, atoms_ns) for cut in self.chunkings}
+        self.longest: dict[str, int] = {}
+        for cut in self.chunkings:
+            times_ns = [sum(atoms_ns[i] for i in atoms) for atoms in cut.ranges(len(atoms_ns))]
+            self.longest[cut.name] = times_ns.index(max(times_ns))
         cells = [
             Cell(cut.name, chunk, rows, step_at, chunk_at)
             for step_at, chunk_at in product(self.sizes, self.sizes)
@@ -108,11 +111,8 @@ class MeasuringPlan:
         InputError while the first resolution has none."""
         ends: dict[str, tuple[int, int]] = {}
         for at in self.sizes:
-            own = [
-                cell for cell in self.cells if cell.chunking == "whole" and (cell.step_at, cell.chunk_at) == (at, at)
-            ]
-            beside = [cell.rows for cell in own if self._usable(cell, corun)]
-            if beside:
+            own = [cell for cell in self.cells if cell[:1] + cell[3:] == ("whole", at, at)]
+            if beside := [cell.rows for cell in own if cell.key in corun and not self.held_out(cell)]:
                 ends[at] = (min(beside), max(beside))
         if self.sizes[0] not in ends:
             raise InputError("Nothing can be made of this measurement yet: no step was measured beside a decode.")
@@ -127,9 +127,6 @@ class MeasuringPlan:
             )
         ]
         return ends, tuple(full)
-
-    def _usable(self, cell: Cell, corun: Mapping[str, Any]) -> bool:
-        return cell.key in corun and not self.held_out(cell)
 
     def missing(self, tables: Tables) -> dict[str, Any]:
         """What a finished measurement would have and this one lacks, for profile.yaml; empty when it is finished."""
@@ -148,11 +145,6 @@ class MeasuringPlan:
         if once := sum(cell.key in corun and cell.key not in again for cell in self.cells):
             missing["pairs_visited_less_than_twice"] = once
         return missing
-
-
-def _longest(cut: Chunking, atoms_ns: Sequence[int]) -> int:
-    times_ns = [sum(atoms_ns[i] for i in atoms) for atoms in cut.ranges(len(atoms_ns))]
-    return times_ns.index(max(times_ns))
 
 
 def assemble(
@@ -178,7 +170,8 @@ def assemble(
             if (cell.step_at, cell.chunk_at) == (step_at, chunk_at) and within and cell.key in tables["corun"]:
                 step, chunk = (spread_of(samples) for samples in tables["corun"][cell.key])
                 corun.setdefault((cell.chunking, cell.chunk), {})[cell.rows] = Corun(step, chunk, plan.held_out(cell))
-        return {key: dict(sorted(corun[key].items())) for key in sorted(corun, key=_table_place(chunkings))}
+        ordered = sorted(corun, key=lambda key: (names.index(key[0]), key[1]))
+        return {key: dict(sorted(corun[key].items())) for key in ordered}
 
     def sized(at: str, face: Bench) -> Profile:
         def steps(rows: Iterable[int]) -> dict[int, Spread]:
@@ -224,11 +217,6 @@ def assemble(
     return profile
 
 
-def _table_place(chunkings: Sequence[Chunking]) -> Callable[[tuple[str, int]], tuple[int, int]]:
-    names = [cut.name for cut in chunkings]
-    return lambda key: (names.index(key[0]), key[1])
-
-
 def _overhead(name: str, solo: Mapping[str, Any]) -> Spread:
     if f"overhead {name}" not in solo:
         return Spread(0, 0, 0, 0)
@@ -247,8 +235,7 @@ def with_deciding(overheads: Mapping[str, Spread], deciding_ns: Sequence[int]) -
 def _launch(rows: int, solo: Mapping[str, Any], at: str) -> Spread:
     """What a step takes longer on an idle lane than behind another: the medians' difference, never below 0."""
     idle, queued_ns = spread_of(solo[f"overhead idle {rows}"][0]), spread_of(solo[point(f"step {rows}", at)][0]).median
-    median_ns, p10, p90 = (max(0, value - queued_ns) for value in (idle.median, idle.p10, idle.p90))
-    return Spread(median_ns, p10, p90, idle.n)
+    return idle.each(lambda value: max(0, value - queued_ns))
 
 
 def _head(chunkings: Sequence[Chunking], bench: Bench, watch: GpuWatch | None, notes: dict[str, Any]) -> Head:
@@ -313,30 +300,26 @@ def decode_slowdowns(profile: Profile, chunking: str, rows: int) -> tuple[float,
     return beside / progress, beside / alone
 
 
-def overlap(profile: Profile, rows: Iterable[int]) -> dict[str, dict[int, float]]:
+def overlap(profile: Profile, rows: Sequence[int]) -> dict[str, dict[int, float]]:
     """1/s_u + 1/s_v of a decode, by chunking and rows; above 1 running beside pays."""
-    rows = list(rows)
     return {
         chunking: {r: round(sum(1 / s for s in decode_slowdowns(profile, chunking, r)), 4) for r in rows}
         for chunking in profile.chunkings
     }
 
 
-def kappa(profile: Profile, rows: Iterable[int]) -> dict[str, dict[int, dict[str, float]]]:
+def kappa(profile: Profile, rows: Sequence[int]) -> dict[str, dict[int, dict[str, float]]]:
     """Slowdown with chunks / slowdown with the whole decode, per chunking, rows and side.
 
     Below 1 chunks contend less than a whole decode, and chunking alone raises throughput.
     """
-    rows = list(rows)
-    ratios: dict[str, dict[int, dict[str, float]]] = {}
-    for chunking in profile.chunkings:
-        if chunking == "whole":
-            continue
-        ratios[chunking] = {}
-        for r in rows:
-            cut, whole = decode_slowdowns(profile, chunking, r), decode_slowdowns(profile, "whole", r)
-            ratios[chunking][r] = {"step": round(cut[0] / whole[0], 4), "chunk": round(cut[1] / whole[1], 4)}
-    return ratios
+    whole = {r: decode_slowdowns(profile, "whole", r) for r in rows}
+
+    def ratios(chunking: str, r: int) -> dict[str, float]:
+        both = zip(decode_slowdowns(profile, chunking, r), whole[r], strict=True)
+        return {side: round(cut / own, 4) for side, (cut, own) in zip(("step", "chunk"), both, strict=True)}
+
+    return {name: {r: ratios(name, r) for r in rows} for name in profile.chunkings if name != "whole"}
 
 
 def held_out_error(profile: Profile) -> dict[str, dict[str, float]]:
@@ -390,9 +373,8 @@ def dispersion(profile: Profile) -> dict[str, float]:
     }
 
 
-def findings(profile: Profile, rows: Iterable[int]) -> dict[str, Any]:
+def findings(profile: Profile, rows: Sequence[int]) -> dict[str, Any]:
     """All of the above at these rows, for profile.yaml."""
-    rows = list(rows)
     return {
         "held_out_error": held_out_error(profile),
         "dispersion": dispersion(profile),

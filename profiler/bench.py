@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -81,6 +82,8 @@ def lane_cores() -> tuple[int, int]:
     return cores[0], cores[1 if len(cores) > 1 else 0]
 
 
+Again = Callable[[], Callable[[], object]]
+"""What gives a piece of work to run once more; called by the thread that submits it."""
 SAMPLE_STEPS = 50
 GUIDANCE = 7.5
 UNGUIDED = 1.0
@@ -104,6 +107,7 @@ class TimedStep:
         self._steps_left = 0
 
     def again(self) -> Callable[[], object]:
+        """What to run for one more step."""
         if self._steps_left == 0:
             self._states = [
                 self._model.start(seed, SAMPLE_STEPS, guidance, condition=condition)
@@ -116,33 +120,20 @@ class TimedStep:
         return lambda: model.step(states)
 
 
-class TimedChunk:
+def timed_chunk(function: ChunkFunction, hidden: torch.Tensor) -> Again:
     """One chunk, always on the same input (what the chunk before it made). Its output is dropped."""
 
-    def __init__(self, function: ChunkFunction, hidden: torch.Tensor) -> None:
-        self._function, self._hidden = function, hidden
+    def run() -> None:
+        function(hidden)
 
-    def again(self) -> Callable[[], object]:
-        return self._run
-
-    def _run(self) -> None:
-        self._function(self._hidden)
+    return lambda: run
 
 
-class LinkedChunk:
-    """A chunk of a decode that goes on from what the chunk before it has just made, as in a real decode."""
-
-    def __init__(self, function: ChunkFunction, hidden: list[torch.Tensor], first: torch.Tensor | None) -> None:
-        self._function, self._hidden, self._first = function, hidden, first
-
-    def again(self) -> Callable[[], object]:
-        return self._run
-
-    def _run(self) -> None:
-        self._hidden[0] = self._function(self._hidden[0] if self._first is None else self._first)
-
-
-def linked(functions: Sequence[ChunkFunction], latent: torch.Tensor) -> list[LinkedChunk]:
-    """The chunks of one decode, to be run in order on one lane."""
+def linked(functions: Sequence[ChunkFunction], latent: torch.Tensor) -> list[Again]:
+    """The chunks of one decode, to be run in order on one lane, each on what the one before has just made."""
     hidden = [latent]
-    return [LinkedChunk(function, hidden, None if index else latent) for index, function in enumerate(functions)]
+
+    def run(index: int, function: ChunkFunction) -> None:
+        hidden[0] = function(hidden[0] if index else latent)
+
+    return [partial(partial, run, *pair) for pair in enumerate(functions)]

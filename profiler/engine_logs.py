@@ -16,11 +16,12 @@ from typing import Any
 
 from profiler.datasheets import MODELS
 from profiler.estimate import estimate_profile
+from profiler.imported import imported_profile
 from synerdiff.core import InputError
 from synerdiff.files import finite, read_text, shown
 from synerdiff.profile.tables import Head, Profile, Spread
+from traces.cells import UNITS_NS as UNITS_NS
 
-UNITS_NS = {"s": 1e9, "ms": 1e6, "us": 1e3, "ns": 1.0}
 PATCH_PIXELS = 16
 """A compute unit of vllm-omni is a patch of 16 by 16 pixels."""
 WARM_UP = 1
@@ -58,7 +59,7 @@ def batches_of(text: str, files: int) -> list[int]:
         raise InputError(f"--batch is {shown(repr(text))}; numbers from 1 to 4096 are needed, separated by commas.")
     if len(parts) not in (1, files):
         raise InputError(f"--batch has {len(parts)} numbers for {files} files; give one for all, or one for each.")
-    return [int(part) for part in parts] * (files if len(parts) == 1 else 1)
+    return [int(part) for part in parts] * (files // len(parts))
 
 
 def sglang_times(files: Sequence[Path], batches: Sequence[int], guided: bool, warm_up: int = WARM_UP) -> EngineTimes:
@@ -191,16 +192,10 @@ def engine_profile(times: EngineTimes, name: str, source: str, model: str, size:
         "cells": {"steps": "imported", "decode": "imported" if times.decodes else "not in the logs: taken as nothing"},
         "said": list(times.facts),
     }
-    return Profile(
-        name=name,
-        provenance="imported",
-        row_buckets=None,
-        steps={rows: _spread_of(steps) for rows, steps in sorted(times.steps.items())},
-        chunks={"whole": (_spread_of(times.decodes or [1.0]),)},
-        corun={},
-        overheads={"text_encode": _spread_of(times.encodes)} if times.encodes else {},
-        head=Head(model=model, resolutions=(size,), source=source, notes=notes),
-    )
+    steps = {rows: _spread_of(steps) for rows, steps in sorted(times.steps.items())}
+    overheads = {"text_encode": _spread_of(times.encodes)} if times.encodes else {}
+    head = Head(model=model, resolutions=(size,), source=source, notes=notes)
+    return imported_profile(name, steps, _spread_of(times.decodes or [1.0]), overheads, head)
 
 
 def _spread_of(values: Sequence[float]) -> Spread:
@@ -226,7 +221,8 @@ def filled(profile: Profile, gpu: str, contention: str) -> Profile:
     known = whole.median > 1
     scale = whole.median / estimate.decode_ns() if known else 1.0
     chunks = {
-        name: tuple(_estimated(piece.median * scale) for piece in pieces) for name, pieces in estimate.chunks.items()
+        name: tuple(Spread.exactly(piece.median * scale) for piece in pieces)
+        for name, pieces in estimate.chunks.items()
     }
     most = max(profile.steps)
     corun = {
@@ -243,13 +239,8 @@ def filled(profile: Profile, gpu: str, contention: str) -> Profile:
     }
     return replace(
         profile,
-        chunks={**chunks, "whole": (whole if known else _estimated(estimate.decode_ns()),)},
+        chunks={**chunks, "whole": (whole if known else Spread.exactly(estimate.decode_ns()),)},
         corun=corun,
         overheads={**estimate.overheads, **profile.overheads},
         head=profile.head.model_copy(update={"notes": {**profile.head.notes, "cells": cells}}),
     )
-
-
-def _estimated(time_ns: float) -> Spread:
-    exactly = max(1, round(time_ns))
-    return Spread(exactly, exactly, exactly, 0)

@@ -17,7 +17,7 @@ than taking turns (caches thrash). Low, mid (0.5, the default) and high should a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations, pairwise, permutations
+from itertools import accumulate, combinations, pairwise, permutations
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -87,8 +87,14 @@ class Estimated(NamedTuple):
 
     def corun(self, beside: Estimated) -> dict[tuple[str, int], dict[int, Corun]]:
         """Slowdowns of these steps and the chunks of one or another resolution."""
+
+        def cell(rows: int, chunk: Occupancy) -> Corun:
+            pair = slowdowns(self.steps[rows], chunk, self.contention)
+            step_ppm, chunk_ppm = (Spread.exactly(PPM * slowdown) for slowdown in pair)
+            return Corun(step_ppm, chunk_ppm, held_out=False)
+
         return {
-            (name, i): {rows: _corun_cell(self.steps[rows], piece, self.contention) for rows in CORUN_ROWS}
+            (name, i): {rows: cell(rows, piece) for rows in CORUN_ROWS}
             for name, pieces in beside.chunks.items()
             for i, piece in enumerate(pieces)
         }
@@ -153,22 +159,19 @@ def estimated(
     if not 1e-3 <= link_gb_per_s <= 1e6:
         raise InputError(f"link-gb-per-s is {link_gb_per_s:g}; allowed is a number from 0.001 to 1000000.")
     own_size, usual = f"{network.resolution}x{network.resolution}", f"{CONTENTION_LEVELS[DEFAULT_CONTENTION]:g}"
-    options = [
-        (f"--{flag} {value}", text)
-        for flag, value, default, text in (
-            ("resolution", f"{height}x{width}", own_size, f"{height}x{width}"),
-            ("execution", execution, "compiled", execution),
-            ("precision", precision, "bf16", precision),
-            ("vae-precision", str(vae_bits), "16", f"vae{vae_bits}"),
-            ("contention", f"{severity:.15g}", usual, f"contention{severity:g}"),
-            ("decode-scale", f"{decode_scale:.15g}", "1", f"decode{decode_scale:g}"),
-            ("degrees", ",".join(map(str, degrees)), "", ""),
-            ("link-gb-per-s", f"{link_gb_per_s:.15g}", f"{NVLINK_GB_PER_S:.15g}", ""),
-        )
-        if value != default
-    ]
-    name = "-".join([f"{gpu}-{model}-estimated", *(text for _, text in options if text)])
-    command = " ".join([f"synerdiff estimate --gpu {gpu} --model {model}", *(option for option, _ in options)])
+    name, command = f"{gpu}-{model}-estimated", f"synerdiff estimate --gpu {gpu} --model {model}"
+    for flag, value, default, ending in (
+        ("resolution", f"{height}x{width}", own_size, f"-{height}x{width}"),
+        ("execution", execution, "compiled", f"-{execution}"),
+        ("precision", precision, "bf16", f"-{precision}"),
+        ("vae-precision", str(vae_bits), "16", f"-vae{vae_bits}"),
+        ("contention", f"{severity:.15g}", usual, f"-contention{severity:g}"),
+        ("decode-scale", f"{decode_scale:.15g}", "1", f"-decode{decode_scale:g}"),
+        ("degrees", ",".join(map(str, degrees)), "", ""),
+        ("link-gb-per-s", f"{link_gb_per_s:.15g}", f"{NVLINK_GB_PER_S:.15g}", ""),
+    ):
+        if value != default:
+            name, command = name + ending, f"{command} --{flag} {value}"
     head = _head(gpu, model, (height, width), mode, vae_bits, severity, decode_scale, command)
     if degrees:
         head.notes["assumptions"]["link"] = {
@@ -176,6 +179,7 @@ def estimated(
             "unit": "GB/s between GPUs that take a step together, one direction",
             "source": "option --link-gb-per-s; each GPU has an equal share of the pixels (profiler/estimate.py)",
         }
+    link_bytes_per_s = link_gb_per_s * 1e9
     profile = Profile(
         name=name,
         provenance="estimated",
@@ -185,11 +189,8 @@ def estimated(
         corun={},
         overheads={key: _exactly(value) for key, value in overheads.items()},
         degrees={
-            degree: {
-                rows: _exactly(together(operations, rows, device, mode, degree, link_gb_per_s * 1e9))
-                for rows in ROW_BUCKETS
-            }
-            for degree in degrees
+            g: {r: _exactly(together(operations, r, device, mode, g, link_bytes_per_s)) for r in ROW_BUCKETS}
+            for g in degrees
         },
         head=head,
     )
@@ -237,8 +238,7 @@ def estimate_profiles(resolution: str, *given: Any, **fields: Any) -> Profile:
 
 
 def _exactly(seconds: float) -> Spread:
-    ns = max(1, round(seconds * NS_PER_S))
-    return Spread(ns, ns, ns, 0)
+    return Spread.exactly(seconds * NS_PER_S)
 
 
 def _cut(pieces: list[Occupancy], count: int) -> list[list[Occupancy]]:
@@ -246,9 +246,7 @@ def _cut(pieces: list[Occupancy], count: int) -> list[list[Occupancy]]:
 
     All cuts are tried: 20 layers into 8 chunks is 50,388 of them.
     """
-    until = [0]
-    for piece in pieces:
-        until.append(until[-1] + round(piece.seconds * NS_PER_S))
+    until = [0, *accumulate(round(piece.seconds * NS_PER_S) for piece in pieces)]
 
     def unevenness(cuts: tuple[int, ...]) -> tuple[int, int]:
         lengths = [until[high] - until[low] for low, high in pairwise((0, *cuts, len(pieces)))]
@@ -282,11 +280,6 @@ def slowdowns(step: Occupancy, chunk: Occupancy, contention: float) -> tuple[flo
     return pair[0], pair[1]
 
 
-def _corun_cell(step: Occupancy, chunk: Occupancy, contention: float) -> Corun:
-    step_ppm, chunk_ppm = (round(PPM * slowdown) for slowdown in slowdowns(step, chunk, contention))
-    return Corun(Spread(step_ppm, step_ppm, step_ppm, 0), Spread(chunk_ppm, chunk_ppm, chunk_ppm, 0), held_out=False)
-
-
 def _head(
     gpu: str,
     model: str,
@@ -305,47 +298,40 @@ def _head(
     sheet, counted = "data sheet", "counted on the public diffusers configuration"
     fitted = "fitted on published times (synerdiff/validation/published_times.csv)"
     low, high = BAND[mode.execution]
-
-    def assumption(value: float, unit: str, source: str) -> dict[str, Any]:
-        return {"value": float(f"{value:.6g}"), "unit": unit, "source": source}
-
     own = "our assumption; no measurement"
+    sides = "0 = gaps and tails are filled and resources shared apart (low), 1 = taking turns (high)"
+    trial = "option --contention; the only published trial (vllm-omni#5885: -0.15%) lies at the high end"
+    power = device.watts * FLOPS_PER_JOULE[device.process] / 1e12
+    assumptions = (
+        ("peak", device.peak_flops / 1e12, "TFLOP/s, dense 16 bit, 32-bit sums", sheet),
+        ("power_ceiling", power, "TFLOP/s at the board's power", "FLOPs a joule, profiler/datasheets.py"),
+        ("bandwidth", device.bandwidth / 1e9, "GB/s", sheet),
+        ("operands", FITTED.feed, "16-bit FLOPs a clock and multiprocessor", fitted),
+        ("single", FITTED.single, "FLOPs of 32-bit convolutions a clock and multiprocessor", fitted),
+        ("softmax", FITTED.softmax, "32-bit FLOPs a score of attention", fitted),
+        ("bandwidth_share", FITTED.bandwidth, "share of the bandwidth", fitted),
+        ("kernel", FITTED.kernel_s * 1e6, "microseconds a kernel", fitted),
+        ("host", FITTED.host_s * 1e6, "microseconds of the host a kernel, not in engines", fitted),
+        ("step_flops", flops / 1e9, "GFLOP a row", counted),
+        ("step_activations", elements * 2 / 1e9, "GB a row", counted),
+        ("step_weights", weights * 2 / 1e9, "GB", counted),
+        ("step_kernels", kernels, "kernels a step", counted),
+        ("decode_flops", decode_flops / 1e9, "GFLOP an image", counted),
+        ("decode_activations", decode_elements * vae_bits / 8e9, "GB an image", counted),
+        ("decode_scale", decode_scale, "factor on the decode", "option --decode-scale"),
+        ("contention", contention, sides, f"{own}; {trial}"),
+        ("step_dispatch", STEP_DISPATCH_S * 1e6, "microseconds a step", own),
+        ("chunk_dispatch", CHUNK_DISPATCH_S * 1e6, "microseconds a chunk", own),
+        ("result_copy", COPY_BYTES_PER_S / 1e9, "GB/s to the host, after 100 microseconds", "PCIe 4.0 x16 in practice"),
+    )
     notes = {
         "model_title": network.title,
         "precision": mode.precision,
         "vae_bits": vae_bits,
         "n_meaning": "n is 0 in every cell: nothing was measured, and p10 = p90 = median",
         "assumptions": {
-            "peak": assumption(device.peak_flops / 1e12, "TFLOP/s, dense 16 bit, 32-bit sums", sheet),
-            "power_ceiling": assumption(
-                device.watts * FLOPS_PER_JOULE[device.process] / 1e12,
-                "TFLOP/s at the board's power",
-                "FLOPs a joule, profiler/datasheets.py",
-            ),
-            "bandwidth": assumption(device.bandwidth / 1e9, "GB/s", sheet),
-            "operands": assumption(FITTED.feed, "16-bit FLOPs a clock and multiprocessor", fitted),
-            "single": assumption(FITTED.single, "FLOPs of 32-bit convolutions a clock and multiprocessor", fitted),
-            "softmax": assumption(FITTED.softmax, "32-bit FLOPs a score of attention", fitted),
-            "bandwidth_share": assumption(FITTED.bandwidth, "share of the bandwidth", fitted),
-            "kernel": assumption(FITTED.kernel_s * 1e6, "microseconds a kernel", fitted),
-            "host": assumption(FITTED.host_s * 1e6, "microseconds of the host a kernel, not in engines", fitted),
-            "step_flops": assumption(flops / 1e9, "GFLOP a row", counted),
-            "step_activations": assumption(elements * 2 / 1e9, "GB a row", counted),
-            "step_weights": assumption(weights * 2 / 1e9, "GB", counted),
-            "step_kernels": assumption(kernels, "kernels a step", counted),
-            "decode_flops": assumption(decode_flops / 1e9, "GFLOP an image", counted),
-            "decode_activations": assumption(decode_elements * vae_bits / 8e9, "GB an image", counted),
-            "decode_scale": assumption(decode_scale, "factor on the decode", "option --decode-scale"),
-            "contention": assumption(
-                contention,
-                "0 = gaps and tails are filled and resources shared apart (low), 1 = taking turns (high)",
-                own + "; option --contention; the only published trial (vllm-omni#5885: -0.15%) lies at the high end",
-            ),
-            "step_dispatch": assumption(STEP_DISPATCH_S * 1e6, "microseconds a step", own),
-            "chunk_dispatch": assumption(CHUNK_DISPATCH_S * 1e6, "microseconds a chunk", own),
-            "result_copy": assumption(
-                COPY_BYTES_PER_S / 1e9, "GB/s to the host, after 100 microseconds", "PCIe 4.0 x16 in practice"
-            ),
+            key: {"value": float(f"{value:.6g}"), "unit": unit, "source": where}
+            for key, value, unit, where in assumptions
         },
     }
     return Head(

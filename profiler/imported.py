@@ -86,18 +86,10 @@ def throughput_profile(of: Throughput, name: str, source: str) -> Profile:
         "shape": f"T of fewer rows as estimated for {of.gpu} and {of.model}, scaled to a step of {full} rows",
         "decode": decode,
     }
-    return _profile(
-        name,
-        {rows: step_ns * time_ns / shape[full] for rows, time_ns in sorted(shape.items())},
-        decode_ns,
-        {},
-        _named(estimated.head, source, notes),
-    )
-
-
-def _named(head: Head, source: str, notes: Mapping[str, str]) -> Head:
-    """The model and the resolution of an estimate; nothing of its assumptions."""
-    return Head(model=head.model, resolutions=head.resolutions, source=source, notes=dict(notes))
+    # The model and the resolution of the estimate; nothing of its assumptions.
+    head = Head(model=estimated.head.model, resolutions=estimated.head.resolutions, source=source, notes=notes)
+    steps = {rows: Spread.exactly(step_ns * time_ns / shape[full]) for rows, time_ns in sorted(shape.items())}
+    return imported_profile(name, steps, Spread.exactly(decode_ns), {}, head)
 
 
 def table_profile(path: Path, name: str, source: str, model: str, resolution: str | None, guided: bool) -> Profile:
@@ -115,12 +107,12 @@ def table_profile(path: Path, name: str, source: str, model: str, resolution: st
         what = f"resolution {resolution} is not among them" if resolution else "choose one with --resolution"
         raise InputError(f"{path}: it has times at {', '.join(sizes)}; {what}.")
     rows = [time for time in rows if time.resolution in ("", chosen)]
-    degrees: dict[int, dict[int, float]] = {1: {}}
+    degrees: dict[int, dict[int, Spread]] = {1: {}}
     for time in (time for time in rows if time.kind == "step"):
         own = degrees.setdefault(time.degree, {})
         if time.count in own:
             raise InputError(f"{time.place}: a step of {time.count} rows is given twice.")
-        own[time.count] = time.ns
+        own[time.count] = Spread.exactly(time.ns)
     steps = degrees.pop(1)
     if not steps:
         raise InputError(f"{path}: it has no step{' on one GPU' if degrees else ''}.")
@@ -131,10 +123,9 @@ def table_profile(path: Path, name: str, source: str, model: str, resolution: st
     notes = {"imported_from": path.name} | ({} if decode_ns else {"decode": "not in the table: taken to cost nothing"})
     height, _, width = chosen.partition("x")
     head = Head(model=model, resolutions=((int(height), int(width)),) if chosen else (), source=source, notes=notes)
-    overheads = {"text_encode": encode_ns} if encode_ns else {}
-    profile = _profile(name, dict(sorted(steps.items())), decode_ns, overheads, head)
-    together = {g: {rows: _spread(time_ns) for rows, time_ns in own.items()} for g, own in sorted(degrees.items())}
-    return replace(profile, degrees=together)
+    overheads = {"text_encode": Spread.exactly(encode_ns)} if encode_ns else {}
+    profile = imported_profile(name, dict(sorted(steps.items())), Spread.exactly(decode_ns), overheads, head)
+    return replace(profile, degrees=dict(sorted(degrees.items())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,33 +147,21 @@ class _Time:
             raise row.error("kind", f"is {kind!r}; allowed are {', '.join(KINDS)}")
         if resolution and not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", resolution):
             raise row.error("resolution", f"is {resolution!r}; HEIGHTxWIDTH is needed")
-        column = "rows" if row.text("rows") else "batch"
-        if bool(row.text("rows")) == bool(row.text("batch")):
-            if kind == "step" or row.text("rows"):
+        rows, batch = row.text("rows"), row.text("batch")
+        count = degree = 1
+        if bool(rows) == bool(batch):
+            if kind == "step" or rows:
                 raise row.error("rows", "or batch is needed, and not both")
-            return cls(row.place, kind, resolution, 1, row.number("milliseconds", 1e-6, 1e9) * NS_PER_MS)
-        count = row.integer(column, 1, 100_000)
-        if kind == "step" and column == "batch" and guided:
-            count *= 2
-        degree = row.integer("degree", 1, MOST_DEGREE) if kind == "step" and row.text("degree") else 1
+        else:
+            count = row.integer("rows" if rows else "batch", 1, 100_000)
+            if kind == "step":
+                count *= 2 if batch and guided else 1
+                degree = row.integer("degree", 1, MOST_DEGREE) if row.text("degree") else 1
         return cls(row.place, kind, resolution, count, row.number("milliseconds", 1e-6, 1e9) * NS_PER_MS, degree)
 
 
-def _profile(
-    name: str, steps_ns: Mapping[int, float], decode_ns: float, overheads_ns: Mapping[str, float], head: Head
+def imported_profile(
+    name: str, steps: Mapping[int, Spread], decode: Spread, overheads: Mapping[str, Spread], head: Head
 ) -> Profile:
-    return Profile(
-        name=name,
-        provenance="imported",
-        row_buckets=None,
-        steps={rows: _spread(time_ns) for rows, time_ns in steps_ns.items()},
-        chunks={"whole": (_spread(decode_ns),)},
-        corun={},
-        overheads={key: _spread(time_ns) for key, time_ns in overheads_ns.items()},
-        head=head,
-    )
-
-
-def _spread(time_ns: float) -> Spread:
-    exactly = max(1, round(time_ns))
-    return Spread(exactly, exactly, exactly, 0)
+    """A profile without slowdowns, whose decode is known as a whole only."""
+    return Profile(name, "imported", None, steps, {"whole": (decode,)}, {}, overheads, head=head)

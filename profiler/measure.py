@@ -20,7 +20,7 @@ import torch
 from profiler.assemble import Cell, MeasuringPlan, assemble, point
 from profiler.bench import Bench, TimedStep, open_bench
 from profiler.machine import GpuWatch, device_name, software
-from profiler.partial import Partial, numbers, require_profile_folder
+from profiler.partial import Partial, require_profile_folder
 from profiler.settings import Settings
 from profiler.timing import (
     BATCH,
@@ -150,7 +150,7 @@ class _Session:
         """Atoms first, because they decide the cuts; then co-runs, interrupted by rounds of solo times."""
         atoms, corun = self.partial.table("atoms"), self.partial.table("corun")
         if not atoms:
-            atoms |= {name: numbers(spread) for name, spread in measure_atoms(self.bench).items()}
+            atoms |= measure_atoms(self.bench)
             self._keep("decoder")
         functions = {
             (at, cut.name): prepare_chunks(face.model, cut, face.decode)
@@ -177,7 +177,7 @@ class _Session:
                 step, piece = steps[cell.step_at, cell.rows], chunks[cell.chunk_at, cell.chunking][cell.chunk]
                 before = corun.get(cell.key, ([], []))
                 try:
-                    corun[cell.key] = measure_corun(self.bench, step, piece, before, self._until_s)
+                    corun[cell.key] = measure_corun(self.bench, step.again, piece, before, self._until_s)
                 except Unsettled as error:
                     if cell.key not in corun:
                         skipped[cell.key] = str(error)

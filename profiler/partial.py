@@ -13,7 +13,6 @@ from typing import Any
 
 from synerdiff.core import InputError
 from synerdiff.files import atomic, claim_folder, read_text
-from synerdiff.profile.tables import Spread
 
 FILE = "partial.json"
 
@@ -68,11 +67,6 @@ def require_profile_folder(folder: Path) -> None:
     if (folder / "profile.yaml").exists() and not (folder / FILE).exists():
         raise InputError(f"{folder}: this folder already holds a profile; choose another folder, or remove it.")
     claim_folder(folder, "profile")
-
-
-def numbers(spread: Spread) -> list[int]:
-    """As JSON keeps it: median, p10, p90, n."""
-    return [spread.median, spread.p10, spread.p90, spread.n]
 
 
 def _stored(path: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from functools import partial
 from itertools import pairwise
 from math import ceil, inf
 from statistics import median
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from profiler.bench import Bench, TimedChunk, TimedStep, linked
+from profiler.bench import Again, Bench, TimedStep, linked, timed_chunk
 from profiler.sampling import Rule, spread_of, warm_up
 from synerdiff.core import NS_PER_S, PPM, InputError
 from synerdiff.device.lanes import Lane, Work
@@ -29,21 +29,14 @@ TOP_UP_S = 0.008
 LARGEST_GAP_NS = 500_000
 
 
-class Repeatable(Protocol):
-    """Something that a lane can run again and again."""
-
-    def again(self) -> Callable[[], object]:
-        """What to submit for one more run; called by the submitting thread."""
-
-
 class Side(NamedTuple):
     """One lane and what it replays."""
 
     lane: Lane
-    piece: Repeatable
+    again: Again
 
     def submit(self) -> Work[object]:
-        return self.lane.submit(self.piece.again())
+        return self.lane.submit(self.again())
 
 
 def alone(side: Side, count: int) -> list[int]:
@@ -63,9 +56,7 @@ def in_turn(sides: Sequence[Side], rounds: int) -> list[list[int]]:
 
 def durations(works: Sequence[Work[object]]) -> list[int]:
     """Wait for them; raises what a piece raised."""
-    for work in works:
-        work.result()
-    return [work.end_ns - work.start_ns for work in works]
+    return [end - start for start, end in _spans(works)]
 
 
 def together(slow: Side, quick: Side, count: int, quick_ns: int) -> tuple[list[int], list[int]]:
@@ -125,11 +116,11 @@ Slowdowns = tuple[list[int], list[int]]
 """Samples (ppm) of the step and of the chunk."""
 
 
-def chunk_pieces(bench: Bench, functions: Sequence[ChunkFunction]) -> list[TimedChunk]:
+def chunk_pieces(bench: Bench, functions: Sequence[ChunkFunction]) -> list[Again]:
     """Each chunk with the input that it has in a decode, to be run on its own."""
     hidden, pieces = bench.latent(), []
     for function in functions:
-        pieces.append(TimedChunk(function, hidden))
+        pieces.append(timed_chunk(function, hidden))
         hidden = bench.decode.submit(lambda function=function, hidden=hidden: function(hidden)).result()  # type: ignore[misc]
     return pieces
 
@@ -138,9 +129,7 @@ class Unsettled(InputError):
     """The two sides of a pair never ran together without a gap."""
 
 
-def measure_corun(
-    bench: Bench, step: TimedStep, chunk: TimedChunk, so_far: Slowdowns, until_s: float = inf
-) -> Slowdowns:
+def measure_corun(bench: Bench, step: Again, chunk: Again, so_far: Slowdowns, until_s: float = inf) -> Slowdowns:
     """One visit of a pair: its samples so far and new ones, slowdowns (ppm) of the step and of the chunk.
 
     Blocks of solo, co-run, solo: each co-run time is divided by the median of the solo times on both sides of it, so
@@ -199,7 +188,7 @@ def step_samplers(bench: Bench, rows: Iterable[int], unguided_rows: int) -> dict
     """``step R`` for each number of rows, and ``unguided R``: as many rows as one-row samples."""
     pieces = {f"step {r}": TimedStep(bench.model, r) for r in rows}
     pieces[f"unguided {unguided_rows}"] = TimedStep(bench.model, unguided_rows, guided=False)
-    sides = {name: Side(bench.denoise, piece) for name, piece in pieces.items()}
+    sides = {name: Side(bench.denoise, piece.again) for name, piece in pieces.items()}
     return {name: lambda count, side=side: [alone(side, count)] for name, side in sides.items()}  # type: ignore[misc]
 
 
@@ -215,7 +204,7 @@ def overhead_samplers(bench: Bench, by_rows: Mapping[int, TimedStep], whole: Chu
     step = by_rows[min(by_rows)]
     latent = bench.latent()
     image = bench.decode.submit(lambda: whole(latent)).result()
-    steps, chunks = Side(bench.denoise, step), Side(bench.decode, TimedChunk(whole, latent))
+    steps, chunks = Side(bench.denoise, step.again), Side(bench.decode, timed_chunk(whole, latent))
     samplers: dict[str, Callable[[int], list[int]]] = {
         "step_dispatch": lambda count: gaps(bench, steps, count, early=bench.on_gpu),
         "chunk_dispatch": lambda count: gaps(bench, chunks, count, early=False),
@@ -223,7 +212,7 @@ def overhead_samplers(bench: Bench, by_rows: Mapping[int, TimedStep], whole: Chu
         "result_copy": lambda count: _host_times(bench, lambda: finished_picture(image), count),
     }
     for rows, one in by_rows.items():
-        samplers[f"idle {rows}"] = partial(launched_idle, bench, Side(bench.denoise, one))
+        samplers[f"idle {rows}"] = partial(launched_idle, bench, Side(bench.denoise, one.again))
     if bench.on_gpu:
         # A CPU lane launches for itself, so its decisions need no lead.
         samplers["decision_lead"] = lambda count: launch_times(steps, count)
@@ -263,7 +252,7 @@ def launch_times(side: Side, count: int) -> list[int]:
     """How long this thread is busy with launching a piece on a GPU."""
     samples = []
     for _ in range(count):
-        function = side.piece.again()
+        function = side.again()
         since_ns = time.monotonic_ns()
         work = side.lane.submit(function)
         samples.append(time.monotonic_ns() - since_ns)

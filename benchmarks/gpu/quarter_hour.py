@@ -388,10 +388,10 @@ def forward_task(options: Options, slot: str, until_s: float) -> None:
 
     import torch
 
-    from profiler.bench import TimedChunk
+    from profiler.bench import Again, timed_chunk
     from profiler.machine import device_name
     from profiler.sampling import QUICK, spread_of, warm_up
-    from profiler.timing import Repeatable, Side, alone
+    from profiler.timing import Side, alone
     from synerdiff.core import InputError
     from synerdiff.device import open_device
     from synerdiff.device.lanes import find_device
@@ -410,17 +410,14 @@ def forward_task(options: Options, slot: str, until_s: float) -> None:
         found["skipped"] = {"graphs": "CUDA graphs need a GPU", "compiled": "compiling for a CPU takes minutes"}
     plain: list[torch.Tensor] = []
 
-    class Forward:
-        def __init__(self, model: DiffusionModel, rows: int) -> None:
-            self._model = model
-            self._inputs = model.example_rows(rows, model.encode_prompt(model.prompts.default_prompt(0)))
-
-        def again(self) -> Callable[[], object]:
-            return self._run
+    def forward(model: DiffusionModel, rows: int) -> Again:
+        inputs = model.example_rows(rows, model.encode_prompt(model.prompts.default_prompt(0)))
 
         @torch.inference_mode()
-        def _run(self) -> None:
-            self._model.denoise(self._inputs)
+        def run() -> None:
+            model.denoise(inputs)
+
+        return lambda: run
 
     def measure(kind: str, execution: Any, lanes: Any) -> None:
         torch.backends.cudnn.benchmark = False
@@ -437,15 +434,13 @@ def forward_task(options: Options, slot: str, until_s: float) -> None:
             denoise.submit(lambda: model.step([state])).result()
         image = decode.submit(lambda: whole(state.latent)).result().float().cpu()
         plain.append(image)
-        sides: dict[str, tuple[Any, Repeatable]] = {
-            f"{rows} rows": (denoise, Forward(model, rows)) for rows in buckets
-        } | {"decode": (decode, TimedChunk(whole, latent))}
+        sides = {f"{rows} rows": Side(denoise, forward(model, rows)) for rows in buckets}
+        sides["decode"] = Side(decode, timed_chunk(whole, latent))
         prepared_s = time.monotonic() - began_s
-        for what, (lane, piece) in sides.items():
+        for what, side in sides.items():
             if time.monotonic() > until_s:
                 found["skipped"][f"{kind}, {what}"] = "no time was left"
                 continue
-            side = Side(lane, piece)
             warm_up(lambda n, side=side: alone(side, n), 0.5)  # type: ignore[misc]
             spread = spread_of(alone(side, QUICK.most))
             row: dict[str, Any] = {"kind": kind, "what": what, "n": spread.n, "prepared_s": prepared_s}
@@ -506,7 +501,7 @@ def across_task(options: Options, slot: str, until_s: float) -> None:
         prepare_steps(other, buckets, denoise)
         for rows in buckets:
             step = TimedStep(other, rows)
-            solo = spread_of(alone(Side(denoise, step), 5))
+            solo = spread_of(alone(Side(denoise, step.again), 5))
             both = replace(profile, others={away: replace(profile, steps={rows: solo}, row_buckets=(rows,), corun={})})
             for chunking in profile.chunkings[:2]:
                 if time.monotonic() > until_s:
@@ -515,7 +510,7 @@ def across_task(options: Options, slot: str, until_s: float) -> None:
                 times = [spread.median for spread in profile.chunks[chunking]]
                 chunk = times.index(max(times))
                 try:
-                    pair = measure_corun(bench, step, chunk_pieces(bench, functions)[chunk], ([], []), until_s)
+                    pair = measure_corun(bench, step.again, chunk_pieces(bench, functions)[chunk], ([], []), until_s)
                 except Unsettled as error:
                     print(f"{rows} rows beside {chunking}.{chunk}: {error}")
                     continue

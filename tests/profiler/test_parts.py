@@ -73,7 +73,7 @@ class Sleep:
 def test_two_sides_replay_at_the_same_time_and_alone() -> None:
     slow, quick = Sleep(0.02), Sleep(0.001)
     with open_device("cpu") as device:
-        denoise, decode = Side(device.lane("denoise"), slow), Side(device.lane("decode0"), quick)
+        denoise, decode = Side(device.lane("denoise"), slow.again), Side(device.lane("decode0"), quick.again)
         assert len(alone(denoise, 2)) == 2
         assert slow.runs == 3, "one run before those that count"
         slow_ns, quick_ns = together(denoise, decode, 3, 1_000_000)
@@ -87,7 +87,7 @@ def test_two_sides_replay_at_the_same_time_and_alone() -> None:
 def test_pieces_in_turn_are_told_apart() -> None:
     with open_device("cpu") as device:
         lane = device.lane("decode0")
-        short, long = in_turn([Side(lane, Sleep(0.0001)), Side(lane, Sleep(0.01))], 2)
+        short, long = in_turn([Side(lane, Sleep(0.0001).again), Side(lane, Sleep(0.01).again)], 2)
     assert len(short) == len(long) == 2
     assert max(short) < min(long)
 
@@ -98,7 +98,7 @@ def test_what_a_piece_raises_reaches_the_caller() -> None:
             return lambda: 1 / 0
 
     with open_device("cpu") as device, pytest.raises(ZeroDivisionError):
-        alone(Side(device.lane("denoise"), Broken()), 1)
+        alone(Side(device.lane("denoise"), Broken().again), 1)
 
 
 def test_points_follow_from_the_rows() -> None:
