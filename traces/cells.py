@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal, InvalidOperation
 
 from synerdiff.core import NS_PER_S
-from traces.columns import FieldError
+from traces.columns import GUIDANCE_SCALE, FieldError
 
 UNITS_NS = {"s": NS_PER_S, "ms": 1_000_000, "us": 1000, "ns": 1}
 UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
@@ -68,9 +68,9 @@ def whole_text(name: str, text: str, allowed: tuple[int, int], absent: str | Non
     return str(int(value))
 
 
-def bounded_text(name: str, text: str, allowed: tuple[int, int]) -> str:
-    """A number as text within bounds; FieldError otherwise."""
-    value = decimal_of(text)
-    if text and (value is None or not allowed[0] <= value <= allowed[1]):
-        raise FieldError(f"{name} is not a number from {allowed[0]} to {allowed[1]}")
+def guidance_text(text: str) -> str:
+    """A guidance scale as text, empty where none is given; FieldError when it is out of bounds."""
+    value, (low, high) = decimal_of(text), GUIDANCE_SCALE
+    if text and (value is None or not low <= value <= high):
+        raise FieldError(f"guidance_scale is not a number from {low} to {high}")
     return f"{value:f}" if value is not None else ""

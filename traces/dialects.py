@@ -19,10 +19,9 @@ from pathlib import Path
 
 from synerdiff.core import NS_PER_S, InputError
 from synerdiff.files import Progress, shown
-from traces.cells import EPOCH, UNIT_NAMES, UNITS_NS, bounded_text, decimal_of, moment_ns, whole_text, zone_of
+from traces.cells import EPOCH, UNIT_NAMES, UNITS_NS, decimal_of, guidance_text, moment_ns, whole_text, zone_of
 from traces.columns import (
     COLUMNS,
-    GUIDANCE_SCALE,
     IMAGES,
     MAX_ARRIVAL_S,
     MAX_SLO_S,
@@ -203,7 +202,7 @@ def _converted(path: Path, table: TextTable, reading: Reading) -> Conversion:
         raise InputError(
             f"{where}: arrivals go from {arrivals[0] / NS_PER_S:g} to {arrivals[-1] / NS_PER_S:g} s; "
             f"0 to {MAX_ARRIVAL_S:,} s are replayed."
-        )  #
+        )
     requests = [request_of(index, *row) for index, row in enumerate(zip(arrivals, rows.fields, strict=True))]
     again = len(requests) - len({replace(request, request_id=0) for request in requests})
     if again:
@@ -292,9 +291,7 @@ def _mapped(where: str, target: str, text: str, names: Sequence[str]) -> _Use:
 def _knows(target: str, form: str) -> bool:
     if target == "size":
         return form in ORDERS
-    return (
-        form in UNITS_NS or zone_of(form) is not None if target == "arrival" else target == "slo" and form in UNITS_NS
-    )
+    return (target in ("arrival", "slo") and form in UNITS_NS) or (target == "arrival" and zone_of(form) is not None)
 
 
 def _form(target: str, name: str) -> str:
@@ -309,9 +306,7 @@ def _read(where: str, table: TextTable, uses: Mapping[str, _Use], posts: bool) -
     rows = _Rows()
     arrival = uses["arrival"]
     zone = zone_of(arrival.form) if arrival.form and arrival.form not in UNITS_NS else None
-    author = (
-        [i for i, name in enumerate(table.names) if _plain(name) in ("user", "user_name", "sampler")] if posts else []
-    )
+    author = [i for i, name in enumerate(table.names) if _plain(name) in ("user", "user_name", "sampler")]
     known: dict[tuple[str, ...], Fields] = {}
     columns = [uses[target] for target in NAMES if target in uses and target != "arrival"]
     numbers: bool | None = None
@@ -358,32 +353,28 @@ def _read(where: str, table: TextTable, uses: Mapping[str, _Use], posts: bool) -
 
 def _fields(where: str, uses: Mapping[str, _Use], cells: Sequence[str]) -> Fields:
     """What follows the arrival; raises FieldError with a reason that many rows may share."""
-    texts = {target: use.text(cells) for target, use in uses.items()}
+    texts = dict.fromkeys(NAMES, "") | {target: use.text(cells) for target, use in uses.items()}
     height, width = _size(where, uses.get("size"), texts)
-    seed = texts.get("seed", "")
-    parsed = {
+    parsed = texts | {
         "steps": whole_text("steps", texts["steps"], STEPS),
-        "images": whole_text("images", texts.get("images", ""), IMAGES, "1"),
-        "guidance_scale": bounded_text("guidance_scale", texts.get("guidance_scale", ""), GUIDANCE_SCALE),
-        "height": whole_text("height", height, SIDE_PIXELS, "") if height else "",
-        "width": whole_text("width", width, SIDE_PIXELS, "") if width else "",
-        "base_model": texts.get("base_model", ""),
-        "loras": texts.get("loras", ""),
-        "controlnets": texts.get("controlnets", ""),
-        "slo_s": _slo(where, uses["slo"], texts["slo"]) if texts.get("slo") else "",
-        "seed": whole_text("seed", "" if seed.startswith("-") else seed, SEED, ""),
-        "prompt": texts.get("prompt", "").replace("\0", ""),
-        "negative_prompt": texts.get("negative_prompt", "").replace("\0", ""),
+        "images": whole_text("images", texts["images"], IMAGES, "1"),
+        "guidance_scale": guidance_text(texts["guidance_scale"]),
+        "height": whole_text("height", height, SIDE_PIXELS, ""),
+        "width": whole_text("width", width, SIDE_PIXELS, ""),
+        "slo_s": _slo(where, uses["slo"], texts["slo"]) if texts["slo"] else "",
+        "seed": whole_text("seed", "" if texts["seed"].startswith("-") else texts["seed"], SEED, ""),
+        "prompt": texts["prompt"].replace("\0", ""),
+        "negative_prompt": texts["negative_prompt"].replace("\0", ""),
     }
     return parse_fields([parsed[column] for column in COLUMNS[1:]])
 
 
 def _size(where: str, use: _Use | None, texts: Mapping[str, str]) -> tuple[str, str]:
     """(height, width); two empty texts where the profile's counts."""
-    height, width = texts.get("height", ""), texts.get("width", "")
+    height, width = texts["height"], texts["width"]
     if bool(height) != bool(width):
         raise FieldError("height and width go together; one of them is empty")
-    size = texts.get("size", "")
+    size = texts["size"]
     if not size or size.lower() == "auto" or use is None:
         return height, width
     match = _SIZE.fullmatch(size)
@@ -421,9 +412,9 @@ def _nanoseconds(where: str, rows: _Rows, use: _Use, table: TextTable) -> tuple[
         return [int(value) for value in rows.arrivals], f"times {zone}", True
     low, high = min(rows.arrivals), max(rows.arrivals)
     unit = use.form if use.form in UNITS_NS else _unit(where, rows.arrivals, use.name, table)
-    epoch = low * UNITS_NS[unit] >= _EPOCH_FROM["s"] * NS_PER_S
-    own = _plain(use.name) == "arrival_s" or use.column is None
     scale = UNITS_NS[unit]
+    epoch = low * scale >= _EPOCH_FROM["s"] * NS_PER_S
+    own = _plain(use.name) == "arrival_s" or use.column is None
     name = UNIT_NAMES[unit] + (" since 1970" if epoch else "")
     if high * scale > Decimal(2**63):
         raise InputError(f"{where}: {use.name} goes up to {high}, which is no time in {UNIT_NAMES[unit]}.")

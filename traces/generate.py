@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from synerdiff.core import NS_PER_S, InputError, LoraUse, Request
 from traces.columns import MAX_ARRIVAL_S
 from traces.gentd26_parameters import Gentd26Parameters, gentd26_parameters
-from traces.spec import MAX_REQUESTS, Shape, TraceSpec, trace_spec
+from traces.spec import MAX_REQUESTS, TraceSpec, trace_spec
 
 
 def generate(kind: str, **fields: Any) -> list[Request]:
@@ -58,7 +58,14 @@ def generate_trace(spec: TraceSpec) -> list[Request]:
         arrivals_ns = np.rint(times_s * NS_PER_S).astype(np.int64).tolist()
     if spec.shapes:
         drawn = _draw(mix_rng, dict(enumerate(shape.weight for shape in spec.shapes)), len(arrivals_ns)).tolist()
-        asked = [_shaped(shape) for shape in spec.shapes]
+        asked = [
+            Request(
+                *(0, 0),
+                **shape.model_dump(exclude={"weight", "slo_s"}),
+                slo_ns=None if shape.slo_s is None else round(shape.slo_s * NS_PER_S),
+            )
+            for shape in spec.shapes
+        ]
         return [
             replace(asked[shape], request_id=index, arrival_ns=arrival_ns, loras=names)
             for index, (arrival_ns, shape, names) in enumerate(zip(arrivals_ns, drawn, loras, strict=True))
@@ -69,22 +76,6 @@ def generate_trace(spec: TraceSpec) -> list[Request]:
         Request(index, arrival_ns, step_count, image_count, guidance_scale, loras=names)
         for index, (arrival_ns, step_count, image_count, names) in enumerate(columns)
     ]
-
-
-def _shaped(shape: Shape) -> Request:
-    """A request that asks for this."""
-    return Request(
-        request_id=0,
-        arrival_ns=0,
-        steps=shape.steps,
-        images=shape.images,
-        guidance_scale=shape.guidance_scale,
-        height=shape.height,
-        width=shape.width,
-        slo_ns=None if shape.slo_s is None else round(shape.slo_s * NS_PER_S),
-        prompt=shape.prompt,
-        negative_prompt=shape.negative_prompt,
-    )
 
 
 Times = NDArray[np.float64]
@@ -98,7 +89,7 @@ def renewal_arrivals(rng: np.random.Generator, spec: TraceSpec) -> Times:
     dispersion over long windows tends to cv^2. The first gap starts at 0.
     """
     mean_s = 1.0 / spec.mean_rate_per_s
-    cv2 = 1.0 if spec.kind == "poisson" else (2.0 if spec.cv is None else spec.cv) ** 2
+    cv2 = 1.0 if spec.kind == "poisson" else (spec.cv or 2.0) ** 2
     times: list[Times] = []
     count, last_s = 0, 0.0
     while not _enough(spec, count, last_s):
@@ -118,7 +109,8 @@ def mmpp_arrivals(rng: np.random.Generator, spec: TraceSpec) -> Times:
     Sojourns are exponential: bursts of mean burst_s that take burst_share of the time. Rates are such that their mean
     is rate_per_s and their quotient burst_ratio. The state at 0 is drawn from the stationary distribution.
     """
-    ratio, share, burst_s, calm_s = mmpp_parameters(spec)
+    ratio, share, burst_s = spec.burst_ratio or 5.0, spec.burst_share or 0.2, spec.burst_s or 60.0
+    calm_s = burst_s * (1.0 - share) / share
     calm_rate = spec.mean_rate_per_s / (1.0 - share + share * ratio)
     in_burst = bool(rng.random() < share)
     times: list[Times] = []
@@ -162,14 +154,6 @@ def loadgen_schedule_ns(
                 raise InputError(f"The schedule would have over {most} requests; give a lower rate or duration.")
 
 
-def mmpp_parameters(spec: TraceSpec) -> tuple[float, float, float, float]:
-    """(burst ratio, burst share, mean burst, mean calm) with the defaults filled in."""
-    ratio = 5.0 if spec.burst_ratio is None else spec.burst_ratio
-    share = 0.2 if spec.burst_share is None else spec.burst_share
-    burst_s = 60.0 if spec.burst_s is None else spec.burst_s
-    return ratio, share, burst_s, burst_s * (1.0 - share) / share
-
-
 def _enough(spec: TraceSpec, count: int, now_s: float) -> bool:
     if count > 2 * MAX_REQUESTS:
         raise InputError(f"The trace would have over {MAX_REQUESTS} requests; give a lower rate or a shorter duration.")
@@ -205,9 +189,8 @@ def draw_steps_images(
     """
     n = len(sessions)
     if spec.asked == "fixed":
-        steps = 30 if spec.steps is None else spec.steps
-        images = 1 if spec.images is None else spec.images
-        return np.full(n, steps), np.full(n, images), 7.5 if spec.guidance_scale is None else spec.guidance_scale
+        scale = 7.5 if spec.guidance_scale is None else spec.guidance_scale
+        return np.full(n, spec.steps or 30), np.full(n, spec.images or 1), scale
     pairs = np.array(list(fitted.steps_images))
     drawn = _draw(rng, fitted.steps_images, n)[_source(rng, sessions, fitted.repeat_steps_images)]
     if spec.asked in UNGUIDED_STEPS:
@@ -279,8 +262,7 @@ def session_arrivals(
     sizes = np.array(list(fitted.session_requests))
     size_shares = np.array(list(fitted.session_requests.values()))
     size_shares /= size_shares.sum()
-    levels = np.array(fitted.day_levels)
-    order = levels
+    order = levels = np.array(fitted.day_levels)
     sessions_s: list[Times] = []
     owners: list[NDArray[np.int64]] = []
     sessions = arrived = 0

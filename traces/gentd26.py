@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import tarfile
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -176,10 +176,9 @@ def gentd26_rows(path: Path, with_loras: bool, progress: Progress | None = None)
             moment = _moment(where, row["gmt_create"])
             start = start or moment
             arrival_s = round((moment - start).total_seconds())
-        if names is not None:
-            loras = next(names)
-        else:
-            loras = _loras_of_table(where, row) if with_loras else ()
+        loras: tuple[LoraUse, ...] = ()
+        if with_loras:
+            loras = _loras_of_table(where, row) if names is None else next(names)
         yield Gentd26Row(
             where=where,
             arrival_s=arrival_s,
@@ -243,15 +242,13 @@ def _loras_of_table(where: str, row: Mapping[str, str]) -> tuple[LoraUse, ...]:
         scaled = [number(scale, "lora_scales", (0, 1000)) for scale in split_scales]
     except FieldError as error:
         raise InputError(f"{where}: {error}.") from None
-    return _each_once(zip(split_ids, scaled, strict=True))
+    return _each_once(list(zip(split_ids, scaled, strict=True)))
 
 
-def _each_once(loras: Iterable[tuple[str, float]]) -> tuple[LoraUse, ...]:
+def _each_once(loras: Sequence[tuple[str, float]]) -> tuple[LoraUse, ...]:
     """The first mention of a LoRA counts: a request merges none twice."""
-    first: dict[str, float] = {}
-    for name, scale in loras:
-        first.setdefault(name, scale)
-    return tuple([LoraUse(name, scale) for name, scale in first.items()])
+    first = dict(reversed(loras))
+    return tuple([LoraUse(name, first[name]) for name in dict.fromkeys(name for name, _ in loras)])
 
 
 def _joined_loras(path: Path, wanted: list[tuple[int, dict[str, str]]]) -> list[tuple[LoraUse, ...]]:
@@ -280,7 +277,7 @@ def _joined_loras(path: Path, wanted: list[tuple[int, dict[str, str]]]) -> list[
         same = all(row[column] == wide_row[column] for column in _SHARED)
         if not same or _integer(f"{path}, line {line}", row, "num_lora", _MOST_LORAS) != len(loras):
             raise InputError(f"{wide}, line {wide_line}: this is not the request of {path}, line {line}.")
-        per_request.append(_each_once((names[key], scale) for key, scale in loras))
+        per_request.append(_each_once([(names[key], scale) for key, scale in loras]))
     return per_request
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import pairwise
@@ -74,16 +75,11 @@ def read_katz(
             controlnets, loras = controlnets_from(named[0]), loras_from(named[1])
         except InputError as error:
             raise InputError(f"{where}: {error}.") from None
-        if adapters == "drop" and (loras or controlnets):
-            noted["stripped of their LoRAs and ControlNets"] += 1
-        entries.append(
-            (
-                moment_ns,
-                (base_model or "") if checkpoints == "keep" else "",
-                loras if adapters == "keep" else (),
-                controlnets if adapters == "keep" else (),
-            )
-        )
+        if adapters == "drop":
+            if loras or controlnets:
+                noted["stripped of their LoRAs and ControlNets"] += 1
+            controlnets, loras = (), ()
+        entries.append((moment_ns, (base_model or "") if checkpoints == "keep" else "", loras, controlnets))
     if not entries:
         raise InputError(f"{path}: the trace holds no requests{'' if service is None else f' of service {service}'}.")
     if any(after[0] < before[0] for before, after in pairwise(entries)):
@@ -92,18 +88,10 @@ def read_katz(
     start_ns = entries[0][0]
     if entries[-1][0] - start_ns > MAX_ARRIVAL_S * NS_PER_S:
         raise InputError(f"{path}: first and last timestamp lie more than {MAX_ARRIVAL_S} s apart.")
+    asked = Request(0, 0, steps, images, guidance_scale)
     requests = [
-        Request(
-            request_id=index,
-            arrival_ns=moment_ns - start_ns,
-            steps=steps,
-            images=images,
-            guidance_scale=guidance_scale,
-            base_model=base_model,
-            loras=loras,
-            controlnets=controlnets,
-        )
-        for index, (moment_ns, base_model, loras, controlnets) in enumerate(entries)
+        replace(asked, request_id=i, arrival_ns=at_ns - start_ns, base_model=model, loras=loras, controlnets=nets)
+        for i, (at_ns, model, loras, nets) in enumerate(entries)
     ]
     return Conversion(requests, rows, dict(dropped), dict(noted))
 
@@ -131,7 +119,8 @@ def _entries(path: Path, progress: Progress | None) -> Iterator[Any]:
         while True:
             position = _skip_space(buffer, position)
             if buffer.startswith("]", position):
-                _check_rest(path, buffer[position + 1 :] + file.read(_CHARACTERS_PER_READ))
+                if (buffer[position + 1 :] + file.read(_CHARACTERS_PER_READ)).strip():
+                    raise InputError(f"{path}: something follows the JSON list.")
                 return
             start = position
             if count and buffer.startswith(",", start):
@@ -161,11 +150,6 @@ def _skip_space(buffer: str, position: int) -> int:
     while position < len(buffer) and buffer[position] in " \t\r\n":
         position += 1
     return position
-
-
-def _check_rest(path: Path, rest: str) -> None:
-    if rest.strip():
-        raise InputError(f"{path}: something follows the JSON list.")
 
 
 def _check_entry(where: str, entry: Any) -> None:

@@ -60,14 +60,10 @@ def open_table(path: Path, progress: Progress | None = None) -> TextTable:
         return _json_table(path)
     first = start.partition("\n")[0]
     if _CALL.search(first):
-        return _mapped("Request(...) lines", "line", *_calls(_text(path)))
-    delimiter = max(_DELIMITERS, key=lambda character: _cells(first, character))
+        lines, what = _text(path).split("\n"), "a line Request(name=value, ...)"
+        return _mapped("Request(...) lines", "line", *_objects(enumerate(map(_arguments, lines), 1), lines, what))
+    delimiter = max(_DELIMITERS, key=re.sub(r'"[^"]*"', "", first).count)  # not those inside quotes
     return _counted(_DELIMITERS[delimiter], "line", csv_rows(path, WHAT, progress, delimiter), path)
-
-
-def _cells(header: str, delimiter: str) -> int:
-    """How many cells that delimiter makes of the header; one inside quotes does not count."""
-    return re.sub(r'"[^"]*"', "", header).count(delimiter)
 
 
 def _counted(kind: str, place: str, rows: Iterator[tuple[int, list[str]]], path: Path) -> TextTable:
@@ -135,16 +131,13 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _list_within(document: Any) -> list[Any] | None:
     """The one list of objects that an object holds."""
-    lists = [value for value in document.values() if _of_objects(value)] if isinstance(document, dict) else []
+    values = document.values() if isinstance(document, dict) else ()
+    lists = [value for value in values if isinstance(value, list) and value and isinstance(value[0], dict)]
     return lists[0] if len(lists) == 1 else None
 
 
-def _of_objects(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
 def _objects(
-    entries: Iterable[tuple[int, Any]], lines: list[str] | None = None
+    entries: Iterable[tuple[int, Any]], lines: list[str] | None = None, what: str = "a JSON object"
 ) -> tuple[list[tuple[int, dict[str, str]]], Counter[str]]:
     rows: list[tuple[int, dict[str, str]]] = []
     broken: Counter[str] = Counter()
@@ -154,7 +147,7 @@ def _objects(
         elif isinstance(entry, dict):
             rows.append((number, dict(_flat(entry, "", _NESTED))))
         elif lines is None or lines[number - 1].strip():
-            broken["not a JSON object"] += 1
+            broken[f"not {what}"] += 1
     return rows, broken
 
 
@@ -171,22 +164,8 @@ def _flat(entry: Mapping[str, Any], prefix: str, depth: int) -> Iterator[tuple[s
             yield prefix + name, str(value).encode("utf-8", "replace").decode()
 
 
-def _calls(text: str) -> tuple[list[tuple[int, dict[str, str]]], Counter[str]]:
-    """``Request(prompt='a cat', width=512, ...)``, one a line, as Python prints a record; only plain values."""
-    rows: list[tuple[int, dict[str, str]]] = []
-    broken: Counter[str] = Counter()
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        entry = _arguments(line)
-        if entry is None:
-            broken["not a line Request(name=value, ...)"] += 1
-        else:
-            rows.append((number, dict(_flat(entry, "", _NESTED))))
-    return rows, broken
-
-
 def _arguments(line: str) -> dict[str, Any] | None:
+    """``Request(prompt='a cat', width=512, ...)`` as Python prints a record; only plain values."""
     match = _CALL.search(line)
     if match is None or len(line) > _LONGEST_CALL:
         return None
