@@ -59,7 +59,7 @@ class ContinuousSerial(ContinuousPolicy):
         members.refresh(view)
         if turns is not None and members.step:
             turns.launched()
-        return Decision(admit=members.admit, step=members.step)
+        return Decision(members.admit, (), members.step)
 
 
 class SkipCfg(ContinuousSerial):
@@ -78,7 +78,7 @@ class SkipCfg(ContinuousSerial):
         for sample in self.members.members:
             mode = sample.skip_mode
             step.append(sample.full if mode is None or not behind_schedule(sample) else (sample.id, mode))
-        return Decision(admit=decision.admit, step=tuple(step))
+        return Decision(decision.admit, (), tuple(step))
 
 
 def behind_schedule(sample: Sample) -> bool:
@@ -120,7 +120,7 @@ class ContinuousParallel(ContinuousPolicy):
         members.refresh(view)
         if turns is not None and members.step:
             turns.launched()
-        return Decision(admit=members.admit, step=members.step, chunks=launches)
+        return Decision(members.admit, (), members.step, 0, launches)
 
 
 class Chunked(ContinuousParallel):

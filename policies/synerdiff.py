@@ -130,7 +130,7 @@ class SynerDiff(ContinuousPolicy):
         elapsed_ns = now_ns + self.lead_ns - self.step_since_ns
         most_ns = CREDIT_STEPS * (PPM - self.theta_ppm) * full_ns // PPM
         credit_ns = self.credit_ns + full_ns - self.theta_ppm * elapsed_ns // PPM
-        self.credit_ns = max(-most_ns, min(most_ns, credit_ns))
+        self.credit_ns = -most_ns if credit_ns < -most_ns else most_ns if credit_ns > most_ns else credit_ns
         self.step_since_ns = -1
 
     def forced_runs(self, view: View) -> bool:

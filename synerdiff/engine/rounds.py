@@ -107,13 +107,12 @@ class Rounds:
         self.decisions += 1
         decision = self.policy.decide(worker.look(now_ns, closed))
         try:
-            step_starts, starting = worker.apply(decision, now_ns)
+            step, starting = worker.apply(decision, now_ns)
         except (TypeError, ValueError, AttributeError) as error:
             raise self.policy.unreadable(now_ns, error) from error
         if self.on_decision is not None:
             self.on_decision(decision, now_ns, cause_ns)
-        if step_starts:
-            assert worker.step is not None
-            lanes.start_step(worker.step, cause_ns)
+        if step is not None:
+            lanes.start_step(step, cause_ns)
         for lane in starting:
             lanes.start_chunk(lane, cause_ns)

@@ -111,7 +111,7 @@ class Worker:
         self.steps_settled = 0
         """Denoising steps that its samples have taken, and those that rejected ones will not take."""
         self.guard = Guard(self.lanes) if guarded else None
-        """Of a user's policy: ours are known to write nothing."""
+        """Of a user's policy: ours are known to write nothing, and to answer in the right types."""
         self._max_rows = max_rows
         self._running: tuple[SampleId, ...] = ()
         self._denoise_free = True
@@ -157,15 +157,13 @@ class Worker:
         step.shown_done = True
         for sample, letter in zip(step.samples, step.modes, strict=True):
             sample.in_step = False
-            index = sample.step_index
-            sample.step_index = index + 1
-            if sample.guided:
-                if letter == "g":
-                    sample.had_guided_step = True
-                    sample.skip_run = 0
-                else:
-                    self._spend_skip(sample, index)
-            if index + 1 >= sample.steps:
+            if letter == "g":
+                sample.had_guided_step = True
+                sample.skip_run = 0
+            elif sample.guided:
+                self._spend_skip(sample)
+            sample.step_index = done = sample.step_index + 1
+            if done >= sample.steps:
                 sample.phase = DECODING
                 del self.active[sample.id]
                 if self.hand_over is None:
@@ -177,7 +175,7 @@ class Worker:
             self.guard.steps += len(step.samples)
             self.guard.news += len(step.samples)
 
-    def _spend_skip(self, sample: Sample, index: int) -> None:
+    def _spend_skip(self, sample: Sample) -> None:
         if self.guard is not None:
             self.guard.skips += 1
         sample.skips_spent += 1
@@ -185,7 +183,7 @@ class Worker:
         sample.skip_run += 1
         if sample.skipped_at is None:
             sample.skipped_at = []
-        sample.skipped_at.append(index)
+        sample.skipped_at.append(sample.step_index)
 
     def end_step(self, now_ns: int) -> Step:
         """The running step really ends; returns it. What was committed may start."""
@@ -193,15 +191,14 @@ class Worker:
         assert step is not None
         if not step.shown_done:
             self.show_step_done()
-        for sample in step.freed:
-            sample.denoised_ns = now_ns
         self.steps_settled += len(step.samples)
         guard = self.guard
-        if guard is not None:
-            for sample in step.freed:
+        for sample in step.freed:
+            sample.denoised_ns = now_ns
+            if guard is not None:
                 guard.denoised_ns[sample.id] = now_ns
-            if guard.steps > guard.steps_given:
-                self.require_unwritten(now_ns)
+        if guard is not None and guard.steps > guard.steps_given:
+            self.require_unwritten(now_ns)
         if self.hand_over is not None:
             for sample in step.freed:
                 self.hand_over(sample, now_ns)
@@ -331,20 +328,18 @@ class Worker:
         if self.guard is not None:
             self.guard.lanes[lane.index] = lane_state(lane)
 
-    def apply(self, decision: Decision, now_ns: int) -> tuple[bool, list[LaneView]]:
+    def apply(self, decision: Decision, now_ns: int) -> tuple[Step | None, list[LaneView]]:
         """Check a decision and carry it out.
 
-        Returns whether a step starts now (it is then ``self.step``), and the lanes whose launch starts now. The rest
+        Returns the step that starts now (it is then ``self.step``), and the lanes whose launch starts now. The rest
         is committed: it starts with ``start_committed`` when the running step really ends. Raises ContractError.
         """
         guard = self.guard
         if guard is not None:
             self._require_view(guard, now_ns)
+            self._require_types(decision, now_ns)
             guard.news = 0
         admit, reject, batch, pad_rows, chunks, wake_ns = decision
-        tuples = type(admit) is tuple and type(reject) is tuple and type(batch) is tuple and type(chunks) is tuple
-        if not tuples or type(pad_rows) is not int:
-            self._refuse_types(decision, now_ns)
         if batch or chunks or admit or reject:
             self._idle_decisions = 0
         else:
@@ -356,7 +351,7 @@ class Worker:
         self._gone.clear()
         if decision is NOTHING:
             self.wake_ns = None
-            return False, []
+            return None, []
         early = self.step is not None
         for sample_id in admit:
             sample = self._sample(sample_id, self.waiting, WAITING, "admitted", now_ns)
@@ -371,15 +366,14 @@ class Worker:
             del self.waiting[sample_id]
             self.steps_settled += sample.steps_left
             self._end(sample, Phase.REJECTED)
-        step_starts = False
+        starts: Step | None = None
         if batch:
             step = self._make_step(batch, pad_rows, now_ns)
             if early:
                 step.committed = True
                 self.next_step = step
             else:
-                self.step = step
-                step_starts = True
+                self.step = starts = step
         elif pad_rows:
             self._refuse(now_ns, f"pad_rows is {pad_rows} without a step")
         starting: list[LaneView] = []
@@ -387,13 +381,10 @@ class Worker:
             lane = self._launch(launch, now_ns)
             if lane.started:
                 starting.append(lane)
-        if wake_ns is not None:
-            if type(wake_ns) is not int:
-                self._refuse_types(decision, now_ns)
-            if wake_ns <= now_ns:
-                self._refuse(now_ns, f"wake_at_ns is {wake_ns}, which is not after now ({now_ns})")
+        if wake_ns is not None and wake_ns <= now_ns:
+            self._refuse(now_ns, f"wake_at_ns is {wake_ns}, which is not after now ({now_ns})")
         self.wake_ns = wake_ns
-        return step_starts, starting
+        return starts, starting
 
     def _require_view(self, guard: Guard, now_ns: int) -> None:
         view = self.view
@@ -407,13 +398,16 @@ class Worker:
         ):
             self._refuse_written(now_ns, "to the view")
 
-    def _refuse_types(self, decision: Decision, now_ns: int) -> NoReturn:
+    def _require_types(self, decision: Decision, now_ns: int) -> None:
+        admit, reject, batch, pad_rows, chunks, wake_ns = decision
+        tuples = type(admit) is tuple and type(reject) is tuple and type(batch) is tuple and type(chunks) is tuple
+        if tuples and type(pad_rows) is int and (wake_ns is None or type(wake_ns) is int):
+            return
         whole = {"pad_rows": (int,), "wake_at_ns": (int, NoneType)}
         for name, value in zip(Decision._fields, decision, strict=True):
             if type(value) not in whole.get(name, (tuple,)):
                 needed = "whole number" if name in whole else "tuple"
                 self._refuse(now_ns, f"{name} is {short(value)}; a {needed} is needed")
-        raise AssertionError("a decision was refused whose fields have the right types")
 
     def _count_idle(self, now_ns: int) -> None:
         if self._step_done or self._chunk_done or self._gone:
@@ -429,9 +423,12 @@ class Worker:
         if self._last_step is not None and self._last_step[0] is batch and not pad_rows:
             known = self._last_step[1]
             if known.rows <= self.view.max_rows:
-                for sample in known.samples:
-                    sample.in_step = True
-                return Step(known.samples, known.ids, known.modes, known.rows, 0)
+                for member in known.samples:
+                    member.in_step = True
+                if known is self.step:
+                    return Step(known.samples, known.ids, known.modes, known.rows, 0)
+                known.committed = known.shown_done = False
+                return known
         samples: list[Sample] = []
         letters = ""
         key = None
@@ -441,10 +438,9 @@ class Worker:
             self._refuse(now_ns, f"pad_rows is {rows}")
         active = self.active
         for sample_id, mode in batch:
-            member = active.get(sample_id)
-            if member is None or type(sample_id) is not int:
-                member = self._sample(sample_id, active, ACTIVE, "stepped", now_ns)
-            sample = member
+            sample = active.get(sample_id)
+            if sample is None or sample.id is not sample_id:
+                sample = self._sample(sample_id, active, ACTIVE, "stepped", now_ns)
             if sample.in_step:
                 self._refuse(now_ns, f"sample {sample.name} is in the step twice")
             if key is None:
@@ -483,13 +479,16 @@ class Worker:
         return 1
 
     def _launch(self, launch: ChunkLaunch, now_ns: int) -> LaneView:
-        if type(launch) is not ChunkLaunch or [*map(type, launch[1:])] != [int, int, bool, bool]:
+        guard = self.guard
+        if guard is not None and (
+            type(launch) is not ChunkLaunch or [*map(type, launch[1:])] != [int, int, bool, bool]
+        ):
             self._refuse(now_ns, f"{launch!r} is no ChunkLaunch of a sample, two whole numbers and two truth values")
         sample = self._sample(launch.sample, self.decoding, DECODING, "decoded", now_ns)
         if not 0 <= launch.lane < len(self.lanes):
             self._refuse(now_ns, f"there is no decode lane {launch.lane}; lanes count from 0 to {len(self.lanes) - 1}")
         lane = self.lanes[launch.lane]
-        if self.guard is not None and lane_state(lane) != self.guard.lanes[launch.lane]:
+        if guard is not None and lane_state(lane) != guard.lanes[launch.lane]:
             self._refuse_written(now_ns, f"decode lane {launch.lane}")
         if lane.sample is not None:
             self._refuse(now_ns, f"decode lane {launch.lane} is busy with sample {lane.sample.name}")
