@@ -16,9 +16,19 @@ from typing import Any
 
 from profiler.datasheets import MODELS
 from profiler.estimate import estimate_profile
-from profiler.imported import imported_profile
+from profiler.imported import LEAST_MS, MOST_BATCH, MOST_MS, imported_profile
 from synerdiff.core import InputError
-from synerdiff.files import finite, read_text, shown
+from synerdiff.files import (
+    LEAST_SIDE,
+    MOST,
+    MOST_SIDE,
+    finite,
+    number,
+    plain_digits,
+    read_text,
+    shown,
+    sides_of,
+)
 from synerdiff.profile.tables import Head, Profile, Spread
 from traces.cells import UNITS_NS as UNITS_NS
 
@@ -30,7 +40,9 @@ LAUNCHES = (
     "compare with the stage's duration"
 )
 _PROFILER = "[DiffusionBatchProfiler]"
-_PAIR = re.compile(r"(\w+)=([0-9.eE+-]+) ?(ms|us|ns|s)?\b")
+_PAIR = re.compile(r"(?<![\w.])(\w+)=(\S+)(?: ([^\W\d_]+|%)(?![\w=:]))?")
+"""A name, its value, and a word after it, which may be the unit of a time."""
+_TIME = re.compile(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)(.*)")
 _PAIRS = ("batch_size", "request_compute_units", "total_compute_units", "denoise_step_time")
 
 
@@ -46,20 +58,24 @@ class EngineTimes:
 
 def size_of(text: str) -> tuple[int, int]:
     """``HxW`` as (height, width)."""
-    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
-    if match is None:
-        raise InputError(f"--resolution is {shown(repr(text))}; HEIGHTxWIDTH is needed, like 768x512.")
-    return int(match[1]), int(match[2])
+    if (sides := sides_of(text)) is None:
+        raise InputError(
+            f"--resolution is {shown(repr(text))}; HEIGHTxWIDTH is needed, {LEAST_SIDE} to {MOST_SIDE} pixels a side, "
+            "like 768x512."
+        )
+    return sides
 
 
 def batches_of(text: str, files: int) -> list[int]:
     """Images of a batch: one number for all files, or one for each."""
-    parts = text.split(",")
-    if not all(part.isascii() and part.isdigit() and 0 < int(part[:9]) <= 4096 for part in parts):
-        raise InputError(f"--batch is {shown(repr(text))}; numbers from 1 to 4096 are needed, separated by commas.")
-    if len(parts) not in (1, files):
-        raise InputError(f"--batch has {len(parts)} numbers for {files} files; give one for all, or one for each.")
-    return [int(part) for part in parts] * (files // len(parts))
+    batches = [size for part in text.split(",") if (size := plain_digits(part, 1, MOST_BATCH))]
+    if len(batches) <= text.count(","):
+        raise InputError(
+            f"--batch is {shown(repr(text))}; numbers from 1 to {MOST_BATCH} are needed, separated by commas."
+        )
+    if len(batches) not in (1, files):
+        raise InputError(f"--batch has {len(batches)} numbers for {files} files; give one for all, or one for each.")
+    return batches * (files if len(batches) == 1 else 1)
 
 
 def sglang_times(files: Sequence[Path], batches: Sequence[int], guided: bool, warm_up: int = WARM_UP) -> EngineTimes:
@@ -98,15 +114,22 @@ def sglang_times(files: Sequence[Path], batches: Sequence[int], guided: bool, wa
 
 
 def _dump(path: Path) -> dict[str, Any]:
+    text = read_text(path, "performance dump")
     try:
-        dump = json.loads(read_text(path, "performance dump"))
+        dump = json.loads(text, object_pairs_hook=_named_once)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: this is not JSON, so it is no performance dump.") from None
+        problem = str(error) if isinstance(error, InputError) else "this is not JSON"
+        raise InputError(f"{path}: {problem}, so it is no performance dump.") from None
     if not isinstance(dump, dict):
         raise InputError(f"{path}: a performance dump is a JSON object; this is a {type(dump).__name__}.")
     return dump
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise InputError("an object names a field twice")
+    return found
 
 
 def _entries(path: Path, dump: dict[str, Any], name: str) -> list[dict[str, Any]]:
@@ -118,8 +141,10 @@ def _entries(path: Path, dump: dict[str, Any], name: str) -> list[dict[str, Any]
 
 def _milliseconds(path: Path, name: str, entry: dict[str, Any]) -> float:
     value = entry.get("duration_ms")
-    if not finite(value, lambda number: 0 < number < 1e9):
-        raise InputError(f"{path}: {name} has duration_ms {shown(repr(value))}; a number above 0 is needed.")
+    if not finite(value, lambda ms: LEAST_MS <= ms <= MOST_MS):
+        raise InputError(
+            f"{path}: {name} has duration_ms {shown(repr(value))}; a number from {LEAST_MS} to {MOST_MS:,} is needed."
+        )
     return float(value)  # type: ignore[arg-type]
 
 
@@ -164,25 +189,36 @@ def vllm_omni_times(
 
 def _profiler_lines(path: Path, unit: str | None) -> Iterator[tuple[str, dict[str, int], float]]:
     """(place, whole numbers by name, time of a step in ns) of every profiler line."""
-    for number, line in enumerate(read_text(path, "log").split("\n"), 1):
+    for count, line in enumerate(read_text(path, "log").split("\n"), 1):
         if _PROFILER not in line:
             continue
-        where = f"{path}, line {number}"
-        found = {match[1]: (match[2], match[3]) for match in _PAIR.finditer(line.partition(_PROFILER)[2])}
-        missing = [name for name in _PAIRS if name not in found]
-        if missing:
-            raise InputError(f"{where}: {missing[0]}= is missing; the profiler writes {'=, '.join(_PAIRS)}=.")
-        text, written = found["denoise_step_time"]
-        if written is None and unit is None:
-            raise InputError(f"{where}: denoise_step_time={text} has no unit; give --unit s or --unit ms.")
+        where = f"{path}, line {count}"
+        pairs = [(name, value.rstrip(",;"), word) for name, value, word in _PAIR.findall(line.partition(_PROFILER)[2])]
+        counts = Counter(name for name, _, _ in pairs)
+        for name in _PAIRS:
+            if counts[name] != 1:
+                problem = "missing" if counts[name] == 0 else "given twice"
+                raise InputError(f"{where}: {name}= is {problem}; the profiler writes {'=, '.join(_PAIRS)}= once each.")
+        found = {name: (value, word) for name, value, word in pairs}
+        values = {name: plain_digits(found[name][0], 0, MOST) for name in _PAIRS[:3]}
+        for name, value in values.items():
+            if value is None:
+                raise InputError(f"{where}: {name} is {shown(repr(found[name][0]))}; a whole number is needed.")
+        text, word = found[_PAIRS[3]]
+        time = _TIME.fullmatch(text)
+        written = (time and time[2]) or word or unit
+        if not written:
+            raise InputError(f"{where}: denoise_step_time={shown(text)} has no unit; give --unit s or --unit ms.")
         try:
-            values = {name: int(float(found[name][0])) for name in _PAIRS[:3]}
-            time_ns = float(text) * UNITS_NS[written or unit or "s"]
-        except (ValueError, OverflowError):
-            raise InputError(f"{where}: the profiler's values are numbers; found {shown(line)}.") from None
-        if not finite(time_ns, lambda ns: 0 < ns < 1e15):
-            raise InputError(f"{where}: denoise_step_time is {text}; a time above 0 is needed.")
-        yield where, values, time_ns
+            time_ns = number(time[1] if time else text) * UNITS_NS[written]
+        except (KeyError, ValueError):
+            raise InputError(
+                f"{where}: denoise_step_time is {shown(repr(f'{text} {word}'.rstrip()))}; a number is needed, alone or "
+                f"in {', '.join(UNITS_NS)}."
+            ) from None
+        if not finite(time_ns, lambda ns: 1 <= ns < 1e15):
+            raise InputError(f"{where}: denoise_step_time is {text}; a time of 1 ns to 10 days is needed.")
+        yield where, {name: value or 0 for name, value in values.items()}, time_ns
 
 
 def engine_profile(times: EngineTimes, name: str, source: str, model: str, size: tuple[int, int]) -> Profile:

@@ -25,7 +25,7 @@ from profiler.datasheets import FLOPS_PER_JOULE, GPUS, MODELS, Gpu, Model, gpu_k
 from profiler.durations import FITTED, ForwardMode, Occupancy, forward, joined
 from profiler.operations import Operations, decoder, text_encoders, total, unet
 from synerdiff.core import NS_PER_S, PPM, InputError
-from synerdiff.files import number, shown
+from synerdiff.files import number, shown, sides_of
 from synerdiff.profile.folder import combined
 from synerdiff.profile.tables import MOST_DEGREE, Band, Corun, Head, Profile, Spread
 
@@ -67,14 +67,13 @@ def resolution_value(text: str, model: Model) -> tuple[int, int]:
     """``HxW`` in pixels, multiples of 64 up to 4096; empty is the model's own."""
     if not text:
         return model.resolution, model.resolution
-    sides = text.split("x")
-    if len(sides) == 2 and all(side.isascii() and side.isdigit() and len(side) < 6 for side in sides):
-        height, width = int(sides[0]), int(sides[1])
-        if all(0 < side <= LARGEST_SIDE and side % 64 == 0 for side in (height, width)):
-            return height, width
-    raise InputError(
-        f"resolution is '{text}'; allowed is HEIGHTxWIDTH in multiples of 64 pixels up to {LARGEST_SIDE}, like 768x512."
-    )
+    sides = sides_of(text, 64, LARGEST_SIDE)
+    if sides is None or sides[0] % 64 or sides[1] % 64:
+        raise InputError(
+            f"resolution is '{shown(text)}'; allowed is HEIGHTxWIDTH in multiples of 64 pixels up to {LARGEST_SIDE}, "
+            "like 768x512."
+        )
+    return sides
 
 
 class Estimated(NamedTuple):

@@ -6,18 +6,20 @@ decode beside steps are refused with a sentence.
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
 from pathlib import Path
 
 from profiler.estimate import estimate_profile
 from synerdiff.core import NS_PER_S, InputError
-from synerdiff.files import Row, read_rows
+from synerdiff.files import Row, finite, read_rows, shown, sides_of
 from synerdiff.profile.tables import MOST_DEGREE, Head, Profile, Spread
 
 NS_PER_MS = 1_000_000
+LEAST_MS, MOST_MS = 1e-6, 1_000_000_000
+"""Of a time; a profile holds 1 ns to 10^15 ns."""
+MOST_BATCH = 4096
 KINDS = ("step", "decode", "encode")
 SHAPE_GPU = "h100"
 """Whose estimated steps give the shape of T(rows) when no other card is named."""
@@ -44,14 +46,16 @@ class Throughput:
     """Card whose estimated decode is taken where none is given; the steps take the rest of the time."""
 
     def __post_init__(self) -> None:
-        for name, value, most in (
-            ("images-per-s", self.images_per_s, 1e6), ("gpus", self.gpus, 1e6), ("batch", self.batch, 4096),
-            ("steps", self.steps, 10_000),
+        for name, value, least, most in (
+            ("images-per-s", self.images_per_s, LEAST, 1e6), ("gpus", self.gpus, 1, 10**6),
+            ("batch", self.batch, 1, MOST_BATCH), ("steps", self.steps, 1, 10_000),
         ):  # fmt: skip
-            if not (isfinite(value) and LEAST <= value <= most):
-                raise InputError(f"{name} is {value:g}; allowed is a number from {LEAST:g} to {most:g}.")
-        if not (isfinite(self.decode_ms) and self.decode_ms >= 0):
-            raise InputError(f"decode-ms is {self.decode_ms:g}; allowed is a number of at least 0.")
+            if not finite(value, lambda number, low=least, high=most: low <= number <= high):  # type: ignore[misc]
+                raise InputError(f"--{name} is {value:.9g}; allowed is a number from {least:g} to {most:.9g}.")
+        if not finite(self.decode_ms, lambda ms: ms == 0 or LEAST_MS <= ms <= MOST_MS):
+            raise InputError(
+                f"--decode-ms is {self.decode_ms:g}; allowed is 0, or a number from {LEAST_MS:g} to {MOST_MS:,}."
+            )
 
     @property
     def batch_ns(self) -> int:
@@ -71,9 +75,10 @@ def throughput_profile(of: Throughput, name: str, source: str) -> Profile:
         decode = f"estimated for {of.estimate} and {of.model}; the steps take the rest of the throughput's time"
     step_ns = (of.batch_ns - of.batch * decode_ns) / of.steps
     if step_ns < 1:
+        too = "--decode-ms is too large" if of.decode_ms else "--images-per-s is too large"
         raise InputError(
-            f"a batch of {of.batch} takes {of.batch_ns / NS_PER_S:.3f} s in all, and its decodes alone "
-            f"{of.batch * decode_ns / NS_PER_S:.3f} s; decode-ms is too large."
+            f"a batch of {of.batch} takes {of.batch_ns / NS_PER_S:.4g} s in all, and its decodes alone "
+            f"{of.batch * decode_ns / NS_PER_S:.4g} s, so {of.steps} steps have no time; {too}."
         )
     full = of.batch * (2 if of.guided else 1)
     estimated = replace(estimate_profile(of.gpu, of.model), row_buckets=None)
@@ -101,6 +106,8 @@ def table_profile(path: Path, name: str, source: str, model: str, resolution: st
     """
     rows = [_Time.of(row, guided) for row in read_rows(path, ("kind", "milliseconds"), "table of times",
                                                       ("rows", "batch", "resolution", "degree"))]  # fmt: skip
+    if resolution is not None and sides_of(resolution) is None:
+        raise InputError(f"--resolution is {shown(repr(resolution))}; HEIGHTxWIDTH in pixels is needed.")
     sizes = list(dict.fromkeys(time.resolution for time in rows if time.resolution))
     chosen = resolution or (sizes[0] if len(sizes) == 1 else "")
     if sizes and chosen not in sizes:
@@ -116,6 +123,10 @@ def table_profile(path: Path, name: str, source: str, model: str, resolution: st
     steps = degrees.pop(1)
     if not steps:
         raise InputError(f"{path}: it has no step{' on one GPU' if degrees else ''}.")
+    images = Counter((time.kind, time.count) for time in rows if time.kind != "step")
+    for time in rows:
+        if images[time.kind, time.count] > 1:
+            raise InputError(f"{time.place}: the {time.kind} of {time.count} images is given twice.")
     decode_ns, encode_ns = (
         min(((t.count, t.ns / t.count) for t in rows if t.kind == kind), default=(0, 0.0))[1]
         for kind in ("decode", "encode")
@@ -145,8 +156,10 @@ class _Time:
         kind, resolution = row.text("kind"), row.text("resolution")
         if kind not in KINDS:
             raise row.error("kind", f"is {kind!r}; allowed are {', '.join(KINDS)}")
-        if resolution and not re.fullmatch(r"[1-9][0-9]{0,4}x[1-9][0-9]{0,4}", resolution):
-            raise row.error("resolution", f"is {resolution!r}; HEIGHTxWIDTH is needed")
+        if resolution and sides_of(resolution) is None:
+            raise row.error("resolution", f"is {shown(repr(resolution))}; HEIGHTxWIDTH in pixels is needed")
+        if kind != "step" and row.text("degree") not in ("", "1"):
+            raise row.error("degree", f"is {shown(repr(row.text('degree')))} of a {kind}, which one GPU does")
         rows, batch = row.text("rows"), row.text("batch")
         count = degree = 1
         if bool(rows) == bool(batch):
@@ -157,7 +170,8 @@ class _Time:
             if kind == "step":
                 count *= 2 if batch and guided else 1
                 degree = row.integer("degree", 1, MOST_DEGREE) if row.text("degree") else 1
-        return cls(row.place, kind, resolution, count, row.number("milliseconds", 1e-6, 1e9) * NS_PER_MS, degree)
+        time_ns = row.number("milliseconds", LEAST_MS, MOST_MS) * NS_PER_MS
+        return cls(row.place, kind, resolution, count, time_ns, degree)
 
 
 def imported_profile(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from synerdiff.core import InputError
 from synerdiff.diffusion import DTYPES
 from synerdiff.diffusion.execution import ModelExecution, choose_execution
+from synerdiff.files import plain_digits, shown, sides_of
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 QUICK_ROWS = (1, 2, 4, 8, 16)
@@ -80,20 +81,19 @@ def make_settings(
 
 
 def _rows(text: str) -> tuple[int, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and 1 <= int(part) <= MOST_ROWS for part in parts):
-        raise InputError(f"--rows {text}: whole numbers from 1 to {MOST_ROWS} are needed, for example 1,2,4,8.")
-    buckets = [int(part) for part in parts]
+    buckets = [rows for part in text.split(",") if (rows := plain_digits(part.strip(), 1, MOST_ROWS))]
+    if len(buckets) <= text.count(","):
+        raise InputError(f"--rows {shown(text)}: whole numbers from 1 to {MOST_ROWS} are needed, for example 1,2,4,8.")
     if sorted(set(buckets)) != buckets:
         raise InputError(f"--rows {text}: the numbers must rise without repeats.")
     return tuple(buckets)
 
 
 def _sides(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() and 1 <= int(part) <= 8192 for part in parts):
-        raise InputError(f"--resolution {text}: pixels are needed, one side (512) or HEIGHTxWIDTH (512x768).")
-    return int(parts[0]), int(parts[-1])
+    sides = sides_of(text.lower() if "x" in text.lower() else f"{text}x{text}", 1, 8192)
+    if sides is None:
+        raise InputError(f"--resolution {shown(text)}: pixels are needed, one side (512) or HEIGHTxWIDTH (512x768).")
+    return sides
 
 
 def command_line(settings: Settings, out: str) -> str:

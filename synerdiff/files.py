@@ -12,6 +12,7 @@ import io
 import math
 import os
 import re
+import sys
 import tarfile
 import tempfile
 import zlib
@@ -32,6 +33,9 @@ MARK = ".synerdiff"
 
 MOST = 10**18
 """The largest whole number of a table unless its column says otherwise; in nanoseconds 31 years."""
+
+LEAST_SIDE, MOST_SIDE = 8, 16_384
+"""Pixels a side of an image."""
 
 _Row = TypeVar("_Row")
 _ROW_BYTES = 1500
@@ -169,8 +173,22 @@ def _allowed(value: float, low: float, high: float) -> str:
 
 
 def finite(value: Any, check: Callable[[float], bool]) -> bool:
-    """Whether ``value`` is a real number (no bool, NaN or infinity) that passes the check."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and check(value)
+    """Whether ``value`` is a real number (no bool, NaN, infinity, integer beyond floats) that passes the check."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max and check(value)
+
+
+def plain_digits(text: str, low: int, high: int) -> int | None:
+    """The whole number that ASCII digits and nothing else write, within bounds, both included; else None."""
+    written = len(text) <= _LONGEST_NUMBER and text.isascii() and text.isdigit()
+    return int(text) if written and low <= int(text) <= high else None
+
+
+def sides_of(text: str, low: int = LEAST_SIDE, high: int = MOST_SIDE) -> tuple[int, int] | None:
+    """(height, width) of ``HEIGHTxWIDTH`` in pixels, within bounds, both included; None for what is none."""
+    sides = [plain_digits(side, low, high) for side in text.split("x") if not side.startswith("0")]
+    return (sides[0], sides[1]) if len(sides) == 2 and text.count("x") == 1 and sides[0] and sides[1] else None
 
 
 # Tables

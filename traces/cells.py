@@ -12,13 +12,13 @@ from traces.columns import GUIDANCE_SCALE, FieldError
 
 UNITS_NS = {"s": NS_PER_S, "ms": 1_000_000, "us": 1000, "ns": 1}
 UNIT_NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "ns": "nanoseconds"}
-_FRACTION = re.compile(r"[.,](\d+)")
+_FRACTION = re.compile(r"[.,]([0-9]+)")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def zone_of(text: str) -> tzinfo | None:
     """``+02:00``, ``Z``, ``UTC`` or a name such as ``Europe/Berlin``; None for what is no zone."""
-    match = re.fullmatch(r"([+-])(\d\d):?(\d\d)", text)
+    match = re.fullmatch(r"([+-])([0-9]{2}):?([0-9]{2})", text)
     if match and int(match[2]) < 24 and int(match[3]) < 60:
         return timezone((1 if match[1] == "+" else -1) * timedelta(hours=int(match[2]), minutes=int(match[3])))
     if text in ("Z", "UTC"):
@@ -32,7 +32,7 @@ def zone_of(text: str) -> tzinfo | None:
 def decimal_of(text: str) -> Decimal | None:
     """The finite number that a text says exactly; None for anything else."""
     try:
-        value = Decimal(text) if len(text) < 60 and "_" not in text else None
+        value = Decimal(text) if len(text) < 60 and text.isascii() and "_" not in text else None
     except InvalidOperation:
         return None
     return value if value is not None and value.is_finite() and abs(value.adjusted()) < 60 else None

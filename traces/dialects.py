@@ -70,7 +70,7 @@ _NUMERIC = ("arrival", "steps", "images", "guidance_scale", "height", "width", "
 _POST = {"prompt", "step", "cfg", "sampler", "timestamp"}
 _RECORDS = {"request_id", "arrival_s", "finished_s", "status"}
 _LANGUAGE = re.compile(r"token|input_length|output_length")
-_SIZE = re.compile(r"\s*(\d{1,6})\s*[xX*\u00d7]\s*(\d{1,6})\s*")
+_SIZE = re.compile(r"\s*([0-9]{1,6})\s*[xX*\u00d7]\s*([0-9]{1,6})\s*")
 _MINUTE_NS = 60 * NS_PER_S
 
 

@@ -11,6 +11,7 @@ from synerdiff.cli import options
 from synerdiff.cli.progress import print_parts, progress
 from synerdiff.config.experiment import PolicyEntry, is_policy_file, load_policy
 from synerdiff.core import InputError
+from synerdiff.files import MOST, plain_digits
 
 
 def capacity(
@@ -96,5 +97,5 @@ def _policy(name: str, batch: str | None) -> dict[str, Any] | PolicyEntry:
         return load_policy(Path(name.strip()))
     if batch is None:
         return {"policy": name.strip()}
-    sizes = [int(part) if part.strip().isdigit() else part for part in batch.split(",")]
+    sizes = [plain_digits(part.strip(), 1, MOST) or part.strip() for part in batch.split(",")]
     return {"policy": name.strip(), "batch": sizes[0] if len(sizes) == 1 else sizes}

@@ -18,7 +18,7 @@ from policies.registry import policy_parameters
 from synerdiff.config.cluster import load_cluster
 from synerdiff.config.experiment import PolicyEntry, is_policy_file, load_policy
 from synerdiff.core import NO_SKIPS, PPM, InputError, Mode, SkipBudget
-from synerdiff.files import MOST, number, shown, whole_number
+from synerdiff.files import MOST, number, plain_digits, shown, whole_number
 from synerdiff.profile.folder import find_profile
 from traces.columns import MAX_ARRIVAL_S
 
@@ -239,10 +239,10 @@ def window_of(text: str | None) -> tuple[float, float] | None:
 
 def decode_lanes(text: str) -> tuple[int, ...]:
     """The GPU of each decode lane, ``0,0,1``."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) < 64 for part in parts):
-        raise InputError(f"--decode-gpus {text}: GPU numbers from 0 to 63 are needed, for example 0 or 0,1.")
-    return tuple(int(part) for part in parts)
+    lanes = tuple(gpu for part in text.split(",") if (gpu := plain_digits(part.strip(), 0, 63)) is not None)
+    if len(lanes) <= text.count(","):
+        raise InputError(f"--decode-gpus {shown(text)}: GPU numbers from 0 to 63 are needed, for example 0 or 0,1.")
+    return lanes
 
 
 def skip_budget(fraction: float, warmup_steps: int, longest_run: int, mode: str) -> SkipBudget:

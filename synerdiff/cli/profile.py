@@ -36,7 +36,9 @@ class ImportOptions:
         str | None,
         typer.Option(help="Card whose estimate fills what is missing, marked: slowdowns, chunks, h100, l40s, ..."),
     ] = None
-    contention: Annotated[str, typer.Option(help="With --estimate: low, mid, high or a number from 0 to 3.")] = "mid"
+    contention: Annotated[
+        str | None, typer.Option(help="With --estimate: low, mid (default), high or a number from 0 to 3.")
+    ] = None
     source: Annotated[str, typer.Option(help="Who published the numbers, and where; kept in profile.yaml.")] = ""
 
     @property
@@ -273,7 +275,9 @@ def _write_imported(found: Profile, given: ImportOptions) -> None:
     if given.estimate is not None:
         from profiler.engine_logs import filled
 
-        found = filled(found, given.estimate, given.contention)
+        found = filled(found, given.estimate, "mid" if given.contention is None else given.contention)
+    elif given.contention is not None:
+        raise InputError("--contention is that of --estimate, which is missing; give both or neither.")
     for fact in found.head.notes.get("said", ()):
         typer.echo(f"  {fact}")
     claim_folder(out, "profile import")

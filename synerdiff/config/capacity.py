@@ -11,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 
 from synerdiff.config.cluster import LinkSpeed, NamedRouter, RouterEntry
 from synerdiff.config.experiment import (
+    LEAST_SLO_S,
+    MOST_SLO_S,
     Axis,
     Count,
     Name,
@@ -21,7 +23,7 @@ from synerdiff.config.experiment import (
     Workload,
     with_policy_files,
 )
-from synerdiff.files import read_yaml
+from synerdiff.files import read_yaml, shown
 from synerdiff.schema import Listed, Section, validated
 
 MOST_GPUS = 1024
@@ -29,9 +31,9 @@ DEFAULT_POLICY = "auto"
 StageLayout = Literal["together", "decode", "encode", "both"]
 """What has GPUs of its own: nothing, the decoders, the text encoders, or both."""
 Price = Annotated[float, Field(gt=0, le=1e6)]
-_LATENCY = re.compile(r"p(\d{1,2}(?:\.\d+)?)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s|min)")
-_GOODPUT = re.compile(r"goodput\s*=\s*(\d+(?:\.\d+)?)\s*(%?)")
-_GPUS = re.compile(r"(\d{1,5})(?:\.\.(\d{1,5}))?")
+_LATENCY = re.compile(r"p(\d{1,2}(?:\.\d+)?)\s*=\s*(\d+(?:\.\d+)?)\s*(ms|s|min)", re.ASCII)
+_GOODPUT = re.compile(r"goodput\s*=\s*(\d+(?:\.\d+)?)\s*(%?)", re.ASCII)
+_GPUS = re.compile(r"(\d{1,5})(?:\.\.(\d{1,5}))?", re.ASCII)
 _UNITS_S = {"ms": 1e-3, "s": 1.0, "min": 60.0}
 
 
@@ -61,13 +63,19 @@ class Target(NamedTuple):
 def target_of(text: str) -> Target:
     """``p99=10s`` or ``goodput=0.99``; ValueError says what is allowed."""
     latency, goodput = _LATENCY.fullmatch(text.strip().lower()), _GOODPUT.fullmatch(text.strip().lower())
-    if latency and float(latency[1]) > 0 and float(latency[2]) > 0:
-        return Target(round(float(latency[1]) / 100, 9), float(latency[2]) * _UNITS_S[latency[3]])
+    if latency and float(latency[1]) > 0:
+        quantile, bound_s = round(float(latency[1]) / 100, 9), float(latency[2]) * _UNITS_S[latency[3]]
+        if not 0 < quantile < 1 or not LEAST_SLO_S <= bound_s <= MOST_SLO_S:
+            raise ValueError(
+                f"'{shown(text)}': a percentile lies between 0 and 100, to 7 decimals, and a latency limit is "
+                f"{LEAST_SLO_S:g} to {MOST_SLO_S:g} s"
+            )
+        return Target(quantile, bound_s)
     if goodput:
         share = float(goodput[1]) / (100 if goodput[2] else 1)
         if 0 < share <= 1:
             return Target(None, share)
-    raise ValueError(f"'{text}' is no SLO; allowed are a percentile, as p99=10s, and goodput, as goodput=0.99")
+    raise ValueError(f"'{shown(text)}' is no SLO; allowed are a percentile, as p99=10s, and goodput, as goodput=0.99")
 
 
 class Question(Section):
@@ -78,7 +86,7 @@ class Question(Section):
     workload: Workload
     policies: Listed[PolicyOrFile] = Field(default=(PolicyEntry(policy=DEFAULT_POLICY),), min_length=1)
     slo: str
-    slo_seconds: float | None = Field(default=None, gt=0, le=1e9)
+    slo_seconds: float | None = Field(default=None, ge=LEAST_SLO_S, le=MOST_SLO_S)
     """goodput: the latency limit of a request without one of its own; without it 3 times its latency alone."""
     gpus: int | str = "1..32"
     find: Literal["gpus", "rate"] = "gpus"
@@ -138,6 +146,8 @@ class Question(Section):
                 raise ValueError(f"prices: '{name}' is none of the profiles {', '.join(self.profiles)}")
         if len(set(self.profiles)) < len(self.profiles) or len(set(self.policy_names)) < len(self.policies):
             raise ValueError("two profiles or two policies are the same (give the policies labels)")
+        if len(set(self.stages)) < len(self.stages):
+            raise ValueError("stages names a layout twice")
         return self
 
     @property

@@ -44,6 +44,7 @@ Figure = Literal[
     "latency-load", "comparison", "throughput-load", "tradeoff", "stages", "lanes", "backlog", "concurrency", "sizes"
 ]
 SATURATION_IMAGES = 400
+LEAST_SLO_S, MOST_SLO_S = 1e-6, 1e9
 DEFAULT_BASELINE = "continuous-serial"
 FIGURES: tuple[Figure, ...] = get_args(Figure)
 
@@ -191,7 +192,7 @@ class Slo(Section):
     """A request is good when it ends within ``solo_multiple`` times its latency alone, or within ``seconds``."""
 
     solo_multiple: float | None = Field(default=None, ge=1e-6, le=1e6)
-    seconds: float | None = Field(default=None, ge=1e-6, le=1e9)
+    seconds: float | None = Field(default=None, ge=LEAST_SLO_S, le=MOST_SLO_S)
 
     @model_validator(mode="after")
     def _one_limit(self) -> Slo:

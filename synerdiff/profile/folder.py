@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from synerdiff.core import PPM, InputError
-from synerdiff.files import Row, read_rows, read_yaml, sha256_of_files, shown, write_rows, write_yaml
+from synerdiff.files import Row, read_rows, read_yaml, sha256_of_files, shown, sides_of, write_rows, write_yaml
 from synerdiff.profile.tables import (
     CHUNK_COLUMNS,
     CORUN_COLUMNS,
@@ -38,6 +38,7 @@ PROVENANCES = ("measured", "imported", "estimated")
 _OWN = ("schema_version", "name", "provenance", "row_buckets")
 """Fields of profile.yaml that are not of the head."""
 _MOST_ROWS, _MOST_CHUNKS = 100_000, 10_000
+_MOST_NS = 10**15
 
 
 def shipped_profiles() -> list[str]:
@@ -176,10 +177,9 @@ def _by_size(path: Path, columns: Sequence[str]) -> dict[Size | None, list[Row]]
 
 def _size(row: Row, column: str) -> Size:
     """``HxW`` in pixels."""
-    sides = row.text(column).split("x")
-    if len(sides) == 2 and all(side.isascii() and side.isdigit() and 8 <= int(side) <= 16384 for side in sides):
-        return int(sides[0]), int(sides[1])
-    raise row.error(column, f"is {row.text(column)!r}; HEIGHTxWIDTH in pixels is needed, for example 768x1024")
+    if (sides := sides_of(row.text(column))) is None:
+        raise row.error(column, f"is {shown(repr(row.text(column)))}; HEIGHTxWIDTH in pixels is needed, as 768x1024")
+    return sides
 
 
 def head_of(fields: Mapping[str, Any], where: str) -> Head:
@@ -273,7 +273,7 @@ def _row_buckets(
     return tuple(buckets)
 
 
-def _spread(row: Row, columns: Sequence[str] = STEP_COLUMNS[1:4], low: int = 1, high: int = 10**15) -> Spread:
+def _spread(row: Row, columns: Sequence[str] = STEP_COLUMNS[1:4], low: int = 1, high: int = _MOST_NS) -> Spread:
     """Median, p10 and p90 in their order, and n; InputError names the line. In nanoseconds at most 12 days."""
     median = row.integer(columns[0], low, high)
     p10, p90 = (row.integer(column, min(low, 1), high) for column in columns[1:])
@@ -387,8 +387,20 @@ def _read_degrees(path: Path) -> dict[Size | None, dict[int, dict[int, Spread]]]
     return degrees
 
 
+def _require_readable(profile: Profile) -> None:
+    chunks = {f"a chunk of {name}": spread for name, cut in profile.chunks.items() for spread in cut}
+    steps = {f"a step of {rows} rows": spread for rows, spread in profile.steps.items()}
+    for what, spread in {**chunks, **steps}.items():
+        if spread.median > _MOST_NS:
+            raise InputError(
+                f"{what} takes {spread.median / 1e9:.4g} s; a profile holds at most {_MOST_NS / 1e9:,.0f} s."
+            )
+
+
 def write_profile(folder: Path, profile: Profile) -> None:
-    """Write all tables of a profile; its head becomes profile.yaml."""
+    """Write all tables of a profile; its head becomes profile.yaml. InputError for a time that no reader takes."""
+    for one in (profile, *profile.others.values()):
+        _require_readable(one)
     sizes = profile.sizes
     tables: Mapping[Any, Profile] = sizes or {None: profile}
     buckets = {size: None if one.row_buckets is None else list(one.row_buckets) for size, one in tables.items()}

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import Field, Strict
 
 from synerdiff.core import PPM, InputError
+from synerdiff.files import LEAST_SIDE, MOST_SIDE
 from synerdiff.schema import Listed, Section
 
 _T = TypeVar("_T")
@@ -28,7 +29,7 @@ SIZED_SCHEMA_VERSION = 2
 """Of a profile with several resolutions."""
 Weights = Literal["checkpoint", "trained", "random"]
 Dtype = Literal["", "float32", "bfloat16", "float16"]
-Side = Annotated[int, Field(ge=8, le=16384)]
+Side = Annotated[int, Field(ge=LEAST_SIDE, le=MOST_SIDE)]
 OVERHEADS = ("step_dispatch", "chunk_dispatch", "decision_lead", "text_encode", "result_copy", "sample_host")
 STEP_COLUMNS = ("rows", "median_ns", "p10_ns", "p90_ns", "n", "held_out")
 CHUNK_COLUMNS = ("chunking", "chunk", "median_ns", "p10_ns", "p90_ns", "n")

@@ -16,7 +16,7 @@ from statistics import median
 from profiler.datasheets import GPUS, MODELS
 from profiler.durations import FITTED, Constants, ForwardMode, forward
 from profiler.operations import EXECUTIONS, decoder, text_encoders, unet
-from synerdiff.files import Row, read_rows
+from synerdiff.files import Row, read_rows, shown, sides_of
 
 PUBLISHED = Path(__file__).with_name("published_times.csv")
 COLUMNS = (
@@ -87,9 +87,9 @@ def _published(row: Row) -> Published:
         return row.integer(column, 1, 10_000) if row.text(column) else empty
 
     part = one_of("part", PARTS)
-    sides = row.text("resolution").split("x")
-    if len(sides) != 2 or not all(side.isdigit() for side in sides):
-        raise row.error("resolution", f"is '{row.text('resolution')}'; HEIGHTxWIDTH is needed")
+    sides = sides_of(row.text("resolution"))
+    if sides is None:
+        raise row.error("resolution", f"is '{shown(row.text('resolution'))}'; HEIGHTxWIDTH is needed")
     return Published(
         gpu=one_of("gpu", GPUS),
         model=one_of("model", MODELS),
@@ -97,8 +97,8 @@ def _published(row: Row) -> Published:
         rows=count("rows"),
         images=count("images"),
         steps=count("steps"),
-        height=int(sides[0]),
-        width=int(sides[1]),
+        height=sides[0],
+        width=sides[1],
         precision=row.text("precision") or "fp16",
         execution=one_of("execution", EXECUTIONS),
         decode_bits=count("decode_bits", 16),

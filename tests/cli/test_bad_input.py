@@ -172,4 +172,61 @@ def test_a_capacity_question_names_each_seed_once(answer: Callable[..., str], tm
 def test_a_throughput_of_nearly_nothing_is_refused(answer: Callable[..., str]) -> None:
     flags = ("--gpus", 8, "--batch", 8, "--steps", 20, "--out", "o")
     said = answer("profile", "import", "throughput", "--images-per-s", "1e-300", *flags)
-    assert said == "images-per-s is 1e-300; allowed is a number from 1e-06 to 1e+06."
+    assert said == "--images-per-s is 1e-300; allowed is a number from 1e-06 to 1000000."
+
+
+CAPACITY = {"trace": "t.csv", "profile": "digits-cpu", "slo": "p99=5s", "gpus": "1..2", "policy": "static", "out": "o"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("batch", "²", "'²' is not a batch size"),
+        ("batch", "٣", "'٣' is not a batch size"),
+        ("gpus", "1..٣", "gpus is '1..٣'"),
+        ("slo", "p99=٣s", "is no SLO"),
+        ("slo", "goodput=٩٩%", "is no SLO"),
+        ("slo", "p99.9999999999=3s", "a percentile lies between 0 and 100"),
+        ("slo", "p50=0.0000001ms", "a latency limit is 1e-06 to 1e+09 s"),
+        ("slo", "p50=99999999999s", "a latency limit is 1e-06 to 1e+09 s"),
+        ("slo", f"p50={'9' * 400}s", "a latency limit is 1e-06 to 1e+09 s"),
+        ("stages", "decode,decode", "stages names a layout twice"),
+    ],
+)
+def test_what_a_capacity_question_may_not_say(answer: Callable[..., str], option: str, value: str, words: str) -> None:
+    asked = {**CAPACITY, "link": "100", option: value}
+    assert words in answer("capacity", *(part for name, text in asked.items() for part in (f"--{name}", text)))
+
+
+@pytest.mark.parametrize("text", ["9" * 5000, "1x" + "9" * 5000, "٣", "064x064", "8x8x8", "x", ""])
+def test_numbers_of_any_length_are_one_sentence(answer: Callable[..., str], tmp_path: Path, text: str) -> None:
+    """Python reads no integer of more than 4,300 digits, and reads those of other scripts."""
+    (tmp_path / "f.csv").write_text("kind,milliseconds,rows\nstep,5,2\n")
+    assert "--resolution is" in answer("profile", "import", "table", "f.csv", "--resolution", text, "--out", "o")
+    assert "--decode-gpus" in answer(*simulate(decode_gpus=text))
+    assert "--rows" in answer("profile", "--model", "digits", "--rows", text, "--out", "o")
+    if text != "٣":
+        assert "resolution" in answer("profile", "--model", "digits", "--resolution", text, "--out", "o")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("step,5,2,1x1,", "line 2: resolution is '1x1'"),
+        ("step,5,2,,\ndecode,1,,,2", "line 3: degree is '2' of a decode"),
+        ("step,5,2,,\ndecode,1,,,\ndecode,9,,,", "line 3: the decode of 1 images is given twice"),
+    ],
+)
+def test_a_table_of_times_is_not_read_in_two_ways(
+    answer: Callable[..., str], tmp_path: Path, rows: str, words: str
+) -> None:
+    (tmp_path / "f.csv").write_text(f"kind,milliseconds,rows,resolution,degree\n{rows}\n")
+    assert words in answer("profile", "import", "table", "f.csv", "--out", "o")
+
+
+def test_what_is_imported_can_be_read_again(answer: Callable[..., str], tmp_path: Path) -> None:
+    flags = ("throughput", "--gpus", 1_000_000, "--batch", 4096, "--steps", 1, "--out", "o")
+    assert "a profile holds at most 1,000,000 s" in answer("profile", "import", *flags, "--images-per-s", "1e-6")
+    (tmp_path / "f.csv").write_text("kind,milliseconds,rows\nstep,5,2\n")
+    alone = answer("profile", "import", "table", "f.csv", "--contention", "low", "--out", "o")
+    assert "--contention is that of --estimate, which is missing" in alone

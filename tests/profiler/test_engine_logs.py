@@ -83,14 +83,36 @@ def test_vllm_omni_lines_of_one_resolution_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("part", "instead", "message"),
+    [
+        ("time=8", "time=8m", "denoise_step_time is '8m'"),
+        ("time=8", "time=8 min", "denoise_step_time is '8 min'"),
+        ("time=8", "time=8 sec", "denoise_step_time is '8 sec'"),
+        ("time=8", "time=1,234.5", "denoise_step_time is '1,234.5'"),
+        ("time=8", "time=8%", "denoise_step_time is '8%'"),
+        ("time=8", "time=1e-400", "denoise_step_time is"),
+        ("size=2", "size=2.7", "batch_size is '2.7'; a whole number is needed"),
+        ("size=2", "size=2 batch_size=4", "batch_size= is given twice"),
+    ],
+)
+def test_no_part_of_a_line_is_left_unread(tmp_path: Path, part: str, instead: str, message: str) -> None:
+    log = tmp_path / "server.log"
+    log.write_text(LOG.splitlines()[-2].replace(part, instead))
+    with pytest.raises(InputError, match=message):
+        vllm_omni_times([log], SIZE, "ms", guided=False)
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "this is not JSON"),
         ("[]", "a performance dump is a JSON object; this is a list"),
         ("{}", "denoise_steps_ms is missing or no list of objects"),
         ('{"denoise_steps_ms": [{"step": 0, "duration_ms": 1}]}', "it has 1 steps, of which 1 are warm-up"),
-        ('{"denoise_steps_ms": [{"step": 0, "duration_ms": "x"}]}', "duration_ms 'x'; a number above 0"),
-        ('{"denoise_steps_ms": [{"step": 0, "duration_ms": NaN}]}', "duration_ms nan; a number above 0"),
+        ('{"denoise_steps_ms": [{"step": 0, "duration_ms": "x"}]}', "duration_ms 'x'; a number from 1e-06"),
+        (f'{{"denoise_steps_ms": [{{"step": 0, "duration_ms": 1{"0" * 400}}}]}}', "a number from 1e-06"),
+        ('{"denoise_steps_ms": [{"duration_ms": 1, "duration_ms": 9}]}', "an object names a field twice"),
+        ('{"denoise_steps_ms": [{"step": 0, "duration_ms": NaN}]}', "duration_ms nan; a number from 1e-06"),
     ],
 )
 def test_a_wrong_dump_is_one_sentence(tmp_path: Path, content: str, message: str) -> None:

@@ -47,7 +47,7 @@ def test_a_given_decode_leaves_the_steps_the_rest() -> None:
     # 4 s for four images on one GPU, 0.4 s of it decodes.
     assert (profile.decode_ns(), profile.step_ns(4)) == (100_000_000, 360_000_000)
     with pytest.raises(
-        InputError, match=r"takes 4.000 s in all, and its decodes alone 4.000 s; decode-ms is too large"
+        InputError, match=r"takes 4 s in all, and its decodes alone 4 s, so 10 steps have no time; --decode-ms is too"
     ):
         throughput_profile(Throughput(2, 2, 4, 10, decode_ms=1000), "p", "")
 
@@ -134,7 +134,7 @@ def test_a_table_holds_steps_that_several_gpus_take_together(tmp_path: Path) -> 
         ("step,4", "step,1", "line 3: a step of 2 rows is given twice"),
         ("decode,1", "vae,1", "line 5: kind is 'vae'; allowed are step, decode, encode"),
         ("step,1,512x512", "step,,512x512", "line 2: rows or batch is needed, and not both"),
-        ("512x512,10", "512,10", "line 2: resolution is '512'; HEIGHTxWIDTH is needed"),
+        ("512x512,10", "512,10", "line 2: resolution is '512'; HEIGHTxWIDTH in pixels is needed"),
         ("32.5", "-1", "line 3: milliseconds is"),
         ("kind,", "what,", "the column kind is missing"),
     ],
