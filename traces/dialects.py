@@ -115,8 +115,17 @@ def read_shapes(path: Path, steps: int | None = None) -> list[dict[str, object]]
     has_steps = any(name in NAMES["steps"] for name in plain)
     if not has_steps and steps is None:
         raise InputError(f"{where}: no entry says how many steps; give them with --steps.")
+    if has_steps and steps is not None:
+        raise InputError(f"{where}: its entries say how many steps, which excludes --steps.")
     uses = _uses(where, table.names, "arrival=0" if has_steps else f"arrival=0,steps={steps}")
-    weight = next((plain.index(name) for name in WEIGHTS if name in plain), None)
+    if more := [name for name in uses if name not in (*_SHAPE_FIELDS, "arrival", "size", "slo")]:
+        raise InputError(
+            f"{where}: a shape has no {more[0]}; it has {', '.join(_SHAPE_FIELDS)}, size, slo and a weight."
+        )
+    weights = [name for name in WEIGHTS if name in plain]
+    if len(weights) > 1:
+        raise InputError(f"{where}: {' and '.join(weights)} both say how often a shape is drawn; leave one.")
+    weight = plain.index(weights[0]) if weights else None
     shapes = []
     for place, cells in table.rows:
         try:
@@ -128,6 +137,8 @@ def read_shapes(path: Path, steps: int | None = None) -> list[dict[str, object]]
             raise InputError(f"{where}, {table.place} {place}: {table.names[weight or 0]} is not a number.")
         shape = {name: getattr(fields, name) for name in _SHAPE_FIELDS}
         shapes.append(shape | {"weight": float(share), "slo_s": fields.slo_ns and fields.slo_ns / NS_PER_S})
+    for reason in table.broken:
+        raise InputError(f"{where}: {table.broken[reason]} of its entries cannot be read: {reason}.")
     return shapes
 
 
@@ -275,17 +286,19 @@ def _mapped(where: str, target: str, text: str, names: Sequence[str]) -> _Use:
         form, column = column, next((name for name in names if _plain(name) in NAMES["size"]), column)
     if column in names:
         if form and not _knows(target, form):
-            allowed = {
-                "arrival": "s, ms, us, ns or a zone such as +02:00 or UTC",
-                "slo": "s, ms, us or ns",
-                "size": "WxH or HxW",
-            }
-            raise InputError(f"--map {target}={text}: after the colon {allowed.get(target, 'nothing')} is needed.")
+            raise _form_error(target, text, "s, ms, us, ns or a zone such as +02:00 or UTC")
         return _Use(column, names.index(column), form or _form(target, _plain(column)))
     constant = _SIZE.fullmatch(column) if target == "size" else target in _NUMERIC and decimal_of(column) is not None
     if constant:
+        if form and not (form in UNITS_NS if target == "arrival" else _knows(target, form)):
+            raise _form_error(target, text, "s, ms, us or ns")
         return _Use(column, None, form or ("s" if target in ("arrival", "slo") else "WxH" if target == "size" else ""))
     raise InputError(f"{where}: there is no column '{shown(column)}' for --map {target}; it has {listed(names)}.")
+
+
+def _form_error(target: str, text: str, times: str) -> InputError:
+    allowed = {"arrival": times, "slo": "s, ms, us or ns", "size": "WxH or HxW"}.get(target, "nothing")
+    return InputError(f"--map {target}={shown(text)}: after the colon {allowed} is needed.")
 
 
 def _knows(target: str, form: str) -> bool:
@@ -408,6 +421,11 @@ def _slo(where: str, use: _Use, text: str) -> str:
 def _nanoseconds(where: str, rows: _Rows, use: _Use, table: TextTable) -> tuple[list[int], str, bool]:
     """(arrivals in ns, their unit for people, whether they count from elsewhere than the trace's start)."""
     if rows.zones:
+        if use.form in UNITS_NS:
+            raise InputError(
+                f"{where}: {use.name} holds dates, which are not in {UNIT_NAMES[use.form]}; "
+                f"say where their clock stands, for example --map arrival={use.name}:UTC."
+            )
         zone = "with a zone" if True in rows.zones else "without a zone"
         return [int(value) for value in rows.arrivals], f"times {zone}", True
     low, high = min(rows.arrivals), max(rows.arrivals)

@@ -29,6 +29,10 @@ def generate(kind: str, **fields: Any) -> list[Request]:
     return generate_trace(trace_spec({"kind": kind, **fields}, "generated trace"))
 
 
+def _too_late() -> InputError:
+    return InputError(f"The last request would arrive after {MAX_ARRIVAL_S} s; give fewer requests or a higher rate.")
+
+
 def generate_trace(spec: TraceSpec) -> list[Request]:
     """The requests that the description stands for.
 
@@ -50,9 +54,7 @@ def generate_trace(spec: TraceSpec) -> list[Request]:
         times_s = (mmpp_arrivals if spec.kind == "mmpp" else renewal_arrivals)(arrivals_rng, spec)
         sessions = np.arange(len(times_s))  # nobody comes back: every request is its own session
     if times_s[-1] > MAX_ARRIVAL_S:
-        raise InputError(
-            f"The last request would arrive after {MAX_ARRIVAL_S} s; give fewer requests or a higher rate."
-        )
+        raise _too_late()
     loras = draw_loras(loras_rng, fitted, sessions) if spec.with_loras else [()] * len(times_s)
     if arrivals_ns is None:
         arrivals_ns = np.rint(times_s * NS_PER_S).astype(np.int64).tolist()
@@ -269,6 +271,8 @@ def session_arrivals(
     day = -1
     # What arrives before the end of a generated day is complete: later sessions cannot reach back.
     while day < 0 or not _complete(spec, sessions_s, arrived, day):
+        if day * DAY_S > MAX_ARRIVAL_S:
+            raise _too_late()
         if (day + 1) % len(levels) == 0:
             order = rng.permutation(levels)
         noise = rng.gamma(1 / fitted.hour_noise_cv2, fitted.hour_noise_cv2, 24)

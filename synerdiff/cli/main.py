@@ -21,7 +21,7 @@ import typer.main
 
 from synerdiff import __version__
 from synerdiff.core import ContractError, InputError
-from synerdiff.files import MOST, PACKAGES, install_hint, number, shown, whole_number
+from synerdiff.files import PACKAGES, install_hint, number, shown, whole_number
 
 GROUPS = {
     "Simulate": {
@@ -73,6 +73,8 @@ EXTRAS = {
 """Library -> the extra that installs it."""
 
 DEBUG = "--debug"
+_MOST_SEED = 2**64 - 1
+"""The largest whole number that any option takes: a seed of MLPerf's LoadGen. Most take far less."""
 
 _PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
@@ -121,7 +123,7 @@ def _read_numbers_plainly(command: Any) -> None:
 
 
 def _whole_number(text: str) -> int:
-    return whole_number(text, -MOST)
+    return whole_number(text, -_MOST_SEED, _MOST_SEED)
 
 
 def _checked(option: str, read: Callable[[str], object], then: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

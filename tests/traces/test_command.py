@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from synerdiff.cli.main import main
 from synerdiff.cli.trace import trace_app
 from synerdiff.core import ControlNetUse, InputError, LoraUse
 from tests.traces.test_gentd26 import folder_of
@@ -91,6 +92,38 @@ def test_a_mix_of_shapes_is_drawn_by_weight(tmp_path: Path, capsys: pytest.Captu
     mix.write_text('[{"steps": 5, "weight": 0}]')
     with pytest.raises(InputError, match=r"shapes\[0\].weight is 0.0; "):
         trace("generate", "poisson", "--requests", "2", "--mix-file", mix, "--out", path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            '{"steps": 5, "weight": 1, "weight": 5}, {"steps": 9}',
+            "1 of its entries cannot be read: a name is in it twice",
+        ),
+        ('{"steps": 5}, "x"', "1 of its entries cannot be read: not a JSON object"),
+        ('{"steps": 5, "weight": 1, "ratio": 2}', "weight and ratio both say how often"),
+        ('{"steps": 5, "loras": "a"}', "a shape has no loras"),
+    ],
+)
+def test_no_part_of_a_mix_is_left_unread(tmp_path: Path, entries: str, message: str) -> None:
+    mix, path = tmp_path / "mix.json", tmp_path / "t.csv"
+    mix.write_text(f"[{entries}]")
+    with pytest.raises(InputError, match=message):
+        trace("generate", "poisson", "--requests", "2", "--mix-file", mix, "--out", path)
+    mix.write_text('[{"steps": 5}]')
+    with pytest.raises(InputError, match="its entries say how many steps, which excludes --steps"):
+        trace("generate", "poisson", "--requests", "2", "--mix-file", mix, "--steps", "9", "--out", path)
+
+
+def test_seeds_of_mlperf_runs_are_taken(tmp_path: Path) -> None:
+    """That of the H100 run of round 4.1 is beyond 2^63."""
+    rate = ("--rate", "16.2", "--duration", "1")
+    assert (
+        main(["trace", "generate", "mlperf", "--seed", "14962580496156340209", *rate, "--out", str(tmp_path / "t.csv")])
+        == 0
+    )
+    assert main(["trace", "generate", "mlperf", "--seed", str(2**64), *rate, "--out", str(tmp_path / "u.csv")]) == 2
 
 
 def test_convert_and_describe_a_foreign_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
