@@ -95,8 +95,8 @@ def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], No
         results.batches.append({**where, "best_batch": best[place], column: values})
     results.grid_runs = {run.key: run for run in grid.runs(best)}
     rows = rows_of(results.grid_runs, backend, results, tell)
-    results.rows = [with_ssim(rows[key], results.grid_runs[key], grid.tables) for key in sorted(rows)]
-    _write(grid, results, [searched[key] for key in sorted(searched) if key not in rows])
+    results.rows = [with_ssim(rows[key], run, grid.tables) for key, run in results.grid_runs.items()]
+    _write(grid, results, [searched[key] for key in search if key not in rows])
     return results
 
 
