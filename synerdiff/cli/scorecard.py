@@ -43,7 +43,7 @@ def scorecard(
     told: dict[str, list[card.Printed]] = {}
     if "katz" in studies:
         scores = [] if data is None else card.katz_scores(data)
-        cases = card.strategies(controlnets, loras)
+        cases = card.ablation(controlnets, loras)
         told["katz"] = card.katz_lines(scores, cases, controlnets, loras)
         if out is not None:
             card.write(out, scores, cases)

@@ -9,9 +9,10 @@ and a step that ends another sample, then steps while this one is decoded beside
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from profiler.sampling import spread_of
 from real_runner.engine import RealRun, run_real
@@ -42,6 +43,7 @@ STEPS_BESIDE = 16
 STEPS_OF_A_VISIT = 3 + STEPS_BESIDE
 GUIDANCE = 4.0
 
+_Key = TypeVar("_Key", int, str)
 CorunKey = tuple[str, int, int]
 """(chunking, chunk, rows)"""
 
@@ -162,7 +164,9 @@ def cell_times(chunking: str, run: RealRun) -> CellTimes:
     O; its slowdown is O over that. Both are summed over all pieces before they are divided.
     """
     work = handed_over(run)
-    queued_ends = _queued_ends(run)
+    ended = sorted((record for record in run.result.work if record.kind == "step"), key=lambda record: record.end_ns)
+    # When the steps ended that had been committed while another one ran.
+    queued_ends = {record.end_ns for record, queued in zip(ended, run.dispatch.step_queued, strict=True) if queued}
     alone, solo = _alone(work)
     launched = {rows: [s.end_ns - s.start_ns for s in of if s.end_ns not in queued_ends] for rows, of in alone.items()}
     queued = {rows: [s.end_ns - s.start_ns for s in of if s.end_ns in queued_ends] for rows, of in alone.items()}
@@ -191,12 +195,6 @@ def cell_times(chunking: str, run: RealRun) -> CellTimes:
     return CellTimes(step_times, launched, {chunking: solo}, overheads, beside)
 
 
-def _queued_ends(run: RealRun) -> set[int]:
-    """When the steps ended that had been committed while another one ran."""
-    steps = sorted((record for record in run.result.work if record.kind == "step"), key=lambda record: record.end_ns)
-    return {record.end_ns for record, queued in zip(steps, run.dispatch.step_queued, strict=True) if queued}
-
-
 def _alone(work: Sequence[WorkRecord]) -> tuple[dict[int, list[WorkRecord]], list[list[int]]]:
     """Steps without a decode beside them, by rows, and durations of exclusive chunks, by number."""
     decodes = [record for record in work if record.kind == "chunk"]
@@ -214,21 +212,19 @@ def _alone(work: Sequence[WorkRecord]) -> tuple[dict[int, list[WorkRecord]], lis
 
 def joined(parts: Sequence[CellTimes]) -> CellTimes:
     """The samples of passes with different chunkings together."""
-    steps: dict[int, list[int]] = {}
-    launched: dict[int, list[int]] = {}
-    overheads: dict[str, list[int]] = {}
-    for part in parts:
-        for rows, times in part.steps.items():
-            steps.setdefault(rows, []).extend(times)
-        for rows, times in part.launched.items():
-            launched.setdefault(rows, []).extend(times)
-        for name, times in part.overheads.items():
-            overheads.setdefault(name, []).extend(times)
+
+    def together(tables: Iterable[Mapping[_Key, Sequence[int]]]) -> dict[_Key, list[int]]:
+        found: defaultdict[_Key, list[int]] = defaultdict(list)
+        for table in tables:
+            for key, times in table.items():
+                found[key] += times
+        return dict(found)
+
     return CellTimes(
-        steps,
-        launched,
+        together(part.steps for part in parts),
+        together(part.launched for part in parts),
         {name: columns for part in parts for name, columns in part.chunks.items()},
-        overheads,
+        together(part.overheads for part in parts),
         {key: both for part in parts for key, both in part.beside.items()},
     )
 
@@ -257,11 +253,10 @@ def cells_for(profile: Profile, most_rows: int, chunkings: Sequence[str], even_o
 
     ``even_only``: all samples are guided and none skips, so that only even numbers of rows occur.
     """
-    largest = profile.bucket(min(most_rows, profile.max_rows))
-    if even_only:
-        rows = {profile.bucket(r) for r in range(2, min(most_rows, profile.max_rows) + 1, 2)}
-    else:
-        rows = {r for r in profile.row_buckets or tuple(profile.steps) if r <= largest}
+    most = min(most_rows, profile.max_rows)
+    rows = {profile.bucket(r) for r in range(2, most + 1, 2)}
+    if not even_only:
+        rows = {r for r in profile.row_buckets or tuple(profile.steps) if r <= profile.bucket(most)}
     return Cells(tuple(sorted(rows)), tuple(dict.fromkeys(chunkings)))
 
 
@@ -291,8 +286,7 @@ def refreshed(profile: Profile, times: Sequence[CellTimes], ratios: Sequence[Cel
     launches = {}
     for rows in times[0].launched:
         idle = _mean((one.launched.get(rows, ()) for one in times), step_ns)
-        mean_ns, p10, p90 = (max(0, value - steps[rows].median) for value in (idle.median, idle.p10, idle.p90))
-        launches[rows] = Spread(mean_ns, p10, p90, idle.n)
+        launches[rows] = idle.each(lambda value, queued_ns=steps[rows].median: max(0, value - queued_ns))  # type: ignore[misc]
     chunks = {
         name: tuple(_mean((one.chunks[name][i] for one in times), chunk_ns) for i in range(len(columns)))
         for name, columns in times[0].chunks.items()
@@ -321,8 +315,7 @@ def refreshed(profile: Profile, times: Sequence[CellTimes], ratios: Sequence[Cel
 def _mean(parts: Iterable[Sequence[int]], less_ns: int = 0) -> Spread:
     """The mean, in the place where lookups look, with p10 and p90; ``less_ns`` is taken off every sample."""
     samples = [max(1, sample - less_ns) if less_ns else sample for part in parts for sample in part]
-    spread, mean_ns = spread_of(samples), round(sum(samples) / len(samples))
-    return Spread(mean_ns, min(spread.p10, mean_ns), max(spread.p90, mean_ns), spread.n)
+    return spread_of(samples).around(round(sum(samples) / len(samples)))
 
 
 def _slowdown(parts: Sequence[Overlap]) -> Spread:
@@ -330,4 +323,4 @@ def _slowdown(parts: Sequence[Overlap]) -> Spread:
     overlap_ns = sum(part.overlap_ns for part in parts)
     least_ns = overlap_ns / MOST_SLOWDOWN
     ppm = round(PPM * overlap_ns / max(least_ns, sum(part.progress_ns for part in parts))) if overlap_ns else PPM
-    return Spread(ppm, ppm, ppm, sum(part.pieces for part in parts))
+    return Spread.exactly(ppm, sum(part.pieces for part in parts))

@@ -132,15 +132,10 @@ def case_errors(session: Validation, case: ValidationCase) -> CaseErrors:
         pairs.append((_metrics(one.measured, one, profile), _metrics(one.predicted, one, profile)))
         errors.faults += len(one.run.faults)
     for key, (_, kind) in METRICS.items():
-        known: list[tuple[float, float]] = []
-        ratios: list[float] = []
-        for measured, predicted in pairs:
-            if measured.get(key) is None or predicted.get(key) is None:
-                continue
-            known.append((measured[key], predicted[key]))
-            error = _error(kind, *known[-1], predicted["request_latency_mean_s"])
-            if error is not None:
-                ratios.append(error)
+        both = [(m, p) for m, p in pairs if m.get(key) is not None and p.get(key) is not None]
+        known = [(m[key], p[key]) for m, p in both]
+        errors_known = (_error(kind, m[key], p[key], p["request_latency_mean_s"]) for m, p in both)
+        ratios = [error for error in errors_known if error is not None]
         if not known:
             continue
         errors.metrics[key] = MetricError(
@@ -205,32 +200,27 @@ def _step_time_s(measured: Sequence[WorkRecord], work: Sequence[WorkRecord], pro
     The two runs' batches differ a little, so plain means would compare different steps. A bucket that ``work`` has not
     counts with the profile's solo time.
     """
-    counts: dict[int, int] = {}
-    for record in measured:
-        if record.kind == "step":
-            bucket = profile.bucket(record.rows)
-            counts[bucket] = counts.get(bucket, 0) + 1
-    times: dict[int, list[int]] = {}
-    for record in work:
-        if record.kind == "step":
-            times.setdefault(profile.bucket(record.rows), []).append(record.end_ns - record.start_ns)
+    counts = Counter(profile.bucket(record.rows) for record in measured if record.kind == "step")
     if not counts:
         return None
-    total = sum(
-        count * (sum(times[rows]) / len(times[rows]) if rows in times else profile.step_ns(rows))
-        for rows, count in counts.items()
-    )
-    return total / sum(counts.values()) / NS_PER_S
+    means_ns = _means_ns((profile.bucket(record.rows), record) for record in work if record.kind == "step")
+    total = sum(count * (means_ns.get(rows) or profile.step_ns(rows)) for rows, count in counts.items())
+    return total / counts.total() / NS_PER_S
+
+
+def _means_ns(pieces: Iterable[tuple[int, WorkRecord]]) -> dict[int, float]:
+    """Mean duration of the pieces under each number."""
+    times: dict[int, list[int]] = {}
+    for number, record in pieces:
+        times.setdefault(number, []).append(record.end_ns - record.start_ns)
+    return {number: sum(own) / len(own) for number, own in times.items()}
 
 
 def _decode_time_s(measured: Sequence[WorkRecord], work: Sequence[WorkRecord]) -> float | None:
     """Sum over the chunks of a decode of their mean durations; chunks that only one of the runs has are left out."""
-    sums: dict[int, list[int]] = {}
-    for record in work:
-        if record.kind == "chunk":
-            sums.setdefault(record.chunk, []).append(record.end_ns - record.start_ns)
-    common = {record.chunk for record in measured if record.kind == "chunk"} & sums.keys()
-    return sum(sum(sums[i]) / len(sums[i]) for i in common) / NS_PER_S if common else None
+    means_ns = _means_ns((record.chunk, record) for record in work if record.kind == "chunk")
+    common = {record.chunk for record in measured if record.kind == "chunk"} & means_ns.keys()
+    return sum(means_ns[i] for i in common) / NS_PER_S if common else None
 
 
 def _latencies(observed: Sequence[Observation]) -> list[tuple[int, float, float]]:

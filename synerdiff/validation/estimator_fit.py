@@ -145,15 +145,14 @@ def score_times(out: Path | None, update: Callable[[float, float], None] = lambd
     rows, others = read_published()
     judged = judge(rows, update)
     summarised, (headers, lines) = summary_table(judged), table(judged)
-    unusable = [[row.gpu, row.model, row.part, row.source, row.why] for row in others]
     if out is not None:
         write_rows(out / "times-summary.csv", *summarised)
         write_rows(out / "times.csv", headers, lines)
-        write_rows(out / "times-unusable.csv", ("card", "model", "what", "source", "why"), unusable)
+        write_rows(out / "times-unusable.csv", ("card", "model", "what", "source", "why"), others)
         caption = "After: constants fitted without the card's own rows. Numbers in brackets: published times."
         save(estimate_errors(_frame(judged), caption=caption), out, "times")
     printed = headers.index("roofline")
-    note = f"{len(unusable)} further rows cannot be judged (times-unusable.csv)"
+    note = f"{len(others)} further rows cannot be judged (times-unusable.csv)"
     left_out = errors_of((case.left_out_ms, case.row.ms) for case in judged)
     return [
         f"{left_out.n} published times, each card left out of the fit: the median error of an estimate is "

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
-from synerdiff.profile.tables import Profile, Spread
+from synerdiff.profile.tables import Profile, Spread, looked_up
 from synerdiff.validation.calibration import CellTimes
 
 Lookup = tuple[str | int, ...]
@@ -36,7 +36,7 @@ class WatchedProfile(Profile):
         return Profile.decode_ns(self, chunking)
 
     def slowdown_ppm(self, rows: int, chunking: str, chunk: int) -> tuple[int, int]:
-        known = [r for r, cell in self.corun.get((chunking, chunk), {}).items() if not cell.held_out]
+        known = looked_up(self.corun, chunking, chunk)
         self.lookups.update(("corun", chunking, chunk, r) for r in neighbours(self.bucket(rows), known))
         return Profile.slowdown_ppm(self, rows, chunking, chunk)
 

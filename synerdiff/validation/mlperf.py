@@ -18,7 +18,7 @@ from typing import Any
 from profiler.datasheets import GPUS, gpu_key
 from profiler.imported import SHAPE_GPU, Throughput, throughput_profile
 from synerdiff.config.cluster import cluster_of
-from synerdiff.core import NS_PER_S, InputError, Request
+from synerdiff.core import InputError, Request
 from synerdiff.experiments.page import Printed
 from synerdiff.experiments.run import RunSpec, execute, prepare
 from synerdiff.figures.style import save
@@ -26,6 +26,7 @@ from synerdiff.figures.validation import latency_percentiles
 from synerdiff.files import Row, claim_folder, read_rows, write_rows, write_yaml
 from synerdiff.profile.folder import write_profile
 from synerdiff.profile.tables import Profile
+from synerdiff.results.metrics import latencies_s
 from traces.generate import generate_trace
 from traces.native import write_trace
 from traces.spec import trace_spec
@@ -168,11 +169,10 @@ def _run(row: Row) -> ServerRun:
 
 def latencies_of(spec: RunSpec, time_scale: float = 1.0) -> dict[str, float]:
     """Measure -> seconds, over every request (LoadGen sets none aside), of one simulated run at that stretch."""
-    records = execute(prepare(replace(spec, time_scale=time_scale))).result.requests
-    latencies_s = sorted((record.finished_ns - record.request.arrival_ns) / NS_PER_S for record in records)
-    count = len(latencies_s)
-    at = {name: latencies_s[min(count - 1, int(share * count))] for name, share in PERCENTILES.items()}
-    return {"mean": sum(latencies_s) / count, **at, "min": latencies_s[0], "max": latencies_s[-1]}
+    ordered = sorted(latencies_s(execute(prepare(replace(spec, time_scale=time_scale))).result.requests))
+    count = len(ordered)
+    at = {name: ordered[min(count - 1, int(share * count))] for name, share in PERCENTILES.items()}
+    return {"mean": sum(ordered) / count, **at, "min": ordered[0], "max": ordered[-1]}
 
 
 def errors_of(run: ServerRun, predicted: Mapping[str, float], measures: Iterable[str] = JUDGED) -> dict[str, float]:
@@ -225,9 +225,7 @@ def sustainable(run: ServerRun, spec: RunSpec, mean_s: float) -> tuple[float, fl
             break
         share = -known[below] / (known[above] - known[below])
         change = below + (above - below) * min(max(share, 0.1), 0.9)
-    ordered = sorted(known)
-    nearest = sorted(ordered, key=lambda c: abs(known[c]))[:2]
-    a, b = sorted(nearest)
+    a, b = sorted(sorted(known, key=lambda c: (abs(known[c]), c))[:2])
     slope = (known[b] - known[a]) / (b - a)
     root = a - known[a] / slope if slope else a
     return root, slope / 100

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from profiler.datasheets import GPUS, MODELS
 from profiler.durations import FITTED, Constants, ForwardMode, forward
@@ -54,8 +55,7 @@ class Published:
     use: str
 
 
-@dataclass(frozen=True, slots=True)
-class Unusable:
+class Unusable(NamedTuple):
     """A row that cannot be judged, and why."""
 
     gpu: str
@@ -69,11 +69,7 @@ def read_published(path: Path = PUBLISHED) -> tuple[list[Published], list[Unusab
     """Usable rows, and the others with their reasons. InputError names file and line."""
     rows = read_rows(path, COLUMNS, "table of published times")
     usable = [_published(row) for row in rows if row.text("use") != "unusable"]
-    others = [
-        Unusable(row.name("gpu"), row.name("model"), row.name("part"), row.name("source"), row.name("why"))
-        for row in rows
-        if row.text("use") == "unusable"
-    ]
+    others = [Unusable._make(map(row.name, Unusable._fields)) for row in rows if row.text("use") == "unusable"]
     return usable, others
 
 
@@ -146,11 +142,6 @@ def estimate_ms(row: Published, constants: Constants = FITTED) -> float:
     return seconds * 1e3 / (row.images if row.part == "image" else 1)
 
 
-def error(row: Published, constants: Constants = FITTED) -> float:
-    """Estimate over published time, less 1."""
-    return estimate_ms(row, constants) / row.ms - 1
-
-
 @dataclass(frozen=True, slots=True)
 class Compared:
     """A published time beside what is said of it, all in ms."""
@@ -203,32 +194,24 @@ def summary(judged: Sequence[Compared]) -> list[tuple[str, Errors]]:
     """(what, errors): before and after on the rows that could be estimated before, then by use, with the card left out,
     by part, by execution, by card left out, and the roofline."""
 
-    def now(cases: Iterable[Compared]) -> Errors:
-        return errors_of((case.estimate_ms, case.row.ms) for case in cases)
+    def off(said: str, cases: Iterable[Compared]) -> Errors:
+        return errors_of((getattr(case, said), case.row.ms) for case in cases)
 
-    def left(cases: Iterable[Compared]) -> Errors:
-        return errors_of((case.left_out_ms, case.row.ms) for case in cases)
-
-    old = [(case.row.before_ms, case.row.ms) for case in judged if case.row.before_ms is not None]
+    old = [(case.row.before_ms, case) for case in judged if case.row.before_ms is not None]
+    fitted, others = ([case for case in judged if case.row.use == use] for use in ("fit", "judge"))
     listed = [
-        ("before: old estimator, rows it knew", errors_of(old)),
-        ("after: the same rows", now(case for case in judged if case.row.before_ms is not None)),
-        ("after: rows of the fit", now(case for case in judged if case.row.use == "fit")),
-        ("after: rows judged", now(case for case in judged if case.row.use == "judge")),
-        ("after: every row, its card left out of the fit", left(judged)),
-        (
-            "roofline of two constants: rows of the fit",
-            errors_of((c.roofline_ms, c.row.ms) for c in judged if c.row.use == "fit"),
-        ),
-        (
-            "roofline of two constants: rows judged",
-            errors_of((c.roofline_ms, c.row.ms) for c in judged if c.row.use == "judge"),
-        ),
+        ("before: old estimator, rows it knew", errors_of((before_ms, case.row.ms) for before_ms, case in old)),
+        ("after: the same rows", off("estimate_ms", (case for _, case in old))),
+        ("after: rows of the fit", off("estimate_ms", fitted)),
+        ("after: rows judged", off("estimate_ms", others)),
+        ("after: every row, its card left out of the fit", off("left_out_ms", judged)),
+        ("roofline of two constants: rows of the fit", off("roofline_ms", fitted)),
+        ("roofline of two constants: rows judged", off("roofline_ms", others)),
     ]
     for field in ("part", "execution", "precision", "gpu"):
         for value in dict.fromkeys(getattr(case.row, field) for case in judged):
             cases = [case for case in judged if getattr(case.row, field) == value]
-            listed.append((f"{field} {value}, card left out", left(cases)))
+            listed.append((f"{field} {value}, card left out", off("left_out_ms", cases)))
     return listed
 
 

@@ -31,7 +31,6 @@ from synerdiff.validation.lookups import sentence
 from synerdiff.validation.session import Validation
 
 FIGURES = ("prediction-errors", "requests", "timelines")
-SHOWN_S = 1.0
 SHOWN_STEPS = 25
 PICTURED = (*JUDGED, "request_latency_p99_s")
 
@@ -76,22 +75,15 @@ def page_of(data: Mapping[str, Any], text: str, profile: Profile) -> Page:
     """The report's text as a page: its first part is the setting, every heading a section."""
     first, *others = text.split("\n## ")
     parts = [Part(title="Predicted against measured", figures=FIGURES)]
-    for section in others:
-        title, *lines = section.split("\n")
-        parts.append(Part(title=title, lines=lines))
+    parts += [Part(title=title, lines=lines) for title, *lines in (section.split("\n") for section in others)]
     parts.append(Part(title="Setting", lines=[*first.split("\n")[1:], profile_table([profile])]))
     verdict = tally(check["verdict"] for check in data["checks"])
-    unclear = sum(check["verdict"] == "unclear" for check in data["checks"])
     limits = data["tolerance"]
-    gaps = [
-        f"One machine, one trace, loads {', '.join(data['loads'])}: others are not said anything about.",
-        *([f"{unclear} checks are unclear: their intervals are too wide for the tolerance."] if unclear else []),
-        *(
-            [f"Cells that were not measured here: {data['cells_not_measured']}."]
-            if data.get("cells_not_measured")
-            else []
-        ),
-    ]
+    gaps = [f"One machine, one trace, loads {', '.join(data['loads'])}: others are not said anything about."]
+    if unclear := sum(check["verdict"] == "unclear" for check in data["checks"]):
+        gaps.append(f"{unclear} checks are unclear: their intervals are too wide for the tolerance.")
+    if missing := data.get("cells_not_measured"):
+        gaps.append(f"Cells that were not measured here: {missing}.")
     if data["repeats"] < data["repeats_wanted"]:
         gaps.append(f"{data['repeats']} of {data['repeats_wanted']} repeats were run.")
     return Page(
@@ -170,13 +162,11 @@ def drift(before: Profile, now: Profile, session: Validation) -> dict[str, float
 def _case_json(one: CaseErrors) -> dict[str, Any]:
     metrics = {}
     for key, metric in one.metrics.items():
-        error = metric.error
+        ends = (None,) * 3 if (e := metric.error) is None else (e.value, _finite(e.low), _finite(e.high))
         metrics[key] = {
             "measured": metric.measured,
             "predicted": metric.predicted,
-            "error": None if error is None else error.value,
-            "error_low": None if error is None or math.isinf(error.low) else error.low,
-            "error_high": None if error is None or math.isinf(error.high) else error.high,
+            **dict(zip(("error", "error_low", "error_high"), ends, strict=True)),
             "judged_by": None if (by := metric.interval) is None or math.isinf(by.low) else [by.low, by.high],
             "error_is": METRICS[key][1],
             "repeats": [list(pair) for pair in metric.repeats],
@@ -191,9 +181,17 @@ def _case_json(one: CaseErrors) -> dict[str, Any]:
     }
 
 
+def _finite(value: float) -> float | None:
+    return None if math.isinf(value) else value
+
+
 def report_text(data: Mapping[str, Any]) -> str:
     """The report as Markdown."""
     limits = data["tolerance"]
+    others, stolen = data["cores_busy_with_others"], data["cores_stolen_by_host"]
+    busy = ""
+    if others is not None and stolen is not None:
+        busy = f"Meanwhile other processes kept {others:.2f} cores busy and the host took {stolen:.2f} cores. "
     not_passed = [check for check in data["checks"] if check["verdict"] != "passed"]
     verdict = tally(check["verdict"] for check in data["checks"])
     lines = [
@@ -213,7 +211,7 @@ def report_text(data: Mapping[str, Any]) -> str:
         "than 6 repeats the interval is Student's of the mean.",
         "",
         *_cells_lines(data),
-        _load_text_of(data["cores_busy_with_others"], data["cores_stolen_by_host"])
+        busy
         + "Against the shipped profile, the cells measured here are: "
         + ", ".join(f"{name.replace('_', ' ')} x {ratio:.2f}" for name, ratio in data["drift"].items())
         + " (medians).",
@@ -233,12 +231,6 @@ def _cells_lines(data: Mapping[str, Any]) -> list[str]:
         return [f"**Predictions looked up cells that were not measured here**: {data['cells_not_measured']}.", ""]
     looked_up = data.get("cells_looked_up")
     return [f"All {looked_up} cells that predictions looked up were measured here.", ""] if looked_up else []
-
-
-def _load_text_of(others: float | None, stolen: float | None) -> str:
-    if others is None or stolen is None:
-        return ""
-    return f"Meanwhile other processes kept {others:.2f} cores busy and the host took {stolen:.2f} cores. "
 
 
 def _load_table(load: str, cases: Sequence[Mapping[str, Any]]) -> list[str]:

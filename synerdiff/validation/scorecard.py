@@ -14,7 +14,8 @@ from pathlib import Path
 
 from synerdiff.core import InputError
 from synerdiff.experiments.h800 import SYSTEMS, h800_adapters, h800_profile
-from synerdiff.experiments.layouts import STRATEGIES, Ablation, ablation, solo
+from synerdiff.experiments.layouts import STRATEGIES, Ablation, solo
+from synerdiff.experiments.layouts import ablation as ablation
 from synerdiff.experiments.page import Page, Part, write_page
 from synerdiff.experiments.page import Printed as Printed
 from synerdiff.files import read_rows, write_rows
@@ -104,19 +105,13 @@ def studies(only: Sequence[str]) -> list[str]:
 
 def score_table(scores: Sequence[PublishedNumber]) -> tuple[list[str], list[list[str]]]:
     """(headers, rows): a line per case, its measures beside the prediction."""
-    measures = list(dict.fromkeys(score.measure for score in scores))
-    cases: dict[str, dict[str, PublishedNumber]] = {}
-    for score in scores:
-        cases.setdefault(score.case, {})[score.measure] = score
+    measures = dict.fromkeys(score.measure for score in scores)
     headers = ["case", "predicted", *(text for measure in measures for text in (measure, "error"))]
-    rows = []
-    for case, scores_of_case in cases.items():
-        row = [case, f"{next(iter(scores_of_case.values())).predicted_s:.3f}"]
-        for measure in measures:
-            one = scores_of_case.get(measure)
-            row += ["", ""] if one is None else [f"{one.published_s:.3f}", f"{one.error:+.1%}"]
-        rows.append(row)
-    return headers, rows
+    rows: dict[str, list[str]] = {}
+    for score in scores:
+        row = rows.setdefault(score.case, [score.case, f"{score.predicted_s:.3f}"])
+        row += [f"{score.published_s:.3f}", f"{score.error:+.1%}"]
+    return headers, list(rows.values())
 
 
 def worst_lines(scores: Sequence[PublishedNumber]) -> list[str]:
@@ -138,11 +133,6 @@ def katz_lines(
         lines += worst_lines(scores)
     apart = f"One request with {controlnets} ControlNets and {loras} LoRAs alone, strategy by strategy:"
     return [*lines, apart, strategy_table(cases)]
-
-
-def strategies(controlnets: int, loras: int) -> list[Ablation]:
-    """One request with so many of each, strategy by strategy."""
-    return ablation(controlnets, loras)
 
 
 def strategy_table(cases: Sequence[Ablation]) -> tuple[list[str], list[list[str]]]:

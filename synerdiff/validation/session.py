@@ -122,6 +122,11 @@ class ValidationPlan:
         """Every policy at every load."""
         return [ValidationCase(policy, load) for load in self.loads for policy in self.policies]
 
+    def time_scales(self, profile: Profile) -> dict[float, float]:
+        """Load -> by what the arrivals are stretched, on this profile."""
+        specs = {load: replace(self.spec, profile=profile, load=load) for load in self.loads if load != SATURATION}
+        return {load: prepare(spec).time_scale for load, spec in specs.items()}
+
 
 @dataclass
 class Observation:
@@ -179,9 +184,16 @@ class Validation:
         return refreshed(self.profile, around, self.passes)
 
     def predicted(self, case: ValidationCase, times: Profile, planning: Profile) -> Outcome:
-        """The case simulated with these times; what it looks up is noted."""
-        outcome, lookups = simulated(self.prepared, case, times, planning)
-        self.lookups |= lookups
+        """The case simulated with these times under a policy that plans with others; what it looks up is noted."""
+        watching = watched(times), watched(planning)
+        run = self.prepared(case, *watching)
+        for one in watching:
+            one.lookups.clear()
+        outcome = execute(run)
+        policy = run.policy()
+        policy.reset(WorkerInfo(times.max_rows, 0, run.spec.decode_gpus, 2), planning)
+        watching[0].note_decode(policy.chunking)
+        self.lookups |= watching[0].lookups | watching[1].lookups
         return outcome
 
     def prepared(self, case: ValidationCase, times: Profile, planning: Profile) -> Prepared:
@@ -190,24 +202,6 @@ class Validation:
         spec = replace(self.plan.spec, profile=times, planning=planning, policy=case.policy, time_scale=scale)
         run = prepare(spec)
         return run.at_once(run.images) if case.saturated else run
-
-
-def simulated(
-    prepared: Callable[[ValidationCase, Profile, Profile], Prepared],
-    case: ValidationCase,
-    times: Profile,
-    planning: Profile,
-) -> tuple[Outcome, set[Lookup]]:
-    """A case simulated with ``times`` under a policy that plans with ``planning``; and the cells it looked up."""
-    watching = watched(times), watched(planning)
-    run = prepared(case, *watching)
-    for one in watching:
-        one.lookups.clear()
-    outcome = execute(run)
-    policy = run.policy()
-    policy.reset(WorkerInfo(times.max_rows, 0, run.spec.decode_gpus, 2), planning)
-    watching[0].note_decode(policy.chunking)
-    return outcome, watching[0].lookups | watching[1].lookups
 
 
 OnProgress = Callable[[int, int, str], None]
@@ -279,8 +273,7 @@ def measure_session(
     for _ in range(PASSES_AROUND):
         passes.append(take_pass(hardware, profile, cells))
         report("profile cells")
-    spec = replace(plan.spec, profile=refreshed(profile, passes, passes))
-    scales = {load: prepare(replace(spec, load=load)).time_scale for load in plan.loads if load != SATURATION}
+    scales = plan.time_scales(refreshed(profile, passes, passes))
     session = Validation(plan, profile, scales, passes, {case: [] for case in plan.cases})
     for repeat in range(plan.repeats):
         turn = repeat % len(plan.cases)
@@ -302,17 +295,11 @@ def measure_session(
 
 def predict(session: Validation, on_progress: OnProgress) -> None:
     """Fill in what the simulator says about every observed run of the complete repeats."""
-    plan = session.plan
-    total = session.repeats * len(plan.cases)
-    done = 0
-    for repeat in range(session.repeats):
-        for case in plan.cases:
-            observed = session.observations[case][repeat]
-            planning = observed.prepared.profile
-            times = session.profile_of(observed)
-            observed.predicted = session.predicted(case, times, planning)
-            done += 1
-            on_progress(done, total, f"predicting {case.label}")
+    turns = [(repeat, case) for repeat in range(session.repeats) for case in session.plan.cases]
+    for done, (repeat, case) in enumerate(turns, 1):
+        observed = session.observations[case][repeat]
+        observed.predicted = session.predicted(case, session.profile_of(observed), observed.prepared.profile)
+        on_progress(done, len(turns), f"predicting {case.label}")
 
 
 def cells_of(plan: ValidationPlan, profile: Profile, decode_lanes: int) -> Cells:
@@ -330,9 +317,7 @@ def cells_of(plan: ValidationPlan, profile: Profile, decode_lanes: int) -> Cells
         chunkings.append(policy.chunking)
     even_only = plan.spec.budget.fraction_ppm == 0 and all(guided)
     cells = cells_for(profile, most, chunkings, even_only=even_only)
-    spec = replace(plan.spec, profile=profile)
-    scales = {load: prepare(replace(spec, load=load)).time_scale for load in plan.loads if load != SATURATION}
-    rehearsal = Validation(plan, profile, scales, [])
+    rehearsal = Validation(plan, profile, plan.time_scales(profile), [])
     for case in plan.cases:
         rehearsal.predicted(case, profile, profile)
     rows = {int(one[-1]) for one in rehearsal.lookups if one[0] != "chunk"}
