@@ -104,9 +104,8 @@ def bound_study(
     sampler, weights = Sampler(model, guidance_scale, batch, progress), MergedWeights(model.unet)
     weights.check(lora)
     made: dict[int, list[torch.Tensor]] = {bound: [] for bound in tried}
-    for start in range(0, len(subjects), batch):
-        # One run without the LoRA serves every bound up to its merge.
-        states, waiting = sampler.start(steps, subjects[start : start + batch]), {}
+    for states in sampler.batches(steps, subjects):
+        waiting = {}  # one run without the LoRA serves every bound up to its merge
         for step in range(steps):
             if step in made:
                 waiting[step] = [replace(state, progress=deepcopy(state.progress)) for state in states]
@@ -212,11 +211,10 @@ def outline_study(
     try:
         for scale in SCALES:
             made = []
-            for start in range(0, len(subjects), batch):
-                states = sampler.start(steps, subjects[start : start + batch])
-                for i, state in enumerate(states, start):
-                    if scale:
-                        state.controls = (ControlUse(controlnet.name, outlines[i : i + 1], scale),)
+            for states in sampler.batches(steps, subjects):
+                for state in states if scale else ():
+                    i = state.seed - first_seed
+                    state.controls = (ControlUse(controlnet.name, outlines[i : i + 1], scale),)
                 while not states[0].done:
                     sampler.step(states)
                 made.append(sampler.images(torch.cat([state.latent for state in states])).cpu())

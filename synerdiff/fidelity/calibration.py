@@ -50,8 +50,7 @@ def calibrate(sampler: Sampler, steps: int, subjects: Sequence[Subject]) -> Cali
     weight = sampler.guidance_scale - 1.0
     totals: dict[str, Any] = {}
     timesteps: list[float] = []
-    for start in range(0, len(subjects), sampler.batch):
-        states = sampler.start(steps, subjects[start : start + sampler.batch])
+    for states in sampler.batches(steps, subjects):
         progress = states[0].progress
         assert isinstance(progress, LinearProgress)
         table = progress.table.rows
@@ -85,10 +84,8 @@ def _batch(d: torch.Tensor, table: Sequence[Coefficients]) -> dict[str, Any]:
     for guided in range(steps - 1):
         error = (d[guided] - d[guided + 1 :]) * gain[guided + 1 :, None, None]
         cost[guided, 1 : steps - guided] = error.cumsum(dim=0).square().mean(dim=2).sum(dim=1)
-    return {
-        name: value.double().numpy()
-        for name, value in (("drop_error", drop), ("reuse_error", reuse), ("run_cost", cost))
-    }
+    sums = {"drop_error": drop, "reuse_error": reuse, "run_cost": cost}
+    return {name: value.double().numpy() for name, value in sums.items()}
 
 
 def end_gains(table: Sequence[Coefficients]) -> list[float]:

@@ -7,8 +7,11 @@ skips them all.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from synerdiff.core import CONDITIONAL, GUIDED, MODE_LETTER, NO_SKIPS, PPM, REUSE, InputError, Mode, Request, SkipBudget
@@ -91,19 +94,16 @@ def budget_from_floor(
     if solver is not None and solver != table.solver:
         # Everything below sees only the rows of the solver that runs.
         table = replace(table, head={**table.head, "solver": solver})
-    scales: dict[int, set[float]] = {}
-    for steps, scale in kinds:
-        if scale > 1:
-            scales.setdefault(steps, set()).add(scale)
+    guided = [(steps, scale) for steps, scale in kinds if scale > 1]
+    scales = {steps: {scale for own, scale in guided if own == steps} for steps, _ in guided}
     if not scales:
         return FloorChoice(NO_SKIPS, {}, {})
     per_mode: dict[Mode, dict[int, Score]] = {mode: {} for mode in SKIP_MODES}
     for steps, wanted in sorted(scales.items()):
         _require_covered(table, steps, wanted)
-        for mode in SKIP_MODES:
-            cheapest = _cheapest(table, steps, wanted, min_ssim, mode)
-            if cheapest is not None:
-                per_mode[mode][steps] = cheapest
+        for mode, rules in per_mode.items():
+            if (cheapest := _cheapest(table, steps, wanted, min_ssim, mode)) is not None:
+                rules[steps] = cheapest
     complete = {mode: rules for mode, rules in per_mode.items() if len(rules) == len(scales)}
     if not complete:
         raise _no_rule(table, scales, min_ssim)
@@ -165,20 +165,11 @@ def run_ssim(table: FidelityTable, requests: Iterable[tuple[str, float, int]]) -
     asked for where the run took fewer; images of one request are separated by ``;``. Requests that took no step
     (rejected) count no image. Raises InputError for a run without images.
     """
-    known: dict[tuple[str, float, int], float] = {}
-    total, count = 0.0, 0
-    for joined, scale, steps in requests:
-        for modes in joined.split(";"):
-            if not modes:
-                continue
-            kind = (modes, scale, steps)
-            if kind not in known:
-                known[kind] = image_ssim(table, *kind)
-            total += known[kind]
-            count += 1
-    if not count:
+    kinds = [(modes, scale, steps) for joined, scale, steps in requests for modes in joined.split(";") if modes]
+    if not kinds:
         raise InputError("the run has no images that took a step, so it has no fidelity.")
-    return total / count
+    known = {kind: image_ssim(table, *kind) for kind in dict.fromkeys(kinds)}
+    return sum(known[kind] for kind in kinds) / len(kinds)
 
 
 def _rows(table: FidelityTable, steps: int, guidance_scale: float) -> list[Score]:
@@ -190,13 +181,10 @@ def _rows(table: FidelityTable, steps: int, guidance_scale: float) -> list[Score
 
 
 def _require_covered(table: FidelityTable, steps: int, scales: Collection[float]) -> None:
-    covered: dict[int, set[float]] = {}
-    for row in table.rows:
-        if row.solver == table.solver:
-            covered.setdefault(row.steps, set()).add(row.guidance_scale)
+    covered = sorted({(row.steps, row.guidance_scale) for row in table.rows if row.solver == table.solver})
     listing = "; ".join(
-        f"{count} steps at guidance {' and '.join(f'{scale:g}' for scale in sorted(scales_of))}"
-        for count, scales_of in sorted(covered.items())
+        f"{count} steps at guidance {' and '.join(f'{scale:g}' for _, scale in of_count)}"
+        for count, of_count in groupby(covered, itemgetter(0))
     )
     for scale in sorted(scales):
         if not _rows(table, steps, scale):
@@ -215,12 +203,13 @@ def _common(table: FidelityTable, steps: int, scales: Collection[float]) -> list
     return [rows for rows in groups.values() if len({row.guidance_scale for row in rows}) == len(scales)]
 
 
+def _lowest(rows: Sequence[Score]) -> Score:
+    return min(rows, key=lambda row: row.ssim_low)
+
+
 def _cheapest(table: FidelityTable, steps: int, scales: Collection[float], min_ssim: float, mode: Mode) -> Score | None:
-    fitting = [
-        min(rows, key=lambda row: row.ssim_low)
-        for rows in _common(table, steps, scales)
-        if rows[0].mode == mode and rows[0].skipped_steps and all(row.ssim_low >= min_ssim for row in rows)
-    ]
+    lowest = [_lowest(rows) for rows in _common(table, steps, scales) if rows[0].mode == mode and rows[0].skipped_steps]
+    fitting = [row for row in lowest if row.ssim_low >= min_ssim]
     return min(fitting, key=lambda row: (row.rows, -row.ssim), default=None)
 
 
@@ -228,7 +217,7 @@ def _fewer_steps(table: FidelityTable, rule: Score, scales: Collection[float], m
     fitting = [
         rows[0]
         for rows in _common(table, rule.steps, scales)
-        if rows[0].mode == GUIDED and rows[0].rows < rule.rows and all(row.ssim_low >= min_ssim for row in rows)
+        if rows[0].mode == GUIDED and rows[0].rows < rule.rows and _lowest(rows).ssim_low >= min_ssim
     ]
     return min(fitting, key=lambda row: row.rows, default=None)
 
@@ -238,31 +227,21 @@ def _budget(mode: Mode, rules: dict[int, Score]) -> SkipBudget:
     # The least fraction whose rounded-down share still admits every eligible step.
     fraction_ppm = max(-(-len(skips) * PPM // steps) for steps, skips in eligible.items())
     warmup_steps = min(min(skips) for skips in eligible.values())
-    return SkipBudget(
-        fraction_ppm, warmup_steps, max(_longest_run(skips) for skips in eligible.values()), mode, eligible
-    )
-
-
-def _longest_run(steps: Collection[int]) -> int:
-    longest = run = 0
-    for step in range(max(steps) + 1):
-        run = run + 1 if step in steps else 0
-        longest = max(longest, run)
-    return longest
+    # Steps in a row have the same distance to their place among the skipped ones.
+    runs = [Counter(step - place for place, step in enumerate(sorted(skips))) for skips in eligible.values()]
+    return SkipBudget(fraction_ppm, warmup_steps, max(max(run.values()) for run in runs), mode, eligible)
 
 
 def _no_rule(table: FidelityTable, scales: dict[int, set[float]], min_ssim: float) -> UnreachedFloor:
     for steps, wanted in sorted(scales.items()):
         if any(_cheapest(table, steps, wanted, min_ssim, mode) for mode in SKIP_MODES):
             continue
-        best = [
-            min(row.ssim_low for row in rows)
-            for rows in _common(table, steps, wanted)
-            if rows[0].mode in SKIP_MODES and rows[0].skipped_steps
+        common = [
+            rows for rows in _common(table, steps, wanted) if rows[0].mode in SKIP_MODES and rows[0].skipped_steps
         ]
-        reached = (
-            f"the best reaches {max(best):.4f}" if best else "the table has no rule for all of its guidance scales"
-        )
+        best = max((_lowest(rows).ssim_low for rows in common), default=None)
+        reached = "the table has no rule for all of its guidance scales"
+        reached = reached if best is None else f"the best reaches {best:.4f}"
         return UnreachedFloor(
             f"{table.path}: no rule for {steps} steps reaches an SSIM of {min_ssim:g} (lower bound of its mean); "
             f"{reached}."

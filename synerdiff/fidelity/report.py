@@ -94,11 +94,8 @@ class SettingResult:
             pairs: list[tuple[str, str, Sequence[int] | None]] = []
             if rule.schedule == "calibrated":
                 plain = spread(self.steps, len(rule.skipped)).name
-                pairs = [
-                    (plain, "held out", held_out),
-                    (plain, "tuned prompts", tuned),
-                    (baseline, "held out", held_out),
-                ]
+                pairs = [(plain, "held out", held_out), (plain, "tuned prompts", tuned)]
+                pairs.append((baseline, "held out", held_out))
             elif rule.schedule != "full":
                 pairs = [(baseline, "all", None)]
             for against, images, chosen in pairs:
@@ -145,8 +142,7 @@ def _setting_lines(setting: SettingResult) -> list[str]:
         numbers = (f"{row.rows_share:.0%}", str(row.n), f"{row.ssim:.4f}", interval, f"{row.psnr_db:.1f}")
         table.append((row.rule, *numbers, recognised, against))
     widths = [max(len(cells[column]) for cells in table) for column in range(len(table[0]))]
-    head = f"{setting.solver}, {setting.steps} steps, guidance {setting.guidance_scale:g}: against full guidance"
-    texts = [head]
+    texts = [f"{setting.solver}, {setting.steps} steps, guidance {setting.guidance_scale:g}: against full guidance"]
     texts += ["  " + "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
     for line in setting.comparisons:
         if line.rule.startswith("reuse-calibrated") and not line.against.startswith("full-"):
@@ -169,10 +165,9 @@ def draw(result: StudyResult, folder: Path) -> list[Path]:
         panels.setdefault(label, []).append(row)
     written = save(pictures.fidelity_against_rows(panels, caption=device), folder, "fidelity-rows")
     for setting in result.settings:
-        suffix = setting.short
         sheet = [(f"{row}\n{note}", setting.judged[row].thumbnails) for row, note in _sheet(setting)]
         caption = f"{setting.label}; SSIM is the rule's mean over its images. {device}"
-        written += save(pictures.contact_sheet(sheet, caption=caption), folder, f"fidelity-sheet-{suffix}")
+        written += save(pictures.contact_sheet(sheet, caption=caption), folder, f"fidelity-sheet-{setting.short}")
         calibration = setting.calibration
         if calibration is not None:
             chosen = {}
@@ -186,7 +181,7 @@ def draw(result: StudyResult, folder: Path) -> list[Path]:
                 chosen,
                 caption=f"{setting.label}; means over the calibration's images. {device}",
             )
-            written += save(figure, folder, f"fidelity-steps-{suffix}")
+            written += save(figure, folder, f"fidelity-steps-{setting.short}")
     return written
 
 

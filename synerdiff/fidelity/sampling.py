@@ -93,13 +93,15 @@ class Sampler:
         """Final latents (b, C, h, w) of each batch in order, and the rows that each of its images took."""
         import torch
 
-        for start in range(0, len(subjects), self.batch):
-            states = self.start(rule.run_steps, subjects[start : start + self.batch])
+        for states in self.batches(rule.run_steps, subjects):
             rows = [0] * len(states)
             dropped = [False] * len(states)
             skips = [rule.own_skips(state.seed) for state in states]
             for step in range(states[0].steps):
-                modes = [self._mode(rule, step, own, gone) for own, gone in zip(skips, dropped, strict=True)]
+                modes = [
+                    CONDITIONAL if gone else rule.mode if step in own else GUIDED
+                    for own, gone in zip(skips, dropped, strict=True)
+                ]
                 self.step(states, modes)
                 for i, mode in enumerate(modes):
                     rows[i] += 2 if mode is GUIDED else 1
@@ -107,6 +109,11 @@ class Sampler:
                     for i, state in enumerate(states):
                         dropped[i] = dropped[i] or self.model.x0_similarity(state) >= rule.threshold
             yield torch.cat([state.latent for state in states]), rows
+
+    def batches(self, steps: int, subjects: Sequence[Subject]) -> Iterator[list[SampleState]]:
+        """The samples of each batch before their first step."""
+        for start in range(0, len(subjects), self.batch):
+            yield self.start(steps, subjects[start : start + self.batch])
 
     def start(self, steps: int, subjects: Sequence[Subject]) -> list[SampleState]:
         """Samples before their first step. InputError for schedulers that call the denoiser more than once a step."""
@@ -169,12 +176,6 @@ class Sampler:
         """Decoded, in [0, 1], float32 (n, channels, height, width)."""
         return (self.model.decode(latents).float() / 2 + 0.5).clamp(0, 1)
 
-    @staticmethod
-    def _mode(rule: SkipRule, step: int, skips: frozenset[int], dropped: bool) -> Mode:
-        if dropped:
-            return CONDITIONAL
-        return rule.mode if step in skips else GUIDED
-
 
 def fingerprint(model: DiffusionModel, prompt: str) -> str:
     """A hash over the weights as loaded and over one encoded prompt: what tells two models apart."""
@@ -201,10 +202,9 @@ def _opened(path: Path, shape: Sequence[int]) -> Any:
 
 def subjects_of(model: DiffusionModel, prompts: Sequence[str], first_seed: int, count: int) -> list[Subject]:
     """``count`` images from ``first_seed`` on; prompts in turn, or the model's own default of each seed."""
-    seeds = range(first_seed, first_seed + count)
     return [
-        Subject(s, prompts[i % len(prompts)] if prompts else model.prompts.default_prompt(s))
-        for i, s in enumerate(seeds)
+        Subject(first_seed + i, prompts[i % len(prompts)] if prompts else model.prompts.default_prompt(first_seed + i))
+        for i in range(count)
     ]
 
 

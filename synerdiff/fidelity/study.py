@@ -199,26 +199,18 @@ class Study:
         return result
 
     def _calibration(self, steps: int, scale: float) -> Calibration:
-        return self._part(
-            f"calibration of {steps} steps, guidance {scale:g}",
-            self._key("calibration", steps, scale, self.tuning),
-            Calibration,
-            2 * steps * len(self.tuning),
-            lambda sampler: calibrate(sampler, steps, self.tuning),
-            scale,
-        )
+        what, key = f"calibration of {steps} steps", self._key("calibration", steps, scale, self.tuning)
+        rows = 2 * steps * len(self.tuning)
+        return self._part(what, key, Calibration, rows, lambda sampler: calibrate(sampler, steps, self.tuning), scale)
 
     def _judged(self, rule: SkipRule, reference: SkipRule, scale: float, subjects: Sequence[Subject]) -> Judged:
         latents = self._reference(reference, scale, subjects)
         key = self._key("judged", rule.run_steps, scale, subjects, rule, reference)
-        return self._part(
-            f"{rule.name} against {reference.name}, guidance {scale:g}",
-            key,
-            Judged,
-            rule.rows * len(subjects),
-            lambda sampler: sampler.judge(rule, subjects, latents, is_reference=rule == reference),
-            scale,
-        )
+
+        def judge(sampler: Sampler) -> Judged:
+            return sampler.judge(rule, subjects, latents, is_reference=rule == reference)
+
+        return self._part(f"{rule.name} against {reference.name}", key, Judged, rule.rows * len(subjects), judge, scale)
 
     def _reference(self, rule: SkipRule, scale: float, subjects: Sequence[Subject]) -> Path:
         key = self._key("reference", rule.run_steps, scale, subjects)
@@ -233,7 +225,7 @@ class Study:
         path = self.folder / "parts" / f"{key}.npz"
         part = _load_arrays(path, kind)
         if part is None:
-            self._rows.begin(what, rows)
+            self._rows.begin(f"{what}, guidance {scale:g}", rows)
             self._rows(0)
             part = compute(self._sampler(scale))
             _save_arrays(path, part)

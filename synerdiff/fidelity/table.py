@@ -178,8 +178,7 @@ def read_fidelity(folder: Path) -> FidelityTable:
 def write_fidelity(folder: Path, head: Mapping[str, Any], rows: Iterable[Score]) -> None:
     """Write both files, the head last; rows in the order of their solver, steps, guidance, cost and rule."""
     ordered = sorted(rows, key=lambda row: (row.solver, row.steps, row.guidance_scale, -row.rows, row.rule))
-    lines = ([_cell(name, value) for name, value in zip(Score._fields, row, strict=True)] for row in ordered)
-    write_rows(folder / ROWS, Score._fields, lines)
+    write_rows(folder / ROWS, Score._fields, map(_cells, ordered))
     write_yaml(folder / HEAD, {"schema_version": SCHEMA_VERSION, **head})
 
 
@@ -207,11 +206,11 @@ def read_comparisons(folder: Path) -> list[PairedScore]:
 
 def write_comparisons(folder: Path, comparisons: Iterable[PairedScore]) -> None:
     """Write ``comparisons.csv``, in the order of its columns."""
-    lines = (
-        [_cell(name, value) for name, value in zip(PairedScore._fields, row, strict=True)]
-        for row in sorted(comparisons)
-    )
-    write_rows(folder / COMPARISONS, PairedScore._fields, lines)
+    write_rows(folder / COMPARISONS, PairedScore._fields, map(_cells, sorted(comparisons)))
+
+
+def _cells(row: Score | PairedScore) -> list[str]:
+    return [_cell(name, value) for name, value in row._asdict().items()]
 
 
 def _cell(name: str, value: Any) -> str:
@@ -242,27 +241,10 @@ def _score(row: Row) -> Score:
     for name, (middle, low, high) in (("ssim", ssim), ("psnr_db", psnr)):
         if not low <= middle <= high:
             raise row.error(name, f"is {middle:g}, outside its own interval {low:g} to {high:g}")
-    return Score(
-        row.name("solver"),
-        steps,
-        row.number("guidance_scale", 1),
-        row.name("rule"),
-        run_steps,
-        mode,
-        row.name("schedule"),
-        row.integer("warmup_steps", 0, run_steps),
-        skipped,
-        rows,
-        row.integer("n", 2),
-        ssim[0],
-        ssim[1],
-        ssim[2],
-        psnr[0],
-        psnr[1],
-        psnr[2],
-        row.number("recognised", 0, 1) if row.text("recognised") else None,
-        row.flag("held_out"),
-    )
+    setting = (row.name("solver"), steps, row.number("guidance_scale", 1), row.name("rule"), run_steps, mode)
+    rule = (row.name("schedule"), row.integer("warmup_steps", 0, run_steps), skipped, rows, row.integer("n", 2))
+    recognised = row.number("recognised", 0, 1) if row.text("recognised") else None
+    return Score._make((*setting, *rule, *ssim, *psnr, recognised, row.flag("held_out")))
 
 
 def _skipped(row: Row, steps: int) -> tuple[int, ...] | None:
