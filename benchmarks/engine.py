@@ -13,8 +13,6 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Generator
-from typing import Any
 
 import simpy
 
@@ -22,40 +20,47 @@ from policies.base import Policy
 from policies.registry import build_policy
 from simulator import simulate
 from synerdiff.config.cluster import cluster_of
-from synerdiff.core import PPM, Decision, SkipBudget, View
+from synerdiff.core import PPM, Decision, SkipBudget, View, WorkerInfo
 from synerdiff.experiments.run import Prepared, RunSpec, execute, prepare
 from synerdiff.profile.folder import find_profile
+from synerdiff.profile.tables import Profile
 from traces.generate import generate
 
 STEPS = 30
 LOAD = 0.8
 FLEET_REQUESTS = 2000
+BARE_EVENTS = 300_000
 
 
-def bare_simpy_events_per_s(events: int = 300_000) -> float:
+def bare_simpy_events_per_s() -> float:
     """Timeouts per CPU-second of a SimPy process that does nothing else."""
     environment = simpy.Environment()
-
-    def ticking() -> Generator[simpy.Event, Any, None]:
-        for _ in range(events):
-            yield environment.timeout(3)
-
-    environment.process(ticking())
+    environment.process(environment.timeout(3) for _ in range(BARE_EVENTS))
     start = time.process_time()
     environment.run()
-    return events / (time.process_time() - start)
+    return BARE_EVENTS / (time.process_time() - start)
 
 
-class Timed:
-    """A policy that notes how many ns of CPU time each of its decisions takes."""
+class Around:
+    """A policy that is another one, ``inner``."""
 
     def __init__(self, inner: Policy) -> None:
-        self.inner, self.taken_ns = inner, list[int]()
-        self.chunking = inner.chunking
+        self.inner, self.chunking = inner, inner.chunking
 
-    def reset(self, *arguments: Any) -> None:
-        self.inner.reset(*arguments)
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+        self.inner.reset(worker, profile)
         self.chunking = self.inner.chunking
+
+    def decide(self, view: View) -> Decision:
+        return self.inner.decide(view)
+
+
+class Timed(Around):
+    """Notes how many ns of CPU time each decision takes."""
+
+    def __init__(self, inner: Policy) -> None:
+        super().__init__(inner)
+        self.taken_ns: list[int] = []
 
     def decide(self, view: View) -> Decision:
         start = time.thread_time_ns()
@@ -75,8 +80,8 @@ def decisions_us(prepared: Prepared) -> tuple[float, float, float]:
     return taken[len(taken) // 2] / 1e3, taken[len(taken) * 999 // 1000] / 1e3, taken[-1] / 1e3
 
 
-def fleet_us(profile: str, workers: int, times: int = 3) -> float:
-    """CPU time of a decision in a fleet, all of the simulation included: the least of so many runs."""
+def fleet_us(profile: str, workers: int) -> float:
+    """CPU time of a decision in a fleet, all of the simulation included: the least of three runs."""
     requests = tuple(generate("poisson", seed=1, requests=FLEET_REQUESTS, mix="fixed", steps=STEPS))
     cluster = cluster_of({"workers": [{"denoise_gpu": index} for index in range(workers)]})
     spec = RunSpec(
@@ -84,7 +89,7 @@ def fleet_us(profile: str, workers: int, times: int = 3) -> float:
     )
     prepared = prepare(spec)
     taken_us = []
-    for _ in range(times):
+    for _ in range(3):
         start = time.process_time()
         outcome = execute(prepared)
         taken_us.append((time.process_time() - start) * 1e6 / outcome.result.decisions)

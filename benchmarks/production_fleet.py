@@ -10,7 +10,6 @@ bring nothing; every SLO then reads its fleet off the same runs.
 from __future__ import annotations
 
 import argparse
-import csv
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from synerdiff.experiments.capacity import Ask, Inquiry, Level
 from synerdiff.experiments.sweep import rows_of
 from synerdiff.figures.capacity import capacity_figure
 from synerdiff.figures.style import save
+from synerdiff.files import write_rows
 
 PACE = 10.0
 STRICTEST_S = 15.0
@@ -85,10 +85,7 @@ def main() -> None:
                 last = verdict.value
                 gpus += max(1, gpus // 4)
     file = arguments.out / "p99.csv"
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(FIELDS)
-        writer.writerows(table)
+    write_rows(file, FIELDS, table)
     draw(file, arguments.out / "figures", question.slo)
 
 

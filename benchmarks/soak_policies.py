@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.engine import Around
 from benchmarks.soak import resident_mib
 from policies.base import Policy
 from policies.registry import build_policy
@@ -35,9 +36,7 @@ from synerdiff.core import (
     RunResult,
     SkipBudget,
     View,
-    WorkerInfo,
 )
-from synerdiff.profile.tables import Profile
 from tests.builders import affine_profile
 from tests.exact_lanes import rehearse
 
@@ -100,16 +99,12 @@ BREAKS: tuple[Break, ...] = (
 """What a policy does instead of what it has decided; some of it is allowed at times."""
 
 
-class Wild:
-    """The policy ``inner``, which breaks the contract now and then."""
+class Wild(Around):
+    """Breaks the contract now and then."""
 
     def __init__(self, inner: Policy, luck: random.Random) -> None:
-        self.inner, self.luck = inner, luck
-        self.chunking = inner.chunking
-
-    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
-        self.inner.reset(worker, profile)
-        self.chunking = self.inner.chunking
+        super().__init__(inner)
+        self.luck = luck
 
     def decide(self, view: View) -> Decision:
         decision = self.inner.decide(view)
@@ -119,16 +114,12 @@ class Wild:
         return decision
 
 
-class Interrupting:
-    """The policy ``inner``; sets ``stop`` at one of its decisions."""
+class Interrupting(Around):
+    """Sets ``stop`` at one of its decisions."""
 
     def __init__(self, inner: Policy, stop: threading.Event, at: int) -> None:
-        self.inner, self.stop, self.left = inner, stop, at
-        self.chunking = inner.chunking
-
-    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
-        self.inner.reset(worker, profile)
-        self.chunking = self.inner.chunking
+        super().__init__(inner)
+        self.stop, self.left = stop, at
 
     def decide(self, view: View) -> Decision:
         self.left -= 1

@@ -10,15 +10,14 @@ the worker are the runner's own.
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -33,7 +32,7 @@ from profiler.sampling import QUICK
 from profiler.settings import make_settings
 from real_runner.adapters.serving import Folders, Serving
 from real_runner.adapters.start import open_serving
-from real_runner.engine import run_real
+from real_runner.engine import RealRun, run_real
 from real_runner.hardware import Hardware, open_hardware
 from simulator import simulate_cluster
 from synerdiff.config.cluster import MIB, Cluster, cluster_of
@@ -42,6 +41,7 @@ from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.diffusion.controlnet import random_controlnet
 from synerdiff.diffusion.lora import random_lora, save_lora
 from synerdiff.figures.style import finish, legend_above, new_figure, save, styled
+from synerdiff.files import write_rows
 from synerdiff.profile.adapters import QUANTITIES, Adapters
 from synerdiff.profile.tables import Profile, Spread
 from synerdiff.results.metrics import latencies_s
@@ -75,22 +75,20 @@ class ServingCase:
 def one_request(steps: int) -> list[ServingCase]:
     """Each way of serving with one request alone."""
 
-    def case(
-        name: str, strategies: dict[str, Any], controlnets: tuple[ControlNetUse, ...], loras: tuple[LoraUse, ...]
-    ) -> ServingCase:
-        request = Request(0, 0, steps, guidance_scale=GUIDANCE, seed=1, controlnets=controlnets, loras=loras)
-        return ServingCase(name, strategies, [request])
-
+    ways: list[tuple[str, dict[str, Any], tuple[ControlNetUse, ...], tuple[LoraUse, ...]]] = [
+        ("plain", {}, (), ()),
+        ("ControlNet inline", {}, NET, ()),
+        ("ControlNet as a service", SERVICE, NET, ()),
+        ("LoRA synchronous", {}, (), LORA),
+        ("LoRA asynchronous", LOADER, (), LORA),
+        ("guidance in two processes", HALVES, (), ()),
+        ("ControlNet and LoRA, all in one process", {}, NET, LORA),
+        ("ControlNet and LoRA, service and asynchronous", SERVICE | LOADER, NET, LORA),
+        ("ControlNet and LoRA, all three (four processes)", SERVICE | LOADER | HALVES, NET, LORA),
+    ]
+    request = Request(0, 0, steps, guidance_scale=GUIDANCE, seed=1)
     return [
-        case("plain", {}, (), ()),
-        case("ControlNet inline", {}, NET, ()),
-        case("ControlNet as a service", SERVICE, NET, ()),
-        case("LoRA synchronous", {}, (), LORA),
-        case("LoRA asynchronous", LOADER, (), LORA),
-        case("guidance in two processes", HALVES, (), ()),
-        case("ControlNet and LoRA, all in one process", {}, NET, LORA),
-        case("ControlNet and LoRA, service and asynchronous", SERVICE | LOADER, NET, LORA),
-        case("ControlNet and LoRA, all three (four processes)", SERVICE | LOADER | HALVES, NET, LORA),
+        ServingCase(name, how, [replace(request, controlnets=nets, loras=loras)]) for name, how, nets, loras in ways
     ]
 
 
@@ -143,28 +141,22 @@ def make_folders(root: Path) -> tuple[Folders, int]:
 def plain_cases(steps: int) -> list[ServingCase]:
     """Without adapters, so that steps have 1, 2 and 4 rows."""
 
-    def case(guidances: tuple[float, ...]) -> ServingCase:
-        requests = [
-            Request(number, 0, steps, guidance_scale=guidance, seed=number) for number, guidance in enumerate(guidances)
-        ]
-        return ServingCase("plain", {}, requests, batch=len(guidances))
-
-    return [case((1.0,)), case((GUIDANCE,)), case((GUIDANCE, GUIDANCE))]
+    of_rows = [[Request(i, 0, steps, guidance_scale=GUIDANCE, seed=i) for i in range(batch)] for batch in (1, 2)]
+    of_rows.insert(0, [replace(of_rows[0][0], guidance_scale=1.0)])
+    return [ServingCase("plain", {}, requests, batch=len(requests)) for requests in of_rows]
 
 
 def plain_cells(cases: list[ServingCase], hardware: Hardware, profile: Profile) -> CellTimes:
     """Steps, decodes and overheads as the runner has them when step follows step."""
-    parts = []
-    for case in cases:
-        run = run_real(case.requests, case.policy(), profile, hardware)
-        assert run.error is None, run.error
-        parts.append(cell_times(case.policy().chunking, run))
-    return joined(parts)
+    return joined([cell_times(case.policy().chunking, served(case, profile, hardware)) for case in cases])
 
 
-def bench_of(hardware: Hardware) -> Bench:
-    """The runner's lanes, for the profiler."""
-    return Bench(hardware.model, hardware.device, hardware.denoise, hardware.decode[0], QUICK)
+def served(case: ServingCase, profile: Profile, hardware: Hardware, serving: Serving | None = None) -> RealRun:
+    """The case's run, in which nothing went wrong."""
+    run = run_real(case.requests, case.policy(), profile, hardware, serving=serving)
+    assert run.error is None, run.error
+    assert not run.faults, run.faults
+    return run
 
 
 def means_of(samples: dict[tuple[str, int], list[int]], adapters: Adapters) -> Adapters:
@@ -172,8 +164,7 @@ def means_of(samples: dict[tuple[str, int], list[int]], adapters: Adapters) -> A
 
     def mean(name: str, at: int, spread: Spread) -> Spread:
         taken = samples.get((name, at))
-        value = spread.median if taken is None or QUANTITIES[name][1] != "ns" else round(fmean(taken))
-        return Spread(value, min(spread.p10, value), max(spread.p90, value), spread.n)
+        return spread.around(spread.median if taken is None or QUANTITIES[name][1] != "ns" else round(fmean(taken)))
 
     tables = {
         name: {at: mean(name, at, spread) for at, spread in table.items()} for name, table in adapters.tables.items()
@@ -192,20 +183,17 @@ def serve(
 ) -> float:
     """The mean latency in seconds; the durations (ns) of the pieces are added by kind."""
     drop_from_cache(file)
-    run = run_real(case.requests, case.policy(), profile, hardware, serving=serving)
-    assert run.error is None, run.error
-    assert not run.faults, run.faults
+    run = served(case, profile, hardware, serving)
     for work in run.result.work:
         pieces.setdefault(work.kind, []).append(work.end_ns - work.start_ns)
     return mean_latency_s(run.result)
 
 
-@dataclass
-class MeasuredCase:
-    """What was measured of one case."""
+class MeasuredCase(NamedTuple):
+    """What was measured of one case: mean latencies (s) of its runs, durations (ns) of its pieces by kind."""
 
-    seconds: list[float] = field(default_factory=list)
-    pieces: dict[str, list[int]] = field(default_factory=dict)
+    seconds: list[float]
+    pieces: dict[str, list[int]]
 
 
 def compare(
@@ -223,7 +211,8 @@ def compare(
         settings = make_settings("digits", "cpu", rows="1,2,4", quick=True)
         profile = measure_profile(settings, root / "profile")
         hardware = stack.enter_context(open_hardware("digits", "cpu", profile))
-        session = stack.enter_context(open_session(settings, bench_of(hardware)))
+        bench = Bench(hardware.model, hardware.device, hardware.denoise, hardware.decode[0], QUICK)
+        session = stack.enter_context(open_session(settings, bench))
         plain = plain_cases(alone[0].requests[0].steps)
         cases = [*alone, *loaded]
         clusters = {case.name: cluster_for(case.strategies, lora_bytes) for case in cases}
@@ -231,7 +220,7 @@ def compare(
             case.name: stack.enter_context(open_serving(hardware, clusters[case.name], case.requests, folders))
             for case in cases
         }
-        measured = {case.name: MeasuredCase() for case in cases}
+        measured = {case.name: MeasuredCase([], {}) for case in cases}
         passes = []
         for number in range(-1, rounds):
             for _ in range(CELLS_PER_ROUND):
@@ -242,7 +231,7 @@ def compare(
             turn = number % len(alone)
             these = alone[turn:] + alone[:turn] + (loaded if number % load_every == 0 else [])
             for case in these:
-                one = measured[case.name] if number >= 0 else MeasuredCase()
+                one = measured[case.name] if number >= 0 else MeasuredCase([], {})
                 file = root / "loras" / f"{LORA[0].file}.safetensors"
                 one.seconds.append(serve(case, servings[case.name], profile, hardware, file, one.pieces))
             say(f"round {number + 1} of {rounds}")
@@ -254,14 +243,14 @@ def compare(
             )
             for case in cases
         }
-    report(measured, predicted, out, say)
+    rows = report(measured, predicted, out, say)
     steps, count = alone[0].requests[0].steps, len(loaded[0].requests)
     caption = (
         f"digits, {steps} guided steps; one request alone (batch 1, {rounds} runs each) and "
         f"{count} requests of a Poisson process (batch 2). Dots: means with 95% intervals; grey: from the least to the "
         "largest run; numbers: measured against predicted. Cells and runs in turn on one machine."
     )
-    save(picture(out, caption), out.parent, out.stem, ("png",))
+    save(picture(rows, caption), out.parent, out.stem, ("png",))
     say("cells, ms: " + ", ".join(
         f"{name} {at}: {spread.median / 1e6:.2f}"
         for name, table in adapters.tables.items() if QUANTITIES[name][1] == "ns"
@@ -272,48 +261,40 @@ def compare(
 
 def report(
     measured: dict[str, MeasuredCase], predicted: dict[str, float], out: Path, say: Callable[[str], None]
-) -> None:
-    """A line for each case, and the same as CSV."""
-    with out.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", "runs", "predicted_s", "mean_s", "half_interval_s", "least_s", "largest_s", "error"])
-        for name, case in measured.items():
-            runs, mean_s = case.seconds, fmean(case.seconds)
-            values = predicted[name], mean_s, half_interval(runs), min(runs), max(runs), mean_s / predicted[name] - 1
-            writer.writerow([name, len(runs), *(f"{value:.5f}" for value in values)])
-            ms = [value * 1e3 for value in values]
-            say(
-                f"{name:<48} predicted {ms[0]:6.1f} ms  measured {ms[1]:6.1f} +- {ms[2]:.1f} ms "
-                f"({ms[3]:.1f} to {ms[4]:.1f})  {values[5]:+.1%}"
-            )
+) -> dict[str, list[float]]:
+    """A line for each case, the same as CSV, and by case: predicted and mean seconds, half of the mean's 95% interval,
+    the least and the largest run, and the error."""
+    rows = {}
+    for name, (runs, _) in measured.items():
+        half_s = 1.96 * stdev(runs) / len(runs) ** 0.5 if len(runs) > 1 else float("nan")
+        rows[name] = [predicted[name], fmean(runs), half_s, min(runs), max(runs), fmean(runs) / predicted[name] - 1]
+        ms = [value * 1e3 for value in rows[name]]
+        say(
+            f"{name:<48} predicted {ms[0]:6.1f} ms  measured {ms[1]:6.1f} +- {ms[2]:.1f} ms "
+            f"({ms[3]:.1f} to {ms[4]:.1f})  {rows[name][5]:+.1%}"
+        )
+    columns = ("case", "runs", "predicted_s", "mean_s", "half_interval_s", "least_s", "largest_s", "error")
+    lines = ((name, len(measured[name].seconds), *(f"{value:.5f}" for value in row)) for name, row in rows.items())
+    write_rows(out, columns, lines)
     for name, case in measured.items():
         say(f"{name}: " + ", ".join(f"{kind} {fmean(spent) / 1e6:.2f} ms" for kind, spent in case.pieces.items()))
-
-
-def half_interval(runs: list[float]) -> float:
-    """Of the 95% interval of their mean."""
-    return 1.96 * stdev(runs) / len(runs) ** 0.5 if len(runs) > 1 else float("nan")
+    return rows
 
 
 @styled
-def picture(table: Path, caption: str) -> Figure:
+def picture(rows: dict[str, list[float]], caption: str) -> Figure:
     """Predicted and measured latency of each case of a report; bars: 95% intervals, thin lines: all runs."""
     figure = new_figure(3.8)
     axis = figure.subplots()
-    with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    for place, row in enumerate(rows):
-        mean_s, half_s, least_s, largest_s = (
-            float(row[name]) for name in ("mean_s", "half_interval_s", "least_s", "largest_s")
-        )
+    for place, (predicted_s, mean_s, half_s, least_s, largest_s, error) in enumerate(rows.values()):
         axis.plot([least_s, largest_s], [place, place], color="#9a9a9a", linewidth=0.8)
         label = "" if place else "measured"
         axis.errorbar(mean_s, place, xerr=half_s, fmt="o", color="#0072b2", capsize=3, label=label)
         label = "" if place else "predicted"
-        axis.plot(float(row["predicted_s"]), place, "D", color="#d55e00", markersize=5, label=label)
-        axis.annotate(f"{float(row['error']):+.0%}", (largest_s, place), (5, 0), textcoords="offset points",
+        axis.plot(predicted_s, place, "D", color="#d55e00", markersize=5, label=label)
+        axis.annotate(f"{error:+.0%}", (largest_s, place), (5, 0), textcoords="offset points",
                       va="center", fontsize=6.5)  # fmt: skip
-    axis.set_yticks(range(len(rows)), [row["case"] for row in rows])
+    axis.set_yticks(range(len(rows)), list(rows))
     axis.invert_yaxis()
     axis.set_xlim(left=0)
     axis.margins(x=0.08)
