@@ -141,9 +141,7 @@ class GuidanceHalf:
         self._gpu, self._model, self._clock = gpu, model, clock
         self._weights = MergedWeights(model.unet)
         self._ledger = Ledger() if remote is None else remote.ledger
-        nets = {}
-        if remote is None:
-            nets = {name: load_controlnet(place, model, name) for name, place in controlnets.items()}
+        nets = {name: load_controlnet(place, model, name) for name, place in controlnets.items() if remote is None}
         self._controlnets = remote or OwnControlNets(nets, gpu, "guidance", clock, self._ledger)
 
     def new_memory(self) -> ImageMemory:
@@ -173,9 +171,9 @@ class GuidanceHalf:
                 str(name), tuple(rows), select_rows(inputs, rows), memory.batch(images, message), tuple(scales)
             )
             calls.append(Call(control, tuple(images), tuple(users)))
-        done = forward(self._model, inputs, calls, self._controlnets, self._clock)
-        self._ledger.add(self._gpu, "guidance", "half", done.began, self._clock.now(), len(inputs.latents), samples)
-        return done.outputs
+        noise, began = forward(self._model, inputs, calls, self._controlnets, self._clock)
+        self._ledger.add(self._gpu, "guidance", "half", began, self._clock.now(), len(inputs.latents), samples)
+        return noise
 
 
 def serve(rank: int, spec: Spec, store: Any) -> None:

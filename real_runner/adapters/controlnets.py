@@ -18,7 +18,7 @@ from synerdiff.device.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion import SHIPPED_CONTROLNETS
 from synerdiff.diffusion.denoisers.controlnet import ControlCall, ControlNet, ControlUse, control_calls
 from synerdiff.diffusion.denoisers.unet import Residuals, sum_residuals
-from synerdiff.diffusion.model import DiffusionModel
+from synerdiff.diffusion.model import DiffusionModel, SampleState
 from synerdiff.diffusion.rows import RowInputs
 
 IMAGES_KEPT = 256
@@ -40,16 +40,8 @@ class Call(NamedTuple):
     samples: tuple[SampleId, ...]
 
 
-class Owner(Protocol):
-    """What `calls_for` reads of a sample's state."""
-
-    @property
-    def controls(self) -> tuple[ControlUse, ...]:
-        """The ControlNets of its request."""
-
-
 def calls_for(
-    states: Sequence[Owner],
+    states: Sequence[SampleState],
     ids: Sequence[SampleId],
     rows_of_state: Callable[[int], Sequence[int]],
     inputs: RowInputs,
@@ -142,13 +134,8 @@ class Replica:
     def send(self, call: Call, number: int) -> None:
         """Raises LinkLost."""
         control = call.control
-        fields = {
-            "number": number,
-            "name": control.name,
-            "images": call.images,
-            "scales": control.scales,
-            "samples": call.samples,
-        }
+        fields = {"number": number, "name": control.name, "scales": control.scales}
+        fields |= {"images": call.images, "samples": call.samples}
         self.link.send(Op.CONTROL, fields, control.inputs.named() | self._images.missing(call))
         self.waiting += len(control.rows)
         if not self.fixed:
@@ -263,23 +250,17 @@ def controlnet_place(name: str, folder: Path | None) -> Path:
     raise InputError(f"there is no ControlNet '{name}'; {where} (shipped: {', '.join(SHIPPED_CONTROLNETS)}).")
 
 
-class Forwarded(NamedTuple):
-    """What the forward gave, and when it began: ControlNets that ran before it on the same device not included."""
-
-    outputs: torch.Tensor
-    began: Instant
-
-
 @torch.inference_mode()
 def forward(
     model: DiffusionModel, inputs: RowInputs, calls: Sequence[Call], controlnets: ControlNetSource | None, clock: Clock
-) -> Forwarded:
-    """Predicted noise of all rows. Services compute while encoder and mid block run; the decoder waits for them."""
+) -> tuple[torch.Tensor, Instant]:
+    """Predicted noise of all rows, and when the forward began: ControlNets that ran before it on the same device not
+    included. Services compute while encoder and mid block run; the decoder waits for them."""
     began = clock.now()
     if not calls:
-        return Forwarded(model.denoise(inputs), began)
+        return model.denoise(inputs), began
     assert controlnets is not None
     residuals = controlnets.begin(calls)
     if controlnets.inline:
         began = clock.now()
-    return Forwarded(model.split(inputs, lambda: sum_residuals(len(inputs.latents), residuals())), began)
+    return model.split(inputs, lambda: sum_residuals(len(inputs.latents), residuals())), began

@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -191,14 +192,11 @@ class LoraStore:
 
     def _fail_all(self) -> None:
         """No source is left: what is asked for fails."""
-        while True:
-            try:
-                job = self._queue.get_nowait()
-            except queue.Empty:
-                return
-            if job is not None:
-                job[1].failure = f"its LoRA {job[0]}.safetensors cannot be loaded: no LoRA loader is left"
-                job[1].ended.set()
+        with suppress(queue.Empty):
+            while True:
+                if (job := self._queue.get_nowait()) is not None:
+                    job[1].failure = f"its LoRA {job[0]}.safetensors cannot be loaded: no LoRA loader is left"
+                    job[1].ended.set()
 
     def _load(self, lane: str, source: FileSource, file: str, loading: Loading) -> None:
         """Read unless the host has it, copy to the device, and tell who waits."""

@@ -33,6 +33,7 @@ from synerdiff.diffusion.model import DiffusionModel
 ROOT = Path(__file__).resolve().parent.parent.parent
 STOP_S = 5.0
 _LOOK_EVERY_S = 0.02
+Kind = Literal["worker", "guidance", "controlnet", "loader"]
 START_S = 120.0
 """How long a process waits for the others to come up."""
 
@@ -42,7 +43,7 @@ class Process:
     """One process. ``gpu``: as the cluster numbers them, on a CPU only a name; -1 for a loader, which needs none."""
 
     rank: int
-    kind: Literal["worker", "guidance", "controlnet", "loader"]
+    kind: Kind
     gpu: int
     index: int = 0
 
@@ -74,9 +75,7 @@ def processes_of(cluster: Cluster) -> list[Process]:
         raise InputError("workers[0].controlnet_slots: on hardware a worker holds all ControlNets of its trace.")
     if any(cluster.loras.sizes_mib):
         raise InputError("loras.sizes_mib: on hardware files have the sizes that they have; leave this out.")
-    kinds: list[tuple[Literal["worker", "guidance", "controlnet", "loader"], int, int]] = [
-        ("worker", worker.denoise_gpu, 0)
-    ]
+    kinds: list[tuple[Kind, int, int]] = [("worker", worker.denoise_gpu, 0)]
     if strategies.guidance == "two-gpus":
         assert worker.guidance_gpu is not None
         kinds.append(("guidance", worker.guidance_gpu, 0))
@@ -153,29 +152,18 @@ def open_links(process: Process, layout: list[Process], spec: Spec, store: Any) 
             continue
         other = layout[second if process.rank == first else first]
         # Tensors between two processes stay on the host when one of them has no GPU.
-        host = torch.device("cpu")
-        device = host if "loader" in (process.kind, other.kind) else device_of(process, spec)
+        device = device_of(other if other.kind == "loader" else process, spec)
         side = int(process.rank == second)
         links[other.rank] = Link(
-            store,
-            f"{first}-{second}",
-            other.name,
-            side,
-            device,
-            one_machine=spec.one_machine,
-            timeout_s=START_S,
+            store, f"{first}-{second}", other.name, side, device, one_machine=spec.one_machine, timeout_s=START_S
         )
     return links
 
 
 def replicas_of(layout: list[Process], cluster: Cluster, links: Mapping[int, Link]) -> list[Replica]:
     """The ControlNet services at the other ends of these links."""
-    replicas = []
-    for process in layout:
-        if process.kind == "controlnet":
-            service = cluster.controlnet_services[process.index]
-            replicas.append(Replica(links[process.rank], service.controlnets, service.slots is None))
-    return replicas
+    of = [(links[one.rank], cluster.controlnet_services[one.index]) for one in layout if one.kind == "controlnet"]
+    return [Replica(link, service.controlnets, service.slots is None) for link, service in of]
 
 
 def ready_key(rank: int) -> str:
@@ -215,7 +203,12 @@ class Processes:
         self._layout = layout
         self._folder = Path(tempfile.mkdtemp(prefix="synerdiff-"))
         try:
-            store = _publish(spec) if started_by_torchrun() else self._start(spec)
+            text = json.dumps(asdict(spec))
+            if started_by_torchrun():
+                store = torchrun_store()
+                store.set("spec", text)
+            else:
+                store = self._start(text)
             self._wait_for(store, [f"up{process.rank}" for process in layout[1:]])
             self.links = open_links(layout[0], layout, spec, store)
             self._wait_for(store, [ready_key(process.rank) for process in layout[1:]])
@@ -230,12 +223,11 @@ class Processes:
             self.close()
             raise
 
-    def _start(self, spec: Spec) -> Any:
+    def _start(self, text: str) -> Any:
         meeting = self._folder / "meeting"
         environment = dict(os.environ)
         places = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
         environment |= {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
-        text = json.dumps(asdict(spec))
         for process in self._layout[1:]:
             command = [sys.executable, "-m", "real_runner.adapters.beside", str(process.rank), str(meeting), text]
             self.started[process.rank] = subprocess.Popen(
@@ -280,9 +272,3 @@ def require_processes(layout: list[Process]) -> None:
     if world != len(layout):
         names = ", ".join(process.name for process in layout)
         raise InputError(f"torchrun started {world} processes; this run needs {len(layout)}: {names}.")
-
-
-def _publish(spec: Spec) -> Any:
-    store = torchrun_store()
-    store.set("spec", json.dumps(asdict(spec)))
-    return store

@@ -83,11 +83,11 @@ def require_files(requests: Sequence[Request], folders: Folders, model: Diffusio
 
     def fault(read: Callable[..., None], *asked: object) -> InputError | None:
         if (read, asked) not in known:
+            known[read, asked] = None
             try:
                 read(*asked)
-                known[read, asked] = None
             except UnservedLora:
-                known[read, asked] = None
+                pass
             except InputError as error:
                 known[read, asked] = error
         return known[read, asked]
@@ -241,8 +241,8 @@ class Serving:
                 except InputError as error:
                     failure = str(error)
             else:
-                failure = loading.failure
-                failure = failure or f"its LoRA {file}.safetensors has not been loaded after {self.timeout_s:g} s"
+                late = f"its LoRA {file}.safetensors has not been loaded after {self.timeout_s:g} s"
+                failure = loading.failure or late
             if failure:
                 for image in images:
                     image.failure = failure
@@ -256,14 +256,12 @@ class Serving:
         peer = parts.peer
         if peer is None or not peer.alive:
             calls = calls_for(step.states, ids, step.rows_of_state, step.inputs)
-            done = forward(model, step.inputs, calls, parts.controlnets, parts.clock)
-            return done.outputs, done.began
+            return forward(model, step.inputs, calls, parts.controlnets, parts.clock)
         count, guided = len(step.states), step.guided
         first = _rows(step.inputs, range(count), (pad_rows + 1) // 2, model.row_buckets)
         own_calls = calls_for(step.states, ids, _own_row, first)
         if not guided:
-            done = forward(model, first, own_calls, parts.controlnets, parts.clock)
-            return done.outputs, done.began
+            return forward(model, first, own_calls, parts.controlnets, parts.clock)
         second = _rows(step.inputs, range(count, count + guided), pad_rows // 2, model.row_buckets)
         other_calls = calls_for(step.states[:guided], ids[:guided], _own_row, second)
         try:
@@ -271,15 +269,15 @@ class Serving:
         except PeerLost:
             return self.denoised(model, step, ids, pad_rows)
         try:
-            done = forward(model, first, own_calls, parts.controlnets, parts.clock)
+            noise, began = forward(model, first, own_calls, parts.controlnets, parts.clock)
         except Exception:
             peer.drop()
             raise
         try:
             predicted = peer.predicted()
         except PeerLost:
-            predicted = forward(model, second, other_calls, parts.controlnets, parts.clock).outputs
-        return torch.cat([done.outputs[:count], predicted[:guided]]), done.began
+            predicted, _ = forward(model, second, other_calls, parts.controlnets, parts.clock)
+        return torch.cat([noise[:count], predicted[:guided]]), began
 
 
 class AdaptedStep(StepPiece):
@@ -292,12 +290,12 @@ class AdaptedStep(StepPiece):
     def run(self) -> None:
         """On the lane."""
         live = [image for image in self.images if not image.failure]
-        if live:
-            try:
+        try:
+            if live:
                 self._serving.make_weights_ready(live)
-            except Exception as error:  # out of memory, say: the weights are the originals again, these samples fail
-                for image in live:
-                    image.failure = one_line(error.with_traceback(None))
+        except Exception as error:  # out of memory, say: the weights are the originals again, these samples fail
+            for image in live:
+                image.failure = one_line(error.with_traceback(None))
         super().run()
 
     def advance(self, batch: list[tuple[Image, Mode]], pad_rows: int) -> None:

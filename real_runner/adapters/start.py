@@ -39,9 +39,21 @@ def open_serving(
 
     Use as a context manager: leaving ends the processes. Raises InputError for what cannot be served.
     """
-    layout = processes_of(cluster)
+    layout, model = processes_of(cluster), hardware.model
     names = tuple(sorted({use.name for request in requests for use in request.controlnets}))
-    spec = _spec_for(hardware, cluster, folders, names, timeout_s)
+    spec = Spec(
+        cluster=cluster.model_dump(mode="json"),
+        model=model.name,
+        device=model.device.type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        resolution=(model.height, model.width),
+        row_buckets=model.row_buckets,
+        loras="" if folders.loras is None else str(folders.loras.resolve()),
+        controlnets="" if folders.controlnets is None else str(folders.controlnets.resolve()),
+        controlnet_names=names,
+        timeout_s=timeout_s,
+        one_machine=not started_by_torchrun(),
+    )
     if folders.loras is None:
         layout = [process for process in layout if process.kind != "loader"]
     require_processes(layout)
@@ -53,25 +65,6 @@ def open_serving(
             processes.close()
         raise
     return Serving(hardware, cluster, folders, parts, timeout_s)
-
-
-def _spec_for(
-    hardware: Hardware, cluster: Cluster, folders: Folders, controlnets: tuple[str, ...], timeout_s: float
-) -> Spec:
-    model = hardware.model
-    return Spec(
-        cluster=cluster.model_dump(mode="json"),
-        model=model.name,
-        device=model.device.type,
-        dtype=str(model.dtype).removeprefix("torch."),
-        resolution=(model.height, model.width),
-        row_buckets=model.row_buckets,
-        loras="" if folders.loras is None else str(folders.loras.resolve()),
-        controlnets="" if folders.controlnets is None else str(folders.controlnets.resolve()),
-        controlnet_names=controlnets,
-        timeout_s=timeout_s,
-        one_machine=not started_by_torchrun(),
-    )
 
 
 def _parts(
