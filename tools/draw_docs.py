@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,34 +68,26 @@ def controller_figure() -> None:
          "synerdiff-controller", ("png",))  # fmt: skip
 
 
-def fidelity_figures() -> None:
+def fidelity_figure() -> None:
     """Latency, throughput and fidelity by the shipped table of `digits`.
 
-    What was simulated is kept in docs/data/fidelity-latency-PROFILE.csv and drawn again from there.
+    What was simulated is kept in docs/data/fidelity-latency-digits-cpu.csv and drawn again from there.
     """
-    table = read_fidelity(MODELS / "digits")
-    for name in ("digits-cpu",):
-        profile = load_profile(find_profile(name))
-        model, caption = profile.head.model, ""
-        if model != table.model:
-            # Only here, where the picture says so: budgets and studies refuse the table of another model.
-            caption = (
-                f"LATENCY OF {model.upper()}, FIDELITY OF DIGITS: how far {model}'s own images change is not known. "
-            )
-        used = replace(table, head={**table.head, "model": model, "resolution": list(profile.head.size or ())})
-        file = DATA / f"fidelity-latency-{name}.csv"
-        if not file.is_file():
-            trade_off(profile, used, STEPS, GUIDANCE, LOADS)[COLUMNS].round(5).to_csv(file, index=False)
-        frame = pandas.read_csv(file).assign(profile=name, estimated=profile.estimated)
-        caption += (
-            f"DDIM, {STEPS} steps, guidance {GUIDANCE:g} on {name}. Poisson arrivals, means over 3 seeds of 600 "
-            "requests; load 1: full guidance in all steps with serial decodes. All run load-skip's placement at its "
-            "default batch."
-        )
-        save(latency_against_fidelity(frame, caption=caption), FOLDER, f"fidelity-latency-{name}", ("png",))
+    name = "digits-cpu"
+    profile, file = load_profile(find_profile(name)), DATA / f"fidelity-latency-{name}.csv"
+    if not file.is_file():
+        table = read_fidelity(MODELS / "digits")
+        trade_off(profile, table, STEPS, GUIDANCE, LOADS)[COLUMNS].round(5).to_csv(file, index=False)
+    frame = pandas.read_csv(file).assign(profile=name, estimated=profile.estimated)
+    caption = (
+        f"DDIM, {STEPS} steps, guidance {GUIDANCE:g} on {name}. Poisson arrivals, means over 3 seeds of 600 "
+        "requests; load 1: full guidance in all steps with serial decodes. All run load-skip's placement at its "
+        "default batch."
+    )
+    save(latency_against_fidelity(frame, caption=caption), FOLDER, f"fidelity-latency-{name}", ("png",))
 
 
 if __name__ == "__main__":
     plan_figure()
     controller_figure()
-    fidelity_figures()
+    fidelity_figure()

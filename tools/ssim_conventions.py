@@ -5,7 +5,6 @@ python -m tools.ssim_conventions
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from synerdiff.core import CONDITIONAL
 from synerdiff.diffusion.checkpoint import load_model
 from synerdiff.fidelity.rules import SkipRule, adaptive, first, full, last, spread
 from synerdiff.fidelity.sampling import Sampler, Subject, ssim_of
+from synerdiff.files import write_rows
 
 DATA = Path(__file__).resolve().parent.parent / "docs" / "data"
 COLUMNS = ["rule", "gaussian_0_1", "gaussian_range_2", "uniform_range_2"]
@@ -70,11 +70,8 @@ def main() -> None:
         return torch.cat([model.decode(latents).float() for latents, _ in sampler.latents(rule, subjects)])
 
     reference = made(full(STEPS))
-    with (DATA / "ssim-conventions.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for rule in RULES:
-            writer.writerow([rule.name, *(f"{value:.4f}" for value in conventions(made(rule), reference))])
+    rows = ([rule.name, *(f"{value:.4f}" for value in conventions(made(rule), reference))] for rule in RULES)
+    write_rows(DATA / "ssim-conventions.csv", COLUMNS, rows)
 
 
 if __name__ == "__main__":

@@ -25,18 +25,18 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     transform = torch.stack(
         [torch.stack([cos, -sin, shift[:, 0]], dim=1), torch.stack([sin, cos, shift[:, 1]], dim=1)], dim=1
     )
+    return _moved(images, transform)
+
+
+def _moved(images: torch.Tensor, transform: torch.Tensor) -> torch.Tensor:
     grid = functional.affine_grid(transform, list(images.shape), align_corners=False)
     # The background is -1 and grid_sample pads with 0: shift, sample, shift back.
-    moved = functional.grid_sample(images + 1.0, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return moved - 1.0
+    return functional.grid_sample(images + 1.0, grid, padding_mode="zeros", align_corners=False) - 1.0
 
 
 def slanted(images: torch.Tensor) -> torch.Tensor:
     """(n, 1, 32, 32) images in [-1, 1], each leaning to the right by `SHEAR` about its centre."""
-    transform = torch.tensor([[1.0, SHEAR, 0.0], [0.0, 1.0, 0.0]]).expand(len(images), 2, 3)
-    grid = functional.affine_grid(transform, list(images.shape), align_corners=False)
-    # The background is -1 and grid_sample pads with 0: shift, sample, shift back.
-    return functional.grid_sample(images + 1.0, grid, padding_mode="zeros", align_corners=False) - 1.0
+    return _moved(images, torch.tensor([[1.0, SHEAR, 0.0], [0.0, 1.0, 0.0]]).expand(len(images), 2, 3))
 
 
 def hollow(images: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from synerdiff.diffusion import SHIPPED
 from synerdiff.diffusion.checkpoint import load_model
@@ -32,6 +30,3 @@ def encode(model: DiffusionModel, images: torch.Tensor) -> torch.Tensor:
     """Scaled latents (n, 4, 8, 8) of (n, 1, 32, 32) images in [-1, 1]."""
     parts = [model.vae.encode(part).latent_dist.mean for part in torch.split(images, 128)]
     return torch.cat(parts) * float(model.vae.config.scaling_factor)
-
-
-Loss = Callable[[nn.Module, torch.Generator, int], torch.Tensor]

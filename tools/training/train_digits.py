@@ -19,14 +19,11 @@ import torch.nn.functional as functional
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import nn
 
+from profiler.operations import CONFIGS
 from synerdiff.diffusion.digits import LabelledImages, digits_split
 from tools.training.digits_images import augment, recognised_fraction, save_classifier, train_classifier
 
-CONFIG = json.loads(
-    (Path(__file__).resolve().parents[2] / "synerdiff" / "diffusion" / "configs" / "digits.json").read_text(
-        encoding="utf-8"
-    )
-)
+CONFIG = json.loads((CONFIGS / "digits.json").read_text(encoding="utf-8"))
 CLASSES = 10
 UNCONDITIONAL = 10
 TOKENS = 2
@@ -35,6 +32,8 @@ KL_WEIGHT = 1e-6
 VARIANTS_PER_IMAGE = 16
 CHECKPOINT_EVERY_S = 30.0
 T = TypeVar("T")
+Loss = Callable[[nn.Module, torch.Generator, int], torch.Tensor]
+"""What a model loses on a batch of so many, drawn by that generator."""
 
 
 class Stage(NamedTuple):
@@ -87,14 +86,7 @@ def warmed_up_average(decay: float) -> Callable[[torch.Tensor, torch.Tensor, tor
     return average
 
 
-def train_stage(
-    stage: str,
-    model: nn.Module,
-    loss_of: Callable[[nn.Module, torch.Generator, int], torch.Tensor],
-    folder: Path,
-    seed: int,
-    deadline_s: float,
-) -> nn.Module:
+def train_stage(stage: str, model: nn.Module, loss_of: Loss, folder: Path, seed: int, deadline_s: float) -> nn.Module:
     """Minimise `loss_of` over the stage's steps and return the model with averaged weights; resumes by itself.
 
     Raises OutOfTime when `deadline_s` (monotonic seconds) passes.
@@ -141,7 +133,7 @@ def train_stage(
     return averaged.eval()
 
 
-def vae_loss(data: LabelledImages) -> Callable[[nn.Module, torch.Generator, int], torch.Tensor]:
+def vae_loss(data: LabelledImages) -> Loss:
     """Squared error of the reconstruction and a small Kullback-Leibler weight on the latents."""
 
     def loss_of(model: Any, generator: torch.Generator, batch: int) -> torch.Tensor:
@@ -156,9 +148,7 @@ def vae_loss(data: LabelledImages) -> Callable[[nn.Module, torch.Generator, int]
     return loss_of
 
 
-def unet_loss(
-    latents: torch.Tensor, labels: torch.Tensor, scheduler: Any
-) -> Callable[[nn.Module, torch.Generator, int], torch.Tensor]:
+def unet_loss(latents: torch.Tensor, labels: torch.Tensor, scheduler: Any) -> Loss:
     """Predict the noise (epsilon) at a random timestep; the class is dropped in a tenth of the rows."""
 
     def loss_of(model: Any, generator: torch.Generator, batch: int) -> torch.Tensor:

@@ -9,18 +9,16 @@ that the UNet saw; the UNet stays as it is. In half of the rows the class is dro
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from diffusers import ControlNetModel
-from torch import nn
 
 from synerdiff.diffusion.digits import digits_split, displaced, outline
 from tools.training.shipped_digits import encode, frozen_digits
-from tools.training.train_digits import UNCONDITIONAL, before_deadline, parser_of, train_stage
+from tools.training.train_digits import UNCONDITIONAL, Loss, before_deadline, parser_of, train_stage
 
 IMAGE_CHANNELS = (8, 16, 32)
 VARIANTS_PER_IMAGE = 12
@@ -29,7 +27,7 @@ CLASS_DROPOUT = 0.5
 
 def controlnet_loss(
     latents: torch.Tensor, outlines: torch.Tensor, labels: torch.Tensor, unet: Any, tokens: Any, scheduler: Any
-) -> Callable[[nn.Module, torch.Generator, int], torch.Tensor]:
+) -> Loss:
     """Predict the noise at a random timestep through the frozen UNet, whose skip connections the ControlNet steers."""
 
     def loss_of(net: Any, generator: torch.Generator, batch: int) -> torch.Tensor:
@@ -40,14 +38,8 @@ def controlnet_loss(
         condition = tokens(torch.where(dropped, torch.tensor(UNCONDITIONAL), labels[chosen]))
         noisy = scheduler.add_noise(latents[chosen], noise, timesteps)
         down, mid = net(noisy, timesteps, condition, outlines[chosen], return_dict=False)
-        predicted = unet(
-            noisy,
-            timesteps,
-            condition,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=mid,
-        ).sample
-        return functional.mse_loss(predicted, noise)
+        steered = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        return functional.mse_loss(unet(noisy, timesteps, condition, **steered).sample, noise)
 
     return loss_of
 
