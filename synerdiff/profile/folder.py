@@ -10,19 +10,8 @@ from typing import Any
 from synerdiff.core import PPM, InputError
 from synerdiff.files import Row, read_rows, read_yaml, sha256_of_files, shown, sides_of, write_rows, write_yaml
 from synerdiff.profile.tables import (
-    CHUNK_COLUMNS,
-    CORUN_COLUMNS,
-    DEGREE_COLUMNS,
     MOST_DEGREE,
-    OVERHEAD_COLUMNS,
     OVERHEADS,
-    SCHEMA_VERSION,
-    SIZED_CHUNK_COLUMNS,
-    SIZED_CORUN_COLUMNS,
-    SIZED_SCHEMA_VERSION,
-    SIZED_STEP_COLUMNS,
-    STEP_COLUMNS,
-    STEP_LAUNCH,
     Corun,
     Head,
     Profile,
@@ -32,6 +21,26 @@ from synerdiff.profile.tables import (
 )
 from synerdiff.schema import Section, validated
 
+SCHEMA_VERSION, SIZED_SCHEMA_VERSION = 1, 2
+"""The second: of a profile with several resolutions."""
+_NS_COLUMNS = ("median_ns", "p10_ns", "p90_ns", "n")
+_PPM_COLUMNS = ("step_p10_ppm", "step_p90_ppm", "chunk_p10_ppm", "chunk_p90_ppm")
+COLUMNS = {
+    "steps": ("rows", *_NS_COLUMNS, "held_out"),
+    "chunks": ("chunking", "chunk", *_NS_COLUMNS),
+    "corun": ("chunking", "chunk", "rows", "step_slowdown_ppm", "chunk_slowdown_ppm", *_PPM_COLUMNS, "n", "held_out"),
+    "overheads": ("name", *_NS_COLUMNS),
+    "degrees": ("resolution", "degree", "rows", *_NS_COLUMNS),
+}
+"""By table."""
+SIZED = {
+    "steps": ("resolution", "tokens"),
+    "chunks": ("resolution",),
+    "corun": ("step_resolution", "chunk_resolution", "tokens"),
+}
+"""What stands before the columns of a table of several resolutions."""
+STEP_LAUNCH = "step_launch"
+"""The overhead that `Profile.step_launch` holds: one by rows."""
 DEGREES_FILE = "degrees.csv"
 SHIPPED = Path(__file__).resolve().parents[2] / "profiler" / "profiles"
 PROVENANCES = ("measured", "imported", "estimated")
@@ -82,8 +91,7 @@ def load_profile(folder: Path) -> Profile:
     overheads, launches = _read_overheads(folder / "overheads.csv")
     degrees = _read_degrees(folder / DEGREES_FILE)
     sized = version == SIZED_SCHEMA_VERSION
-    steps_of = _by_size(folder / "steps.csv", SIZED_STEP_COLUMNS if sized else STEP_COLUMNS)
-    chunks_of = _by_size(folder / "chunks.csv", SIZED_CHUNK_COLUMNS if sized else CHUNK_COLUMNS)
+    steps_of, chunks_of = _by_size(folder, "steps", sized), _by_size(folder, "chunks", sized)
     sizes = list(steps_of)
     facts = head_of(
         {**head, "resolutions": [list(size) for size in sizes if size is not None]} if sized else head, str(head_path)
@@ -167,11 +175,15 @@ def _text(size: Size | None) -> str:
     return "none" if size is None else pixels_of(size)
 
 
-def _by_size(path: Path, columns: Sequence[str]) -> dict[Size | None, list[Row]]:
+def _columns(table: str, sized: bool) -> tuple[str, ...]:
+    return (*SIZED[table], *COLUMNS[table]) if sized else COLUMNS[table]
+
+
+def _by_size(folder: Path, table: str, sized: bool) -> dict[Size | None, list[Row]]:
     """The rows of a table by resolution, in the order of the file; of schema version 1 all of None."""
     by_size: dict[Size | None, list[Row]] = {}
-    for row in read_rows(path, columns, "profile table"):
-        by_size.setdefault(_size(row, "resolution") if "resolution" in columns else None, []).append(row)
+    for row in read_rows(folder / f"{table}.csv", _columns(table, sized), "profile table"):
+        by_size.setdefault(_size(row, "resolution") if sized else None, []).append(row)
     return by_size or {None: []}
 
 
@@ -273,7 +285,7 @@ def _row_buckets(
     return tuple(buckets)
 
 
-def _spread(row: Row, columns: Sequence[str] = STEP_COLUMNS[1:4], low: int = 1, high: int = _MOST_NS) -> Spread:
+def _spread(row: Row, columns: Sequence[str] = _NS_COLUMNS[:3], low: int = 1, high: int = _MOST_NS) -> Spread:
     """Median, p10 and p90 in their order, and n; InputError names the line. In nanoseconds at most 12 days."""
     median = row.integer(columns[0], low, high)
     p10, p90 = (row.integer(column, min(low, 1), high) for column in columns[1:])
@@ -330,7 +342,7 @@ def _read_corun(
 ) -> dict[tuple[Size | None, Size | None], dict[tuple[str, int], dict[int, Corun]]]:
     """By (resolution of the step, of the chunk); without ``sizes`` (schema version 1) all of (None, None)."""
     pairs: dict[tuple[Size | None, Size | None], dict[tuple[str, int], dict[int, Corun]]] = {}
-    for row in read_rows(path, SIZED_CORUN_COLUMNS if sizes else CORUN_COLUMNS, "profile table"):
+    for row in read_rows(path, _columns("corun", bool(sizes)), "profile table"):
         pair: tuple[Size | None, Size | None] = (None, None)
         if sizes:
             pair = (_size(row, "step_resolution"), _size(row, "chunk_resolution"))
@@ -354,7 +366,7 @@ def _read_overheads(path: Path) -> tuple[dict[str, Spread], dict[int, Spread]]:
     """By name; and step_launch by rows, the only one that has them."""
     overheads: dict[str, Spread] = {}
     launches: dict[int, Spread] = {}
-    for row in read_rows(path, OVERHEAD_COLUMNS, "profile table", optional=("rows",)):
+    for row in read_rows(path, COLUMNS["overheads"], "profile table", optional=("rows",)):
         name, rows = row.name("name"), row.text("rows")
         if name == STEP_LAUNCH:
             at = row.integer("rows", 1, _MOST_ROWS)
@@ -377,7 +389,7 @@ def _read_degrees(path: Path) -> dict[Size | None, dict[int, dict[int, Spread]]]
     degrees: dict[Size | None, dict[int, dict[int, Spread]]] = {}
     if not path.is_file():
         return degrees
-    for row in read_rows(path, DEGREE_COLUMNS, "profile table"):
+    for row in read_rows(path, COLUMNS["degrees"], "profile table"):
         size = _size(row, "resolution") if row.text("resolution") else None
         cells = degrees.setdefault(size, {}).setdefault(row.integer("degree", 2, MOST_DEGREE), {})
         rows = row.integer("rows", 1, _MOST_ROWS)
@@ -418,21 +430,18 @@ def write_profile(folder: Path, profile: Profile) -> None:
             return ()
         return (*map(pixels_of, places), *(() if rows is None else (sizes[places[0]].tokens.get(rows, ""),)))
 
-    columns: tuple[Sequence[str], ...] = (STEP_COLUMNS, CHUNK_COLUMNS, CORUN_COLUMNS)
-    if sizes:
-        columns = (SIZED_STEP_COLUMNS, SIZED_CHUNK_COLUMNS, SIZED_CORUN_COLUMNS)
     steps = []
     for size, one in tables.items():
         rows = [(r, *s, 0) for r, s in one.steps.items()] + [(r, *s, 1) for r, s in one.held_out_steps.items()]
         steps += [(*at(size, rows=row[0]), *row) for row in sorted(rows)]
-    write_rows(folder / "steps.csv", columns[0], steps)
+    write_rows(folder / "steps.csv", _columns("steps", bool(sizes)), steps)
     chunks = [
         (*at(size), chunking, i, *spread)
         for size, one in tables.items()
         for chunking, spreads in one.chunks.items()
         for i, spread in enumerate(spreads)
     ]
-    write_rows(folder / "chunks.csv", columns[1], chunks)
+    write_rows(folder / "chunks.csv", _columns("chunks", bool(sizes)), chunks)
     pairs = {(size, size): one.corun for size, one in tables.items()} | dict(profile.across)
     corun = [
         (*at(*pair, rows=r), *key, r, u.median, v.median, u.p10, u.p90, v.p10, v.p90, min(u.n, v.n), int(cell.held_out))
@@ -441,10 +450,10 @@ def write_profile(folder: Path, profile: Profile) -> None:
         for r, cell in sorted(cells.items())
         for u, v in [(cell.step, cell.chunk)]
     ]
-    write_rows(folder / "corun.csv", columns[2], corun)
+    write_rows(folder / "corun.csv", _columns("corun", bool(sizes)), corun)
     overheads: list[tuple[Any, ...]] = [(name, *spread, "") for name, spread in profile.overheads.items()]
     overheads += [(STEP_LAUNCH, *spread, rows) for rows, spread in sorted(profile.step_launch.items())]
-    write_rows(folder / "overheads.csv", (*OVERHEAD_COLUMNS, "rows"), overheads)
+    write_rows(folder / "overheads.csv", (*COLUMNS["overheads"], "rows"), overheads)
     degrees = [
         (pixels_of(one.head.size) if one.head.size else "", degree, rows, *spread)
         for one in tables.values()
@@ -452,5 +461,5 @@ def write_profile(folder: Path, profile: Profile) -> None:
         for rows, spread in sorted(cells.items())
     ]
     if degrees:
-        write_rows(folder / DEGREES_FILE, DEGREE_COLUMNS, degrees)
+        write_rows(folder / DEGREES_FILE, COLUMNS["degrees"], degrees)
     write_yaml(folder / "profile.yaml", {**own, **fields_of(profile.head)})

@@ -24,37 +24,11 @@ Size = tuple[int, int]
 CorunCells = Mapping[tuple[str, int], Mapping[int, "Corun"]]
 """(chunking, chunk) -> rows -> slowdowns."""
 
-SCHEMA_VERSION = 1
-SIZED_SCHEMA_VERSION = 2
-"""Of a profile with several resolutions."""
 Weights = Literal["checkpoint", "trained", "random"]
 Dtype = Literal["", "float32", "bfloat16", "float16"]
 Side = Annotated[int, Field(ge=LEAST_SIDE, le=MOST_SIDE)]
 OVERHEADS = ("step_dispatch", "chunk_dispatch", "decision_lead", "text_encode", "result_copy", "sample_host")
-STEP_COLUMNS = ("rows", "median_ns", "p10_ns", "p90_ns", "n", "held_out")
-CHUNK_COLUMNS = ("chunking", "chunk", "median_ns", "p10_ns", "p90_ns", "n")
-CORUN_COLUMNS = (
-    "chunking",
-    "chunk",
-    "rows",
-    "step_slowdown_ppm",
-    "chunk_slowdown_ppm",
-    "step_p10_ppm",
-    "step_p90_ppm",
-    "chunk_p10_ppm",
-    "chunk_p90_ppm",
-    "n",
-    "held_out",
-)
-STEP_LAUNCH = "step_launch"
-"""The overhead that `Profile.step_launch` holds: one by rows."""
-SIZED_STEP_COLUMNS = ("resolution", "tokens", *STEP_COLUMNS)
-SIZED_CHUNK_COLUMNS = ("resolution", *CHUNK_COLUMNS)
-SIZED_CORUN_COLUMNS = ("step_resolution", "chunk_resolution", "tokens", *CORUN_COLUMNS)
-"""Of a profile with several resolutions (schema version 2)."""
-DEGREE_COLUMNS = ("resolution", "degree", "rows", "median_ns", "p10_ns", "p90_ns", "n")
 MOST_DEGREE = 8
-OVERHEAD_COLUMNS = ("name", "median_ns", "p10_ns", "p90_ns", "n")
 
 
 class Spread(NamedTuple):
