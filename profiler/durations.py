@@ -27,6 +27,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
+from typing import NamedTuple
 
 from profiler.datasheets import FLOPS_PER_JOULE, Gpu
 from profiler.operations import EXECUTIONS, Operation, Operations
@@ -87,8 +88,7 @@ class ForwardMode:
             raise InputError(f"precision {self.precision} needs execution compiled or engine, not eager.")
 
 
-@dataclass(frozen=True, slots=True)
-class Occupancy:
+class Occupancy(NamedTuple):
     """Time of one piece of work alone, and how much of it needs a resource.
 
     ``compute_s``: with all multiprocessors full, the time its products and softmax would take; ``memory_s``: its bytes
@@ -121,12 +121,7 @@ class Occupancy:
 
 def joined(pieces: Iterable[Occupancy]) -> Occupancy:
     """Pieces that run one after the other, as one."""
-    listed = list(pieces)
-    return Occupancy(
-        sum(piece.seconds for piece in listed),
-        sum(piece.compute_s for piece in listed),
-        sum(piece.memory_s for piece in listed),
-    )
+    return Occupancy._make(map(sum, zip(*pieces, strict=True)))
 
 
 @cache

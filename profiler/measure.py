@@ -17,26 +17,12 @@ from typing import Any
 
 import torch
 
+from profiler import timing
 from profiler.assemble import Cell, MeasuringPlan, assemble, point
 from profiler.bench import Bench, TimedStep, open_bench
 from profiler.machine import GpuWatch, device_name, software
 from profiler.partial import Partial, require_profile_folder
 from profiler.settings import Settings
-from profiler.timing import (
-    BATCH,
-    VISITS,
-    Sampler,
-    Unsettled,
-    chunk_pieces,
-    chunks_sampler,
-    measure_atoms,
-    measure_corun,
-    overhead_samplers,
-    step_samplers,
-    take_round,
-    visit_s,
-    warm_up_all,
-)
 from synerdiff.core import NS_PER_S, InputError
 from synerdiff.device.lanes import find_device
 from synerdiff.diffusion.stages import prepare_chunks
@@ -125,7 +111,7 @@ class _Session:
     ) -> None:
         self.settings, self.bench, self.partial = settings, bench, partial
         self._on_progress, self._watch, self._until_s = on_progress, watch, until_s
-        self._rounds = max(1, bench.rule.most // BATCH)
+        self._rounds = max(1, bench.rule.most // timing.BATCH)
         several = len(bench.faces) > 1
         self.faces = {pixels_of((f.model.height, f.model.width)) if several else "": f for f in bench.faces}
         """A bench of each resolution, by its name; the one there is has none."""
@@ -150,7 +136,7 @@ class _Session:
         """Atoms first, because they decide the cuts; then co-runs, interrupted by rounds of solo times."""
         atoms, corun = self.partial.table("atoms"), self.partial.table("corun")
         if not atoms:
-            atoms |= measure_atoms(self.bench)
+            atoms |= timing.measure_atoms(self.bench)
             self._keep("decoder")
         functions = {
             (at, cut.name): prepare_chunks(face.model, cut, face.decode)
@@ -159,14 +145,14 @@ class _Session:
         }
         steps = {(at, r): TimedStep(face.model, r) for at, face in self.faces.items() for r in self.settings.rows}
         samplers = self._samplers(functions, steps)
-        warm_up_all(self.bench, samplers)
-        chunks = {key: chunk_pieces(self.faces[key[0]], parts) for key, parts in functions.items()}
+        timing.warm_up_all(self.bench, samplers)
+        chunks = {key: timing.chunk_pieces(self.faces[key[0]], parts) for key, parts in functions.items()}
         # A measurement that may end early knows its solo times first; another spreads them over the whole of it.
-        first = 1 if self._until_s == inf else min(self._rounds, -(-self.bench.rule.least // BATCH))
+        first = 1 if self._until_s == inf else min(self._rounds, -(-self.bench.rule.least // timing.BATCH))
         self._solo_rounds(samplers, first)
         say(self._forecast())
         skipped = self.partial.table("skipped")
-        for visit in range(1, VISITS + 1):
+        for visit in range(1, timing.VISITS + 1):
             visited = self.partial.table(f"visit {visit}")
             for cell in self.plan.cells:
                 if cell.key in visited:
@@ -177,8 +163,8 @@ class _Session:
                 step, piece = steps[cell.step_at, cell.rows], chunks[cell.chunk_at, cell.chunking][cell.chunk]
                 before = corun.get(cell.key, ([], []))
                 try:
-                    corun[cell.key] = measure_corun(self.bench, step.again, piece, before, self._until_s)
-                except Unsettled as error:
+                    corun[cell.key] = timing.measure_corun(self.bench, step.again, piece, before, self._until_s)
+                except timing.Unsettled as error:
                     if cell.key not in corun:
                         skipped[cell.key] = str(error)
                 else:
@@ -188,7 +174,7 @@ class _Session:
 
     def _block_s(self, cell: Cell) -> float:
         """About how long the shortest visit of this pair takes."""
-        return visit_s(replace(self.bench.rule, cap_s=0), *self._solo_ns(cell))
+        return timing.visit_s(replace(self.bench.rule, cap_s=0), *self._solo_ns(cell))
 
     def _solo_ns(self, cell: Cell) -> tuple[float, float]:
         solo = self.partial.table("solo")
@@ -199,10 +185,10 @@ class _Session:
         """How long what is left will take, and how much of it there will be time for."""
         points = [median(c) for name, columns in self.partial.table("solo").items() for c in columns if c]
         rounds = 0 if self._solo_enough() else max(0, self._rounds - self._rounds_done())
-        round_s = (BATCH + 1) * sum(points) / NS_PER_S
+        round_s = (timing.BATCH + 1) * sum(points) / NS_PER_S
         left = [
-            visit_s(self.bench.rule, *self._solo_ns(cell))
-            for visit in range(1, VISITS + 1)
+            timing.visit_s(self.bench.rule, *self._solo_ns(cell))
+            for visit in range(1, timing.VISITS + 1)
             for cell in self.plan.cells
             if cell.key not in self.partial.table(f"visit {visit}")
         ]
@@ -218,25 +204,25 @@ class _Session:
 
     def _samplers(
         self, functions: dict[tuple[str, str], Any], steps: dict[tuple[str, int], TimedStep]
-    ) -> dict[str, Sampler]:
+    ) -> dict[str, timing.Sampler]:
         rows = (*self.settings.rows, *self.settings.held_out_step_rows)
         unguided = max((r for r in self.settings.rows if r <= 8), default=self.settings.rows[0])
-        samplers: dict[str, Sampler] = {}
+        samplers: dict[str, timing.Sampler] = {}
         for at, face in self.faces.items():
-            samplers |= {point(name, at): one for name, one in step_samplers(face, rows, unguided).items()}
+            samplers |= {point(name, at): one for name, one in timing.step_samplers(face, rows, unguided).items()}
         for (at, name), parts in functions.items():
-            samplers[point(f"chunks {name}", at)] = chunks_sampler(self.faces[at], parts)
+            samplers[point(f"chunks {name}", at)] = timing.chunks_sampler(self.faces[at], parts)
         first = next(iter(self.faces))
         own = {r: step for (at, r), step in steps.items() if at == first}
-        return samplers | overhead_samplers(self.bench, own, functions[first, "whole"][0])
+        return samplers | timing.overhead_samplers(self.bench, own, functions[first, "whole"][0])
 
-    def _solo_rounds(self, samplers: dict[str, Sampler], due: int) -> None:
+    def _solo_rounds(self, samplers: dict[str, timing.Sampler], due: int) -> None:
         """Solo rounds up to the one that is due; none any more once every point has been sampled often enough."""
         solo = self.partial.table("solo")
         while self._rounds_done() < due and not self._solo_enough():
             if solo and time.monotonic() > self._until_s:
                 return
-            for name, columns in take_round(samplers).items():
+            for name, columns in timing.take_round(samplers).items():
                 columns_so_far = solo.setdefault(name, [[] for _ in columns])
                 for samples, more in zip(columns_so_far, columns, strict=True):
                     samples += more
@@ -244,10 +230,10 @@ class _Session:
 
     def _rounds_done(self) -> int:
         name = point("chunks whole", next(iter(self.faces)))
-        return len(self.partial.table("solo").get(name, [[]])[0]) // BATCH
+        return len(self.partial.table("solo").get(name, [[]])[0]) // timing.BATCH
 
     def _visits_done(self) -> int:
-        return sum(len(self.partial.table(f"visit {visit}")) for visit in range(1, VISITS + 1))
+        return sum(len(self.partial.table(f"visit {visit}")) for visit in range(1, timing.VISITS + 1))
 
     def _solo_enough(self) -> bool:
         solo = self.partial.table("solo")
@@ -260,7 +246,7 @@ class _Session:
         if self._watch is not None:
             self._watch.look()
         if self._on_progress is not None:
-            total = 1 + self._rounds + VISITS * len(self.plan.cells)
+            total = 1 + self._rounds + timing.VISITS * len(self.plan.cells)
             rounds = self._rounds if self._solo_enough() else self._rounds_done()
             self._on_progress(1 + rounds + self._visits_done(), total, what)
 

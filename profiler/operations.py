@@ -83,20 +83,23 @@ class Layers:
         if elements:
             self.listed.append(Operation("stream", 0.0, elements, 0.0, kernels))
 
+    def eagerly(self, *elements: float) -> None:
+        """Element-wise kernels, one each, that only eager execution launches."""
+        for each in elements if self.eager else ():
+            self.stream(each)
+
     def group_norm(self, elements: int, activation: bool) -> None:
         """Two passes: the moments of each group, then scale (and, where fused, the activation)."""
         kind = "moments" if self.eager else "stream"
         self.listed.append(Operation(kind, 0.0, elements, 0.0, 1))
         self.stream(2 * elements)
-        if activation and self.eager:
-            self.stream(2 * elements)
+        if activation:
+            self.eagerly(2 * elements)
 
     def layer_norm(self, elements: int) -> None:
         """With the addition before it: apart in eager (3 + 2 passes), else one kernel of 4 passes."""
-        if self.eager:
-            self.stream(3 * elements)
-            self.stream(2 * elements)
-        else:
+        self.eagerly(3 * elements, 2 * elements)
+        if not self.eager:
             self.stream(4 * elements)
 
     def resnet(self, inputs: int, outputs: int, pixels: int, time: int = 0) -> None:
@@ -105,42 +108,32 @@ class Layers:
         self.conv(inputs, outputs, pixels)
         if time:
             self.linear(1, time, outputs)
-            if self.eager:
-                self.stream(time)
-                self.stream(2 * outputs * pixels)
+            self.eagerly(time, 2 * outputs * pixels)
         self.group_norm(outputs * pixels, activation=True)
         self.conv(outputs, outputs, pixels)
         if inputs != outputs:
             self.conv(inputs, outputs, pixels, width=1)
-        if self.eager:
-            self.stream(3 * outputs * pixels)
-            self.stream(2 * outputs * pixels)
-        else:
+        self.eagerly(3 * outputs * pixels, 2 * outputs * pixels)
+        if not self.eager:
             self.stream((1 if self.engine else 3) * outputs * pixels, 0 if self.engine else 1)
 
     def attend(self, tokens: int, keys: int, channels: int, heads: int, key_channels: int) -> None:
         """Projections, attention and the output projection; an engine joins Q, K and V into one product."""
-        if self.engine:
-            own = keys == tokens and key_channels == channels
-            self.linear(tokens, channels, 3 * channels if own else channels)
-            if not own:
-                self.linear(keys, key_channels, 2 * channels)
-        else:
-            self.linear(tokens, channels, channels)
-            self.linear(keys, key_channels, channels)
-            self.linear(keys, key_channels, channels)
+        own = self.engine and keys == tokens and key_channels == channels
+        self.linear(tokens, channels, 3 * channels if own else channels)
+        if not own:
+            for times in (2,) if self.engine else (1, 1):
+                self.linear(keys, key_channels, times * channels)
         self.attention(tokens, keys, heads, channels // heads)
         self.linear(tokens, channels, channels)
-        if self.eager:
-            self.stream(2 * tokens * channels)
+        self.eagerly(2 * tokens * channels)
 
     def transformer(
         self, pixels: int, channels: int, heads: int, depth: int, text: int, linear_projection: bool
     ) -> None:
         """``depth`` blocks of self-attention, cross-attention to the text and gated feed-forward, projected."""
         self.group_norm(channels * pixels, activation=False)
-        if self.eager:
-            self.stream(2 * channels * pixels)
+        self.eagerly(2 * channels * pixels)
         project = self.linear if linear_projection else self._project
         project(pixels, channels, channels)
         for _ in range(depth):
@@ -153,16 +146,13 @@ class Layers:
                 self.product("linear", pixels, 8 * channels, channels, (1 - 4) * channels * pixels)
             else:
                 self.linear(pixels, channels, 8 * channels)
-            if self.eager:
-                self.stream(8 * channels * pixels)
-                self.stream(12 * channels * pixels)
-            elif not self.engine:
+            self.eagerly(8 * channels * pixels)
+            if not self.engine:
                 self.stream(12 * channels * pixels)
             self.linear(pixels, 4 * channels, channels)
         project(pixels, channels, channels)
         self.stream(3 * channels * pixels, 0 if self.engine else 1)
-        if self.eager:
-            self.stream(2 * channels * pixels)
+        self.eagerly(2 * channels * pixels)
 
     def _project(self, pixels: int, inputs: int, outputs: int) -> None:
         self.conv(inputs, outputs, pixels, width=1)

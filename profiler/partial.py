@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from synerdiff.core import InputError
-from synerdiff.files import atomic, claim_folder, read_text
+from synerdiff.files import claim_folder, read_text, write_text
 
 FILE = "partial.json"
 
@@ -28,19 +28,16 @@ class Partial:
         self._conditions = dict(conditions)
         self._since_s = time.monotonic()
         stored = _stored(self._path)
-        self._check(stored)
-        self._spent_s = float(stored.get("spent_s", 0.0))
-        self.tables: dict[str, dict[str, Any]] = stored.get("tables", {})
-
-    def _check(self, stored: Mapping[str, Any]) -> None:
         before = stored.get("conditions", self._conditions)
         for name in {**before, **self._conditions}:
             if before.get(name) != self._conditions.get(name):
                 raise InputError(
-                    f"{self._path.parent}: this folder holds an interrupted measurement with {name} "
+                    f"{folder}: this folder holds an interrupted measurement with {name} "
                     f"{_shown(before.get(name))}; now it is {_shown(self._conditions.get(name))}. Repeat the same "
                     f"command to continue it, or choose another folder."
                 )
+        self._spent_s = float(stored.get("spent_s", 0.0))
+        self.tables: dict[str, dict[str, Any]] = stored.get("tables", {})
 
     @property
     def spent_s(self) -> float:
@@ -54,8 +51,7 @@ class Partial:
     def save(self) -> None:
         """Write what was measured, atomically."""
         content = {"conditions": self._conditions, "spent_s": round(self.spent_s, 3), "tables": self.tables}
-        with atomic(self._path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_text(self._path, json.dumps(content, indent=1))
 
     def remove(self) -> None:
         """Delete the file: the profile is complete."""

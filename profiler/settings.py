@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from synerdiff.core import InputError
@@ -105,7 +104,7 @@ def command_line(settings: Settings, out: str) -> str:
         sizes = (settings.resolution, *settings.others)
         words.append("--resolution " + ",".join("{}x{}".format(*size) for size in sizes))
     if settings.rows != (QUICK_ROWS if settings.quick else ROWS):
-        words.append(f"--rows {listed(settings.rows, ',')}")
+        words.append(f"--rows {','.join(map(str, settings.rows))}")
     if settings.across:
         words.append("--across")
     if settings.quick:
@@ -113,8 +112,3 @@ def command_line(settings: Settings, out: str) -> str:
     if settings.execution is not None:
         words += settings.execution.options
     return " ".join([*words, f"--out {out}"])
-
-
-def listed(rows: Sequence[int], separator: str = ", ") -> str:
-    """Numbers in one line."""
-    return separator.join(map(str, rows))

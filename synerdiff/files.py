@@ -474,9 +474,7 @@ def _too_large(line: int, deep: bool) -> InputError:
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
     """Write a mapping of plain values in one step; ``read_yaml`` returns an equal one."""
-    text = yaml.dump(dict(data), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=120)
-    with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, yaml.dump(dict(data), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 # Writing
@@ -504,6 +502,12 @@ def atomic(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}).") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text in one step."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _umask() -> int:
@@ -537,8 +541,7 @@ def claim_folder(path: Path, mark: str) -> None:
         raise InputError(f"{path}: this folder holds {others[0]}, which '{mark}' did not write; give another folder.")
     require_writable_folder(path)
     if not written_by:
-        with atomic(owner) as temporary:
-            temporary.write_text(f"{mark}\n", encoding="utf-8")
+        write_text(owner, f"{mark}\n")
 
 
 def _first_line(path: Path) -> str:

@@ -195,13 +195,13 @@ def texts_of(request: Request) -> list[str]:
         str(request.steps),
         str(request.images),
         repr(float(request.guidance_scale)),
-        _optional(request.height),
-        _optional(request.width),
+        "" if request.height is None else str(request.height),
+        "" if request.width is None else str(request.width),
         request.base_model,
         _joined(request.loras, "loras"),
         _joined(request.controlnets, "controlnets"),
         "" if request.slo_ns is None else seconds_text(request.slo_ns),
-        _optional(request.seed),
+        "" if request.seed is None else str(request.seed),
         request.prompt,
         request.negative_prompt,
     ]
@@ -216,10 +216,6 @@ def seconds_text(value_ns: int) -> str:
     sign, value_ns = ("-", -value_ns) if value_ns < 0 else ("", value_ns)
     whole, fraction = divmod(value_ns, NS_PER_S)
     return f"{sign}{whole}.{fraction:09d}".rstrip("0").rstrip(".")
-
-
-def _optional(value: int | None) -> str:
-    return "" if value is None else str(value)
 
 
 def _joined(uses: Iterable[LoraUse | ControlNetUse], column: str) -> str:

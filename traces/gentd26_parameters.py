@@ -67,7 +67,11 @@ def from_mapping(data: dict[str, Any]) -> Gentd26Parameters:
         gap_log_mean=sessions["gap_log_mean"],
         gap_log_sd=sessions["gap_log_sd"],
         gap_cap_s=sessions["gap_cap_s"],
-        steps_images={_pair(key): share for key, share in mix["steps_images"].items()},
+        steps_images={
+            (int(steps), int(images)): share
+            for key, share in mix["steps_images"].items()
+            for steps, images in [key.split("x")]
+        },
         repeat_steps_images=mix["repeat"],
         lora_counts={int(n): share for n, share in adapters["per_request"].items()},
         lora_scales={float(scale): share for scale, share in adapters["scales"].items()},
@@ -76,8 +80,3 @@ def from_mapping(data: dict[str, Any]) -> Gentd26Parameters:
         lora_zipf_q=adapters["zipf_q"],
         repeat_loras=adapters["repeat"],
     )
-
-
-def _pair(key: str) -> tuple[int, int]:
-    steps, images = key.split("x")
-    return int(steps), int(images)

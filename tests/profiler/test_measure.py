@@ -76,7 +76,7 @@ def test_several_resolutions_are_measured_in_one_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("profiler.settings.QUICK_CHUNKS", ())
-    monkeypatch.setattr(measuring, "warm_up_all", lambda *_: None)
+    monkeypatch.setattr("profiler.timing.warm_up_all", lambda *_: None)
     out, small, large = tmp_path / "p", (32, 32), (48, 32)
     command = ["profile", "--model", "digits", "--resolution", "32x32,48x32", "--across", "--rows", "2", "--quick"]
     assert main([*command, "--out", str(out)]) == 0
@@ -225,7 +225,7 @@ def test_a_measurement_that_runs_out_of_time_is_a_profile_of_what_is_complete(
             return 0.0 if len(asked) < most else 1e9
 
         asked.clear()
-        monkeypatch.setattr(measuring, "measure_corun", measure)
+        monkeypatch.setattr("profiler.timing.measure_corun", measure)
         monkeypatch.setattr(measuring._Session, "_block_s", block_s)
 
     lines: list[str] = []
@@ -266,7 +266,7 @@ def test_a_pair_that_cannot_be_settled_is_named_and_left_out(
             raise Unsettled("the machine is too busy")
         return one(bench, step, *rest)
 
-    monkeypatch.setattr(measuring, "measure_corun", unsettled)
+    monkeypatch.setattr("profiler.timing.measure_corun", unsettled)
     folder = tmp_path / "p"
     assert main(["profile", "--model", "digits", "--rows", "1,2,3", "--quick", "--out", str(folder)]) == 0
     printed = capsys.readouterr()
@@ -283,7 +283,7 @@ def test_a_machine_too_busy_for_any_pair_is_one_sentence(tmp_path: Path, monkeyp
     def unsettled(*_: Any) -> Any:
         raise Unsettled("the machine is too busy")
 
-    monkeypatch.setattr(measuring, "measure_corun", unsettled)
+    monkeypatch.setattr("profiler.timing.measure_corun", unsettled)
     with pytest.raises(InputError, match="no pair of a step and a whole decode could be settled; what was measured is"):
         measure_profile(settings("1"), tmp_path / "p")
 
@@ -307,7 +307,7 @@ def test_ctrl_c_keeps_what_was_measured(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measuring, "measure_corun", stop)
+    monkeypatch.setattr("profiler.timing.measure_corun", stop)
     folder = tmp_path / "p"
     assert main(["profile", "--model", "digits", "--rows", "1", "--quick", "--out", str(folder)]) == 130
     assert "what was measured is kept; the same command goes on from there" in capsys.readouterr().err
