@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -99,12 +100,8 @@ def main() -> None:
         pipeline = pipeline_of(hardware.model)
         call(pipeline, hardware.model, requests[:1])
 
-        def one_at_a_time() -> None:
-            for request in requests:
-                call(pipeline, hardware.model, [request])
-
-        def in_batches() -> None:
-            for batch in batches_of(requests):
+        def in_turn(batches: list[list[Request]]) -> None:
+            for batch in batches:
                 call(pipeline, hardware.model, batch)
 
         def under(policy: str) -> None:
@@ -112,17 +109,18 @@ def main() -> None:
             if run.error is not None or run.faults:
                 raise SystemExit(f"{policy}: {run.error or run.faults[0]}")
 
+        variants: list[tuple[str, Callable[[], None], int]] = []
+        for threads in sorted({1, cores}):
+            label = f"{threads} thread{'s' if threads > 1 else ''}"
+            one, several = partial(in_turn, [[r] for r in requests]), partial(in_turn, batches_of(requests))
+            variants.append((f"diffusers, one at a time, {label}", one, threads))
+            variants.append((f"diffusers, static batches of {BATCH}, {label}", several, threads))
         for policy in POLICIES:
             run_real(requests[:2], build_policy(policy), profile, hardware)
+            variants.append((f"runner, {policy}", partial(under, policy), 1))
         for _ in range(options.repeats):
-            for threads in sorted({1, cores}):
-                label = f"{threads} thread{'s' if threads > 1 else ''}"
-                times.setdefault(f"diffusers, one at a time, {label}", []).append(timed(one_at_a_time, threads))
-                times.setdefault(f"diffusers, static batches of {BATCH}, {label}", []).append(
-                    timed(in_batches, threads)
-                )
-            for policy in POLICIES:
-                times.setdefault(f"runner, {policy}", []).append(timed(lambda policy=policy: under(policy), 1))  # type: ignore[misc]
+            for name, serve, threads in variants:
+                times.setdefault(name, []).append(timed(serve, threads))
     base = max(options.requests / median(times_s) for name, times_s in times.items() if "one at a time" in name)
     print(
         f"{options.model} on {options.device}, {options.requests} requests of {STEPS} steps, {options.repeats} repeats"

@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.gpu.report import beside_floor, card_of, read_results, report_text, work_of  # noqa: E402
+from benchmarks.gpu.report import beside_floor, card_of, read_json, read_results, report_text, work_of  # noqa: E402
 from synerdiff.core import NS_PER_S, InputError  # noqa: E402
-from synerdiff.files import atomic  # noqa: E402
+from synerdiff.files import atomic, write_text  # noqa: E402
 from synerdiff.profile.folder import load_profile  # noqa: E402
 
 STOP_S = 12.0
@@ -71,10 +71,7 @@ class Options:
 
     def profile(self, slot: str) -> Path:
         """The profile's folder: its name says which card it was measured on."""
-        try:
-            device = json.loads((self.work / "environment.json").read_text(encoding="utf-8"))["device"]
-        except (OSError, ValueError, KeyError):
-            device = ""
+        device = (read_json(self.work / "environment.json") or {}).get("device", "")
         return self.work / slot / f"{self.model_of(slot)}-{card_of(device) or self.device.partition(':')[0]}"
 
 
@@ -236,11 +233,8 @@ def pack_results(plan: Sequence[QuarterStep], options: Options, out: Path, ledge
     """steps.jsonl, results.json, report.md, results.tar.gz (all that the steps keep, to go on elsewhere) and pictures:
     eight files at most."""
     results = read_results(options.work)
-    with atomic(out / "results.json") as temporary:
-        temporary.write_text(json.dumps({"steps": ledger.entries, **results}) + "\n", encoding="utf-8")
-    with atomic(out / "report.md") as temporary:
-        text = report_text(results, ledger.entries, [step.name for step in plan])
-        temporary.write_text(text, encoding="utf-8")
+    write_text(out / "results.json", json.dumps({"steps": ledger.entries, **results}) + "\n")
+    write_text(out / "report.md", report_text(results, ledger.entries, [step.name for step in plan]))
     with atomic(out / "results.tar.gz") as temporary, tarfile.open(temporary, "w:gz") as archive:
         for path in sorted(options.work.rglob("*")):
             if path.is_file() and path.suffix not in (".pdf", ".part"):
@@ -283,8 +277,7 @@ def termination_interrupts() -> Iterator[None]:
 
 def keep(path: Path, found: Any) -> None:
     """Write a step's result as JSON, atomically."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 def environment_task(options: Options, slot: str, until_s: float) -> None:
@@ -294,8 +287,13 @@ def environment_task(options: Options, slot: str, until_s: float) -> None:
 
     device = find_device(options.device)
     found: dict[str, Any] = {"device": device_name(device), "device_option": options.device}
-    found |= {"model_instead": options.model}
-    found |= {"commit": code_version() or "unknown", "date": _now(), **host(), **software()}
+    found |= {
+        "model_instead": options.model,
+        "commit": code_version() or "unknown",
+        "date": _now(),
+        **host(),
+        **software(),
+    }
     if device.type == "cuda":
         watch = GpuWatch(device)
         watch.look()

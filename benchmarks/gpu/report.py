@@ -97,10 +97,7 @@ def profile_table(profile: Profile) -> dict[str, Any]:
         "decodes": decodes,
         "corun": corun,
         "overheads_ms": {name: profile.overhead_ns(name) / 1e6 for name in profile.overheads},
-        "overlap": info.get("overlap"),
-        "kappa": info.get("kappa"),
-        "held_out_error": info.get("held_out_error"),
-        "missing": info.get("missing"),
+        **{key: info.get(key) for key in ("overlap", "kappa", "held_out_error", "missing")},
     }
 
 
@@ -108,9 +105,9 @@ def read_results(work: Path) -> dict[str, Any]:
     """What the steps have left in their folder, by step; what is not there or cannot be read was not measured."""
     found: dict[str, Any] = {"runs": {}, "profiles": {}}
     for name in ("environment", "ceilings", "forward"):
-        found[name] = _json(work / f"{name}.json") or {}
-    found["across"] = _json(work / "across.json") or []
-    found["validation"] = _json(work / "validate" / "validation.json") or {}
+        found[name] = read_json(work / f"{name}.json") or {}
+    found["across"] = read_json(work / "across.json") or []
+    found["validation"] = read_json(work / "validate" / "validation.json") or {}
     for slot in ("small", "large"):
         found["runs"][slot] = list(_json_lines(work / f"runs-{slot}.jsonl"))
         for folder in sorted((work / slot).glob("*")):
@@ -121,7 +118,8 @@ def read_results(work: Path) -> dict[str, Any]:
     return found
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """What a file holds; None where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -178,13 +176,11 @@ def gates(results: Results) -> list[Gate]:
     gap_ms = large.get("overheads_ms", {}).get("step_dispatch")
     gaps = {run["policy"]: 100 * run["gap_s"] / run["step_s"] for run in runs if run.get("gap_s") and run["step_s"]}
     rates = {run["policy"]: run["images_per_s"] for run in runs if run["kind"] == "saturation" and run["images_per_s"]}
-    best, worst = (
-        max(rates, key=lambda name: rates[name], default=""),
-        max(gaps, key=lambda name: gaps[name], default=""),
-    )
+    best, worst = (max(found, key=found.__getitem__, default="") for found in (rates, gaps))
     checks = results.get("validation", {}).get("checks", ()) if real else ()
     passed = sum(check.get("verdict") == "passed" for check in checks)
     card = card_of(str(environment.get("device", "")))
+    offline = f"{best}; MLPerf, 8-bit: {MLPERF_OFFLINE.get(card or '', '-')}"
     return [
         Gate("guided step (2 rows)", step_ms, 40, "ms"),
         Gate("guided step (2 rows), with kernels of our own", own_ms, 30, "ms"),
@@ -192,14 +188,7 @@ def gates(results: Results) -> list[Gate]:
         Gate("decode, whole", decode, 40, "ms"),
         Gate("lane gap, profiled", 100 * gap_ms / step_ms if gap_ms is not None and step_ms else None, 2, "%"),
         Gate("lane gap, runs, the worst", gaps.get(worst), 2, "%", detail=worst),
-        Gate(
-            "20 steps, offline, full guidance",
-            rates.get(best),
-            1.4,
-            "images/s",
-            at_most=False,
-            detail=f"{best}; MLPerf, 8-bit: {MLPERF_OFFLINE.get(card or '', '-')}",
-        ),
+        Gate("20 steps, offline, full guidance", rates.get(best), 1.4, "images/s", at_most=False, detail=offline),
         Gate("predictions inside their tolerance", float(passed) if checks else None, len(checks), "checks", False),
     ]
 
@@ -218,7 +207,8 @@ def report_text(results: Results, ledger: Sequence[Mapping[str, Any]], planned: 
     for table in results["profiles"].values():
         lines += ["", *_profile_lines(table)]
     if ceilings := results.get("ceilings", {}):
-        lines += ["", "## Ceilings", "", *_table(("what", "found", "unit"), _ceiling_rows(ceilings))]
+        reached = [(name, _number(one, "value"), one["unit"]) for name, one in ceilings.items()]
+        lines += ["", "## Ceilings", "", *_table(("what", "found", "unit"), reached)]
     if times := results.get("forward", {}).get("times"):
         lines += ["", f"## Forward of {results['forward']['model']}", ""]
         cells = ("ms", "it_per_s", "floor_ms", "image_apart", "prepared_s")
@@ -260,10 +250,6 @@ def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _number(row: Mapping[str, Any], key: str) -> str:
     return f"{row[key]:.3g}" if row.get(key) is not None else "-"
-
-
-def _ceiling_rows(ceilings: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    return [(name, _number(one, "value"), one["unit"]) for name, one in ceilings.items()]
 
 
 def _profile_lines(table: Mapping[str, Any]) -> list[str]:

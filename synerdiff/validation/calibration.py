@@ -167,13 +167,20 @@ def cell_times(chunking: str, run: RealRun) -> CellTimes:
     ended = sorted((record for record in run.result.work if record.kind == "step"), key=lambda record: record.end_ns)
     # When the steps ended that had been committed while another one ran.
     queued_ends = {record.end_ns for record, queued in zip(ended, run.dispatch.step_queued, strict=True) if queued}
-    alone, solo = _alone(work)
-    launched = {rows: [s.end_ns - s.start_ns for s in of if s.end_ns not in queued_ends] for rows, of in alone.items()}
-    queued = {rows: [s.end_ns - s.start_ns for s in of if s.end_ns in queued_ends] for rows, of in alone.items()}
-    step_times = {rows: queued[rows] or launched[rows] for rows in alone}
     steps = [record for record in work if record.kind == "step"]
     decodes = [record for record in work if record.kind == "chunk"]
     with_decode = {id(step): _overlap_ns(step, decodes) for step in steps}
+    alone: dict[int, list[WorkRecord]] = {}
+    for step in steps:
+        if not with_decode[id(step)]:
+            alone.setdefault(step.rows, []).append(step)
+    solo = [
+        [c.end_ns - c.start_ns for c in decodes if c.exclusive and c.chunk == chunk]
+        for chunk in range(1 + max(c.chunk for c in decodes))
+    ]
+    launched = {rows: [s.end_ns - s.start_ns for s in of if s.end_ns not in queued_ends] for rows, of in alone.items()}
+    queued = {rows: [s.end_ns - s.start_ns for s in of if s.end_ns in queued_ends] for rows, of in alone.items()}
+    step_times = {rows: queued[rows] or launched[rows] for rows in alone}
     beside = {}
     for rows, times in step_times.items():
         same = [step for step in steps if step.rows == rows]
@@ -193,21 +200,6 @@ def cell_times(chunking: str, run: RealRun) -> CellTimes:
     }
     launched = {rows: times for rows, times in launched.items() if times and queued[rows]}
     return CellTimes(step_times, launched, {chunking: solo}, overheads, beside)
-
-
-def _alone(work: Sequence[WorkRecord]) -> tuple[dict[int, list[WorkRecord]], list[list[int]]]:
-    """Steps without a decode beside them, by rows, and durations of exclusive chunks, by number."""
-    decodes = [record for record in work if record.kind == "chunk"]
-    steps: dict[int, list[WorkRecord]] = {}
-    chunks: list[list[int]] = [[] for _ in range(1 + max(chunk.chunk for chunk in decodes))]
-    for record in work:
-        duration_ns = record.end_ns - record.start_ns
-        if record.kind == "chunk":
-            if record.exclusive:
-                chunks[record.chunk].append(duration_ns)
-        elif not _overlap_ns(record, decodes):
-            steps.setdefault(record.rows, []).append(record)
-    return steps, chunks
 
 
 def joined(parts: Sequence[CellTimes]) -> CellTimes:

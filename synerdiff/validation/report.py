@@ -13,7 +13,7 @@ from synerdiff.experiments.page import Page, Part, profile_table, write_page
 from synerdiff.figures.lanes import lane_chart
 from synerdiff.figures.style import save
 from synerdiff.figures.validation import prediction_errors, request_scatter
-from synerdiff.files import atomic, write_rows
+from synerdiff.files import write_rows, write_text
 from synerdiff.profile.folder import write_profile
 from synerdiff.profile.tables import Profile
 from synerdiff.validation.errors import (
@@ -55,8 +55,7 @@ def write_report(
     """Write the data, then the pictures and the page; returns the report's text."""
     data = as_json(session, cases, verdicts, tolerance, facts)
     text = report_text(data)
-    with atomic(out / "validation.json") as temporary:
-        temporary.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(out / "validation.json", json.dumps(data, indent=1, allow_nan=False) + "\n")
     rows = [
         (one.case.policy, _load_text(one.case.load), i, f"{predicted:.6f}", f"{measured:.6f}")
         for one in cases
@@ -64,8 +63,7 @@ def write_report(
     ]
     write_rows(out / "requests.csv", ("policy", "load", "request_id", "predicted_s", "measured_s"), rows)
     write_profile(out / "profile", session.pooled)
-    with atomic(out / "report.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(out / "report.md", text)
     _draw(out, session, cases, tolerance, facts)
     write_page(out, page_of(data, text, session.profile))
     return text
@@ -127,14 +125,8 @@ def as_json(
         "drift": drift(session.profile, session.pooled, session),
         "cases": [_case_json(one) for one in cases],
         "checks": [
-            {
-                "case": check.case.label,
-                "what": check.what,
-                "found": check.value,
-                "allowed": check.allowed,
-                "verdict": check.verdict,
-            }
-            for check in verdicts
+            {"case": c.case.label, "what": c.what, "found": c.value, "allowed": c.allowed, "verdict": c.verdict}
+            for c in verdicts
         ],
         "cells_looked_up": len(session.lookups),
         "cells_not_measured": sentence(session.unmeasured),
