@@ -173,9 +173,8 @@ class Session:
             residuals, forward_ns = _timed(bench.denoise, lambda: self._net.residuals(call))
             encoded, encode_ns = _timed(bench.denoise, lambda: model.split.encode(inputs))
             _, decode_ns = _timed(bench.denoise, lambda: model.split.decode(encoded))
-            _, add_ns = _timed(
-                bench.denoise, lambda: add_residuals(encoded, sum_residuals(rows, [(call.rows, residuals)]))
-            )
+            parts = [(call.rows, residuals)]
+            _, add_ns = _timed(bench.denoise, lambda: add_residuals(encoded, sum_residuals(rows, parts)))
             return {
                 ("controlnet_forward", rows): forward_ns,
                 ("denoise_encoder", rows): encode_ns,
@@ -187,11 +186,8 @@ class Session:
 
     def _load(self) -> dict[Point, int]:
         model, folder = self._bench.model, self._folder / self._net.name
-        return {
-            ("controlnet_load", self._net.size_bytes): _timed(
-                self._bench.decode, lambda: load_controlnet(folder, model, "again")
-            )[1]
-        }
+        _, load_ns = _timed(self._bench.decode, lambda: load_controlnet(folder, model, "again"))
+        return {("controlnet_load", self._net.size_bytes): load_ns}
 
     def _sizes_of_messages(self) -> None:
         model = self._bench.model
@@ -268,11 +264,8 @@ class Session:
             empty_ns, full_ns = self._asked_ns(0), self._asked_ns(largest)
             bytes_per_s = largest * NS_PER_S // max(1, full_ns - empty_ns)
             handed_over_ns = bench.denoise.submit(call).result()
-            data_ns = both_ways * NS_PER_S // bytes_per_s
-            return {
-                ("link_bytes_per_s", 0): bytes_per_s,
-                ("link_latency", 0): max(0, handed_over_ns - data_ns) // 2,
-            }
+            latency_ns = max(0, handed_over_ns - both_ways * NS_PER_S // bytes_per_s) // 2
+            return {("link_bytes_per_s", 0): bytes_per_s, ("link_latency", 0): latency_ns}
 
         return take
 

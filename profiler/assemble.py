@@ -158,8 +158,11 @@ def assemble(
     settings, solo = plan.settings, tables["solo"]
     ends, chunkings = plan.complete(tables["corun"])
     faces = {at: face for at, face in zip(plan.sizes, bench.faces, strict=True) if at in ends}
-    overheads = {name: _overhead(name, solo) for name in OVERHEADS}
-    launches = {rows: _launch(rows, solo, plan.sizes[0]) for rows in settings.rows}
+    alone = {name: spread_of(columns[0]) for name, columns in solo.items()}
+    overheads = {name: alone.get(f"overhead {name}", Spread(0, 0, 0, 0)) for name in OVERHEADS}
+    # A launch that comes too late costs more than one that comes early: nine in ten shall be in time.
+    overheads["decision_lead"] = overheads["decision_lead"]._replace(median=overheads["decision_lead"].p90)
+    launches = {rows: _launch(rows, alone, plan.sizes[0]) for rows in settings.rows}
 
     def cells(step_at: str, chunk_at: str) -> dict[tuple[str, int], dict[int, Corun]]:
         corun: dict[tuple[str, int], dict[int, Corun]] = {}
@@ -175,7 +178,7 @@ def assemble(
 
     def sized(at: str, face: Bench) -> Profile:
         def steps(rows: Iterable[int]) -> dict[int, Spread]:
-            return {r: spread_of(solo[point(f"step {r}", at)][0]) for r in rows}
+            return {r: alone[point(f"step {r}", at)] for r in rows}
 
         low, high = ends[at]
         profile = Profile(
@@ -202,7 +205,7 @@ def assemble(
     pairs = {(size_of[u], size_of[v]): cells(u, v) for u, v in permutations(faces, 2)}
     profile.across = {pair: found for pair, found in pairs.items() if found}
     notes = {
-        **_notes(plan, tables, bench),
+        **_notes(plan, tables, bench, alone),
         "command": command_line(settings, out),
         "measured_for_s": round(spent_s, 1),
         **profile.head.notes,
@@ -217,14 +220,6 @@ def assemble(
     return profile
 
 
-def _overhead(name: str, solo: Mapping[str, Any]) -> Spread:
-    if f"overhead {name}" not in solo:
-        return Spread(0, 0, 0, 0)
-    spread = spread_of(solo[f"overhead {name}"][0])
-    # A launch that comes too late costs more than one that comes early: nine in ten shall be in time.
-    return Spread(spread.p90, spread.p10, spread.p90, spread.n) if name == "decision_lead" else spread
-
-
 def with_deciding(overheads: Mapping[str, Spread], deciding_ns: Sequence[int]) -> dict[str, Spread]:
     """``decision_lead``, so far the launch's 90th percentile, with the 90th percentile of polling and deciding."""
     launch, deciding = overheads["decision_lead"], spread_of(deciding_ns)
@@ -232,10 +227,10 @@ def with_deciding(overheads: Mapping[str, Spread], deciding_ns: Sequence[int]) -
     return {**overheads, "decision_lead": Spread(*ends, launch.n)}
 
 
-def _launch(rows: int, solo: Mapping[str, Any], at: str) -> Spread:
+def _launch(rows: int, alone: Mapping[str, Spread], at: str) -> Spread:
     """What a step takes longer on an idle lane than behind another: the medians' difference, never below 0."""
-    idle, queued_ns = spread_of(solo[f"overhead idle {rows}"][0]), spread_of(solo[point(f"step {rows}", at)][0]).median
-    return idle.each(lambda value: max(0, value - queued_ns))
+    queued_ns = alone[point(f"step {rows}", at)].median
+    return alone[f"overhead idle {rows}"].each(lambda value: max(0, value - queued_ns))
 
 
 def _head(chunkings: Sequence[Chunking], bench: Bench, watch: GpuWatch | None, notes: dict[str, Any]) -> Head:
@@ -257,7 +252,7 @@ def _head(chunkings: Sequence[Chunking], bench: Bench, watch: GpuWatch | None, n
     )
 
 
-def _notes(plan: MeasuringPlan, tables: Tables, bench: Bench) -> dict[str, Any]:
+def _notes(plan: MeasuringPlan, tables: Tables, bench: Bench, alone: Mapping[str, Spread]) -> dict[str, Any]:
     """What only people read about the measurement."""
     rule, notes = bench.rule, {**host(), **software(), **kernels(bench.model.unet)}
     if not bench.on_gpu:
@@ -270,20 +265,16 @@ def _notes(plan: MeasuringPlan, tables: Tables, bench: Bench) -> dict[str, Any]:
             f"{100 * rule.width:g}%; a pair of step and chunk about {rule.cap_s:g} s at most"
         ),
         "atoms_ns": {name: numbers[0] for name, numbers in tables["atoms"].items()},
-        "unguided_step": _unguided_step(tables["solo"], plan.sizes[0]),
+        "unguided_step": _unguided_step(alone, plan.sizes[0]),
     }
 
 
-def _unguided_step(solo: Mapping[str, Any], at: str) -> dict[str, Any]:
+def _unguided_step(alone: Mapping[str, Spread], at: str) -> dict[str, Any]:
     """A step of one-row samples against one of as many rows in guided samples, to which T(rows) refers."""
-    name = next(name for name in solo if name.startswith("unguided"))
-    rows = int(name.split()[1])
-    median_ns = spread_of(solo[name][0]).median
-    return {
-        "rows": rows,
-        "median_ns": median_ns,
-        "ratio": round(median_ns / spread_of(solo[point(f"step {rows}", at)][0]).median, 4),
-    }
+    name = next(name for name in alone if name.startswith("unguided"))
+    rows, median_ns = int(name.split()[1]), alone[name].median
+    ratio = round(median_ns / alone[point(f"step {rows}", at)].median, 4)
+    return {"rows": rows, "median_ns": median_ns, "ratio": ratio}
 
 
 def decode_slowdowns(profile: Profile, chunking: str, rows: int) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,20 @@ def device_name(device: torch.device) -> str:
 
 def cpu_name() -> str:
     """The model name of the first core (Linux), else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def software() -> dict[str, str]:
     """Versions of Python, torch, diffusers and, on a GPU build, CUDA: what times may depend on."""
     import diffusers
 
-    versions = {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "diffusers": diffusers.__version__,
-    }
-    if torch.version.cuda is not None:
-        versions["cuda"] = str(torch.version.cuda)
-    return versions
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    versions["diffusers"] = diffusers.__version__
+    return versions | ({} if torch.version.cuda is None else {"cuda": str(torch.version.cuda)})
 
 
 def kernels(denoiser: torch.nn.Module) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from synerdiff.core import InputError
 from synerdiff.files import atomic, require_writable_folder
@@ -17,16 +17,14 @@ _BYTES_PER_READ = 1 << 16
 _TIMEOUT_S = 30
 
 
-@dataclass(frozen=True, slots=True)
-class PublishedFile:
+class PublishedFile(NamedTuple):
     """One file of a published trace and the SHA-256 (hex) that it must have."""
 
     name: str
     sha256: str
 
 
-@dataclass(frozen=True, slots=True)
-class PublishedTrace:
+class PublishedTrace(NamedTuple):
     """Where a published trace lies, its files, and what to cite."""
 
     base_url: str
@@ -77,13 +75,12 @@ def fetch(
     files = []
     for file in published.files:
         path = folder / file.name
-        if path.exists():
+        missing = not path.exists()
+        if missing:
+            _fetch_file(f"{(base_url or published.base_url).rstrip('/')}/{file.name}", path, file, progress)
+        else:
             _check_present(path, file)
-            files.append((path, False))
-            continue
-        url = (base_url or published.base_url).rstrip("/") + "/" + file.name
-        _fetch_file(url, path, file, progress)
-        files.append((path, True))
+        files.append((path, missing))
     return files
 
 

@@ -59,7 +59,8 @@ def generate_trace(spec: TraceSpec) -> list[Request]:
     if arrivals_ns is None:
         arrivals_ns = np.rint(times_s * NS_PER_S).astype(np.int64).tolist()
     if spec.shapes:
-        drawn = _draw(mix_rng, dict(enumerate(shape.weight for shape in spec.shapes)), len(arrivals_ns)).tolist()
+        weights = dict(enumerate(shape.weight for shape in spec.shapes))
+        drawn = zip(arrivals_ns, _draw(mix_rng, weights, len(arrivals_ns)).tolist(), loras, strict=True)
         asked = [
             Request(
                 *(0, 0),
@@ -69,15 +70,12 @@ def generate_trace(spec: TraceSpec) -> list[Request]:
             for shape in spec.shapes
         ]
         return [
-            replace(asked[shape], request_id=index, arrival_ns=arrival_ns, loras=names)
-            for index, (arrival_ns, shape, names) in enumerate(zip(arrivals_ns, drawn, loras, strict=True))
+            replace(asked[shape], request_id=i, arrival_ns=at_ns, loras=names)
+            for i, (at_ns, shape, names) in enumerate(drawn)
         ]
     steps, images, guidance_scale = draw_steps_images(mix_rng, spec, fitted, sessions)
-    columns = zip(arrivals_ns, steps.tolist(), images.tolist(), loras, strict=True)
-    return [
-        Request(index, arrival_ns, step_count, image_count, guidance_scale, loras=names)
-        for index, (arrival_ns, step_count, image_count, names) in enumerate(columns)
-    ]
+    columns = enumerate(zip(arrivals_ns, steps.tolist(), images.tolist(), loras, strict=True))
+    return [Request(i, at_ns, n, count, guidance_scale, loras=names) for i, (at_ns, n, count, names) in columns]
 
 
 Times = NDArray[np.float64]

@@ -77,9 +77,8 @@ def read_gentd26(
 
 
 def _reason_to_drop(row: Gentd26Row, all_types: bool) -> str | None:
-    if row.predict_type != TEXT_TO_IMAGE and row.predict_type not in SKIPPED_TYPES:
-        known = ", ".join((TEXT_TO_IMAGE, *SKIPPED_TYPES))
-        raise InputError(f"{row.where}: predict_type is {row.predict_type!r}; known are {known}.")
+    if row.predict_type not in (known := (TEXT_TO_IMAGE, *SKIPPED_TYPES)):
+        raise InputError(f"{row.where}: predict_type is {row.predict_type!r}; known are {', '.join(known)}.")
     if row.predict_type in SKIPPED_TYPES and not all_types:
         return SKIPPED_TYPES[row.predict_type]
     if row.steps is None or row.images is None:
