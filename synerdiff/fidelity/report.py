@@ -161,26 +161,20 @@ def draw(result: StudyResult, folder: Path) -> list[Path]:
     device = f"{result.table.model}{random} on {head['device']}, {head['dtype']}, {head['date']}."
     panels: dict[str, list[Score]] = {}
     for row in result.table.rows:
-        label = SettingResult(row.solver, row.steps, row.guidance_scale).label
-        panels.setdefault(label, []).append(row)
+        panels.setdefault(SettingResult(*row[:3]).label, []).append(row)
     written = save(pictures.fidelity_against_rows(panels, caption=device), folder, "fidelity-rows")
     for setting in result.settings:
         sheet = [(f"{row}\n{note}", setting.judged[row].thumbnails) for row, note in _sheet(setting)]
         caption = f"{setting.label}; SSIM is the rule's mean over its images. {device}"
         written += save(pictures.contact_sheet(sheet, caption=caption), folder, f"fidelity-sheet-{setting.short}")
-        calibration = setting.calibration
-        if calibration is not None:
+        if (found := setting.calibration) is not None:
             chosen = {}
             for skips in skips_to_calibrate(setting.rules):
                 chosen[f"{skips} spread"] = sorted(spread(setting.steps, skips).skipped)
-                chosen[f"{skips} calibrated"] = list(choose_skips(calibration.run_cost, skips))
-            figure = pictures.sensitivity_by_step(
-                calibration.x0_similarity,
-                calibration.drop_error,
-                calibration.reuse_error,
-                chosen,
-                caption=f"{setting.label}; means over the calibration's images. {device}",
-            )
+                chosen[f"{skips} calibrated"] = list(choose_skips(found.run_cost, skips))
+            curves = (found.x0_similarity, found.drop_error, found.reuse_error)
+            caption = f"{setting.label}; means over the calibration's images. {device}"
+            figure = pictures.sensitivity_by_step(*curves, chosen, caption=caption)
             written += save(figure, folder, f"fidelity-steps-{setting.short}")
     return written
 

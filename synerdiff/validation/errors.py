@@ -16,6 +16,7 @@ from synerdiff.core import NS_PER_S, InputError, WorkRecord
 from synerdiff.experiments.run import Outcome
 from synerdiff.profile.tables import Profile
 from synerdiff.results.intervals import Interval, percentile_interval, t_interval
+from synerdiff.results.metrics import latencies_s
 from synerdiff.validation.session import Observation, Validation, ValidationCase
 
 RELATIVE, POINTS, OF_LATENCY = "relative", "points", "of latency"
@@ -138,13 +139,9 @@ def case_errors(session: Validation, case: ValidationCase) -> CaseErrors:
         ratios = [error for error in errors_known if error is not None]
         if not known:
             continue
-        errors.metrics[key] = MetricError(
-            median(m for m, _ in known),
-            median(p for _, p in known),
-            percentile_interval(ratios, 0.5) if ratios else None,
-            tuple(known),
-            tuple(ratios),
-        )
+        middle = [median(side) for side in zip(*known, strict=True)]
+        interval = percentile_interval(ratios, 0.5) if ratios else None
+        errors.metrics[key] = MetricError(middle[0], middle[1], interval, tuple(known), tuple(ratios))
     errors.blame = _blame(errors)
     for name, values_ns in (("step", "step_ns"), ("chunk", "chunk_ns"), ("decide", "decide_ns")):
         every = [value for one in observed for value in getattr(one.run.dispatch, values_ns)]
@@ -157,9 +154,8 @@ def checks(errors: CaseErrors, tolerance: Tolerance) -> list[Check]:
     """The verdicts on one case."""
     case = errors.case
     names = [name for name in JUDGED if not (case.saturated and "latency" in name)]
-    verdicts = [_check(errors, name, tolerance) for name in names]
-    faults: Verdict = "failed" if errors.faults else "passed"
-    return [*verdicts, Check(case, "faults", str(errors.faults), "none", faults)]
+    faults = Check(case, "faults", str(errors.faults), "none", "failed" if errors.faults else "passed")
+    return [*(_check(errors, name, tolerance) for name in names), faults]
 
 
 def _check(errors: CaseErrors, key: str, tolerance: Tolerance) -> Check:
@@ -230,10 +226,9 @@ def _latencies(observed: Sequence[Observation]) -> list[tuple[int, float, float]
     for one in observed:
         assert one.predicted is not None
         for latencies, run in ((predicted, one.predicted), (measured, one.measured)):
-            for record in run.result.requests:
-                if record.status == "done":
-                    latency_s = (record.finished_ns - record.request.arrival_ns) / NS_PER_S
-                    latencies.setdefault(record.request.request_id, []).append(latency_s)
+            done = [record for record in run.result.requests if record.status == "done"]
+            for record, latency_s in zip(done, latencies_s(done), strict=True):
+                latencies.setdefault(record.request.request_id, []).append(latency_s)
     complete = [i for i in sorted(predicted) if len(predicted[i]) == len(measured.get(i, ())) == len(observed)]
     return [(i, median(predicted[i]), median(measured[i])) for i in complete]
 

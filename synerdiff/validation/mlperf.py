@@ -285,9 +285,9 @@ def score_mlperf(
         update(done, len(runs), run.name)
         replayed.append(replay(run, *host_time(run, runs)))
     update(len(runs), len(runs), "")
-    lines = [line for one in replayed for line in _said(one)]
     if out is not None:
         _write(out, replayed)
+    lines = [line for one in replayed for line in _said(one)]
     errors = ", ".join(f"{one.run.name} {one.mean_error:.1%}" for one in replayed)
     answer = f"MLPerf's SDXL server runs, mean error of the published latencies: {errors}."
     return [answer, "Predicted / published - 1, and the same of the sustainable rate:", _table(replayed), *lines]
@@ -323,10 +323,9 @@ def _write(out: Path, replayed: Sequence[Replayed]) -> None:
 
     lines = [
         [one.run.name, name, one.run.published[name], f"{one.predicted[name]:.6g}", one.host_s, one.fitted_on,
-         int(name in JUDGED), f"{one.predicted[name] / one.run.published[name] - 1:.6g}"]
+         int(name in JUDGED), f"{error:.6g}"]
         for one in replayed
-        for name in SHOWN
-        if name in one.run.published
+        for name, error in errors_of(one.run, one.predicted, SHOWN).items()
     ]  # fmt: skip
     lines += [
         [one.run.name, "rate", one.run.rate_per_s, f"{one.run.rate_per_s * (1 + one.rate_error):.6g}", one.host_s,

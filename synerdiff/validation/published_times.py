@@ -240,17 +240,9 @@ def table(judged: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
     ]  # fmt: skip
     rows = [
         [
-            case.row.gpu,
-            case_name(case.row),
-            case.row.execution,
-            f"{case.row.ms:.2f}",
-            f"{case.estimate_ms:.2f}",
-            _off(case.estimate_ms, case.row),
-            _off(case.left_out_ms, case.row),
-            _off(case.row.before_ms, case.row),
-            _off(case.roofline_ms, case.row),
-            case.row.use,
-            case.row.source,
+            *(case.row.gpu, case_name(case.row), case.row.execution, f"{case.row.ms:.2f}", f"{case.estimate_ms:.2f}"),
+            *(_off(ms, case.row) for ms in (case.estimate_ms, case.left_out_ms, case.row.before_ms, case.roofline_ms)),
+            *(case.row.use, case.row.source),
         ]
         for case in sorted(judged, key=lambda case: (case.row.gpu, case.row.model, case.row.part, case.row.execution))
     ]

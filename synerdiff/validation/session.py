@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +27,7 @@ from synerdiff.diffusion.execution import other_execution
 from synerdiff.experiments.run import Outcome, Prepared, RunSpec, Served, execute, prepare
 from synerdiff.experiments.sources import Source
 from synerdiff.profile.tables import Profile
-from synerdiff.validation.calibration import (
-    Cells,
-    CellTimes,
-    cells_for,
-    handed_over,
-    refreshed,
-    take_pass,
-)
+from synerdiff.validation.calibration import Cells, CellTimes, cells_for, handed_over, refreshed, take_pass
 from synerdiff.validation.lookups import Lookup, measured_cells, watched
 
 
@@ -218,8 +212,7 @@ def require(plan: ValidationPlan, model: str | None) -> str:
             "again that a prediction looks up, which is done for one resolution: give a trace of one (synerdiff run "
             "serves several)."
         )
-    name = model or profile.head.model
-    if not name:
+    if not (name := model or profile.head.model):
         raise InputError(f"profile '{profile.name}' does not say for which model it was made; give --model.")
     return name
 
@@ -231,14 +224,12 @@ def opened(plan: ValidationPlan, model: str, device: str, execution: str | None 
 
 def facts(session: Validation, hardware: Hardware) -> dict[str, Any]:
     """What the report says about machine and requests."""
-    spec, prepared = session.plan.spec, prepare(session.plan.spec)
+    spec, prepared, model = session.plan.spec, prepare(session.plan.spec), hardware.model
     return {
-        "model": hardware.model.name,
-        "device": device_name(hardware.model.device),
-        "execution": str(hardware.model.execution),
-        "not_as_measured": other_execution(
-            prepared.profile, hardware.model.execution, hardware.model.device.type == "cuda"
-        ),
+        "model": model.name,
+        "device": device_name(model.device),
+        "execution": str(model.execution),
+        "not_as_measured": other_execution(prepared.profile, model.execution, model.device.type == "cuda"),
         "software": ", ".join(f"{key} {value}" for key, value in software().items()),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "trace": spec.source.name if isinstance(spec.source, Source) else "",
@@ -258,13 +249,10 @@ def measure_session(
     # The cells are those of what runs here.
     profile = replace(profile, head=profile.head.model_copy(update={"execution": how.kind, "levers": how.levers}))
     cells = cells_of(plan, profile, len(hardware.decode))
-    total = plan.repeats * len(plan.cases) + PASSES_AROUND
-    done = 0
+    total, places = plan.repeats * len(plan.cases) + PASSES_AROUND, count(1)
 
     def report(what: str) -> None:
-        nonlocal done
-        done += 1
-        on_progress(done, total, what)
+        on_progress(next(places), total, what)
 
     for name in cells.chunkings:
         hardware.warm_up(cells.rows, chunking_of(profile, name))
