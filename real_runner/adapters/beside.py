@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from real_runner.account import one_line
+from real_runner.adapters import processes
 from real_runner.adapters.controlnets import (
     Call,
     ImageMemory,
@@ -30,19 +31,6 @@ from real_runner.adapters.controlnets import (
 from real_runner.adapters.ledger import Clock, Ledger, at
 from real_runner.adapters.loras import OwnReader
 from real_runner.adapters.peer import lora_fields, lora_in, lora_tensors
-from real_runner.adapters.processes import (
-    Process,
-    Spec,
-    core_of,
-    device_of,
-    open_links,
-    own_rank,
-    processes_of,
-    ready_key,
-    replicas_of,
-    spec_from,
-    torchrun_store,
-)
 from synerdiff.config.cluster import Cluster, Service, cluster_of
 from synerdiff.device.link import Link, LinkLost, Message, Op
 from synerdiff.diffusion.controlnet import load_controlnet
@@ -176,27 +164,27 @@ class GuidanceHalf:
         return noise
 
 
-def serve(rank: int, spec: Spec, store: Any) -> None:
+def serve(rank: int, spec: processes.Spec, store: Any) -> None:
     """Be the process of that rank until the worker says stop or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     cluster = cluster_of(spec.cluster)
-    layout = processes_of(cluster)
+    layout = processes.processes_of(cluster)
     process = layout[rank]
-    device = device_of(process, spec)
+    device = processes.device_of(process, spec)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store.set(f"up{rank}", "1")
-    links = open_links(process, layout, spec, store)
+    links = processes.open_links(process, layout, spec, store)
     worker = links[0]
     try:
         answers = _answers_for(process, layout, cluster, spec, device, links)
     except Exception as error:  # the worker reports it
-        store.set(ready_key(rank), f"failed: {one_line(error)}")
+        store.set(processes.ready_key(rank), f"failed: {one_line(error)}")
         return
-    store.set(ready_key(rank), "ready")
+    store.set(processes.ready_key(rank), "ready")
     if spec.device == "cpu":
-        if (core := core_of(rank)) is not None:
+        if (core := processes.core_of(rank)) is not None:
             os.sched_setaffinity(0, {core})
         if process.kind == "loader":
             # Nobody waits for a file before the bound; who computes on the same core comes first.
@@ -208,10 +196,10 @@ def serve(rank: int, spec: Spec, store: Any) -> None:
 
 
 def _answers_for(
-    process: Process,
-    layout: list[Process],
+    process: processes.Process,
+    layout: list[processes.Process],
     cluster: Cluster,
-    spec: Spec,
+    spec: processes.Spec,
     device: torch.device,
     links: Mapping[int, Link],
 ) -> Answers:
@@ -222,7 +210,7 @@ def _answers_for(
         return ControlNetService(cluster.controlnet_services[process.index], model, spec.controlnet_folder)
     remote = None
     if cluster.strategies.controlnets == "service":
-        remote = RemoteControlNets(replicas_of(layout, cluster, links), Ledger(), spec.timeout_s)
+        remote = RemoteControlNets(processes.replicas_of(layout, cluster, links), Ledger(), spec.timeout_s)
     places = {name: controlnet_place(name, spec.controlnet_folder) for name in spec.controlnet_names}
     return GuidanceHalf(process.gpu, model, places, remote, Clock(device))
 
@@ -245,9 +233,9 @@ def _answer_all(link: Link, answers: Answers) -> None:
 
 def serve_under_torchrun() -> None:
     """Be the process of this rank, once the worker has said what it needs; this process then ends."""
-    store = torchrun_store()
+    store = processes.torchrun_store()
     with suppress(LinkLost):
-        serve(own_rank(), spec_from(store.get("spec").decode()), store)
+        serve(processes.own_rank(), processes.spec_from(store.get("spec").decode()), store)
     os._exit(0)
 
 
@@ -256,7 +244,7 @@ def main(arguments: list[str]) -> None:
     rank, store, spec = arguments
     distributed: Any = torch.distributed
     try:
-        serve(int(rank), spec_from(spec), distributed.FileStore(store, -1))
+        serve(int(rank), processes.spec_from(spec), distributed.FileStore(store, -1))
     except LinkLost:
         return
     finally:

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -70,18 +70,16 @@ class RemoteReader:
         return lora_in(answer)
 
 
+@dataclass(slots=True)
 class Loading:
     """One file that some samples need."""
 
-    __slots__ = ("ended", "failure", "lora", "sample", "started", "users")
-
-    def __init__(self, sample: SampleId) -> None:
-        self.users = 0
-        self.sample = sample
-        self.started = False
-        self.ended = threading.Event()
-        self.lora: LoraFile | None = None
-        self.failure = ""
+    sample: SampleId
+    users: int = 0
+    started: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
+    lora: LoraFile | None = None
+    failure: str = ""
 
 
 class LoraStore:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from real_runner.adapters.controlnets import ControlNetSource, OwnControlNets, RemoteControlNets, controlnet_place
 from real_runner.adapters.ledger import Clock, Ledger
 from real_runner.adapters.loras import FileSource, LoraStore, OwnReader, RemoteReader, Weights
 from real_runner.adapters.peer import GuidancePeer
 from real_runner.adapters.processes import (
-    Process,
     Processes,
     Spec,
     processes_of,
@@ -57,44 +57,30 @@ def open_serving(
     if folders.loras is None:
         layout = [process for process in layout if process.kind != "loader"]
     require_processes(layout)
-    processes = Processes(layout, spec) if len(layout) > 1 else None
-    try:
-        parts = _parts(hardware, cluster, folders, names, layout, processes, timeout_s)
-    except BaseException:
+    device, gpu, clock, ledger = model.device, layout[0].gpu, Clock(model.device), Ledger()
+    with ExitStack() as started:
+        processes = Processes(layout, spec) if len(layout) > 1 else None
+        links = {} if processes is None else processes.links
         if processes is not None:
-            processes.close()
-        raise
+            started.callback(processes.close)
+        peer = next((GuidancePeer(links[r.rank], ledger, timeout_s) for r in layout if r.kind == "guidance"), None)
+        store = None
+        if folders.loras is not None:
+            loaders = [RemoteReader(links[process.rank], timeout_s) for process in layout if process.kind == "loader"]
+            sources: list[FileSource] = [*loaders] if loaders else [OwnReader(folders.loras)]
+            store = LoraStore(cluster.loras, sources, device, gpu, clock, ledger, background=bool(loaders))
+        controlnets: ControlNetSource
+        served = None
+        if cluster.strategies.controlnets == "service":
+            replicas = replicas_of(layout, cluster, links)
+            if all(replica.fixed for replica in replicas):
+                served = frozenset().union(*(replica.names for replica in replicas))
+            controlnets = RemoteControlNets(replicas, ledger, timeout_s)
+        else:
+            places = {name: controlnet_place(name, folders.controlnets) for name in names}
+            nets = {name: load_controlnet(place, model, name) for name, place in places.items()}
+            controlnets = OwnControlNets(nets, gpu, "denoise", clock, ledger)
+        weights = Weights(MergedWeights(model.unet), gpu, clock, ledger, peer)
+        parts = Parts(weights, store, controlnets, served, peer, ledger, clock, processes)
+        started.pop_all()
     return Serving(hardware, cluster, folders, parts, timeout_s)
-
-
-def _parts(
-    hardware: Hardware,
-    cluster: Cluster,
-    folders: Folders,
-    names: tuple[str, ...],
-    layout: list[Process],
-    processes: Processes | None,
-    timeout_s: float,
-) -> Parts:
-    links = {} if processes is None else processes.links
-    device, gpu = hardware.model.device, layout[0].gpu
-    ledger, clock = Ledger(), Clock(device)
-    peer = next((GuidancePeer(links[r.rank], ledger, timeout_s) for r in layout if r.kind == "guidance"), None)
-    store = None
-    if folders.loras is not None:
-        loaders = [RemoteReader(links[process.rank], timeout_s) for process in layout if process.kind == "loader"]
-        sources: list[FileSource] = [*loaders] if loaders else [OwnReader(folders.loras)]
-        store = LoraStore(cluster.loras, sources, device, gpu, clock, ledger, background=bool(loaders))
-    controlnets: ControlNetSource
-    served = None
-    if cluster.strategies.controlnets == "service":
-        replicas = replicas_of(layout, cluster, links)
-        if all(replica.fixed for replica in replicas):
-            served = frozenset().union(*(replica.names for replica in replicas))
-        controlnets = RemoteControlNets(replicas, ledger, timeout_s)
-    else:
-        places = {name: controlnet_place(name, folders.controlnets) for name in names}
-        nets = {name: load_controlnet(place, hardware.model, name) for name, place in places.items()}
-        controlnets = OwnControlNets(nets, gpu, "denoise", clock, ledger)
-    weights = Weights(MergedWeights(hardware.model.unet), gpu, clock, ledger, peer)
-    return Parts(weights, store, controlnets, served, peer, ledger, clock, processes)
