@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def build_policy(name: str, parameters: dict[str, Any] | None = None, base_folde
     given = parameters or {}
     checked_parameters(name, policy_parameters(name, base_folder), given)
     try:
-        policy: Policy = kind(**given)
+        policy: Policy = kind(**deepcopy(given))
         if not isinstance(getattr(policy, "chunking", None), str):
             policy.chunking = "whole"
     except InputError:

@@ -116,7 +116,7 @@ def run_real(
         run.cancel.set()
     if not hardware.hung and not isinstance(error, InputError | ContractError | LaneLost):
         try:
-            run.worker.require_unwritten(run.execution.now_ns())
+            run.rounds.require_unwritten(run.execution.now_ns())
         except ContractError as written:
             error = written
     if error is not None and not hardware.hung:

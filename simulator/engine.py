@@ -261,7 +261,7 @@ def _play(process: Callable[[simpy.Environment], Generator[simpy.Event, None, No
 
 def _require_unwritten(runs: Sequence[WorkerRun], now_ns: int) -> None:
     for run in runs:
-        run.worker.require_unwritten(now_ns)
+        run.rounds.require_unwritten(now_ns)
 
 
 def _result(

@@ -27,6 +27,8 @@ _NOTED = ("admitted_ns", "denoised_ns", "decode_started_ns")
 _MOST_CHUNKS = 10_000
 _ASKED = tuple(Request.__slots__)
 _asked = attrgetter(*_ASKED)
+_BUDGET = tuple(SkipBudget.__slots__)
+_budget = attrgetter(*_BUDGET)
 _PHASE, _ADMITTED, _DENOISED = attrgetter("phase"), attrgetter("admitted_ns"), attrgetter("denoised_ns")
 _DECODE_STARTED = attrgetter("decode_started_ns")
 _SKIPPED, _LEFT = attrgetter("skipped_at"), attrgetter("skips_left")
@@ -50,6 +52,7 @@ class Guard:
         "entered",
         "lanes",
         "news",
+        "skipped_at",
         "skips",
         "skips_given",
         "steps",
@@ -64,6 +67,7 @@ class Guard:
         self.decode_started_ns: dict[SampleId, int] = {}
         self.asked: dict[int, tuple[Request, tuple[Any, ...]]] = {}
         """Request id -> the request, and its fields when it entered."""
+        self.skipped_at: dict[SampleId, list[int]] = {}
         self.budgets: dict[int, tuple[SkipBudget, SkipBudget]] = {}
         """Identity -> a skip budget, and a copy of it."""
         self.lanes = [*map(lane_state, lanes)]
@@ -95,6 +99,8 @@ class Guard:
             _put(lane, _LANE, state)
         for request, asked in self.asked.values():
             _put(request, _ASKED, asked)
+        for budget, known in self.budgets.values():
+            _put(budget, _BUDGET, _budget(known))
         for sample_id, entered in self.entered.items():
             sample = samples[sample_id]
             _put(sample, _FIXED, entered)
@@ -109,8 +115,7 @@ class Guard:
                 setattr(sample, name, getattr(self, name).get(sample_id, -1))
             sample.step_index = sample.steps if denoised else _within(sample.step_index, sample.steps)
             sample.chunks_done = _within(sample.chunks_done, _MOST_CHUNKS)
-            skipped = sample.skipped_at if isinstance(sample.skipped_at, list) else []
-            sample.skipped_at = [at for at in skipped if type(at) is int and 0 <= at < sample.step_index]
+            sample.skipped_at = [at for at in self.skipped_at.get(sample_id, ()) if at < sample.step_index]
             sample.skips_spent = len(sample.skipped_at)
 
     def written(self, sample: Sample) -> str | None:
@@ -126,8 +131,10 @@ class Guard:
         for name in _NOTED:
             if getattr(self, name).get(sample.id, -1) != getattr(sample, name):
                 return f"{name} of sample {sample.name}"
-        skipped = sample.skipped_at or ()
-        if len(skipped) != sample.skips_spent or (skipped and not _within_budget(sample, skipped)):
+        skipped = self.skipped_at.get(sample.id)
+        if skipped != sample.skipped_at:
+            return f"skipped_at of sample {sample.name}"
+        if len(skipped or ()) != sample.skips_spent or (skipped and not _within_budget(sample, skipped)):
             return f"a skip count of sample {sample.name}"
         if sample.guided and sample.skips_left != sample.budget.skips(sample.steps) - sample.skips_spent:
             return f"skips_left of sample {sample.name}"

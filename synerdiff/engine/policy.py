@@ -2,12 +2,16 @@
 
 Whatever a policy raises, exits with or returns of a wrong type becomes one ContractError that names policy, hook and
 time, with the user's own frames and no others. An InputError (a parameter that does not fit the profile, say) passes.
+
+A user's policy is given copies of worker and profile, so what it writes to them changes no engine's results and no
+later run's; that it has written is an error all the same, for its author would take it for an effect.
 """
 
 from __future__ import annotations
 
 import sysconfig
 import traceback
+from dataclasses import fields, replace
 from pathlib import Path
 
 from policies.base import Policy
@@ -31,7 +35,7 @@ _MOST_FRAMES = 6
 class PolicyCalls:
     """A policy as engines call it. ``chunking`` is known, and fixed, after `reset`."""
 
-    __slots__ = ("_policy", "chunking", "foreign", "name")
+    __slots__ = ("_lent", "_policy", "chunking", "foreign", "name")
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
@@ -39,11 +43,15 @@ class PolicyCalls:
         self.chunking = "whole"
         self.foreign = not _ours(policy)
         """A user's policy, not one of ours."""
+        self._lent: tuple[tuple[str, object, object], ...] = ()
+        """What such a policy was given at reset: its name in a sentence, the copy, the original."""
 
     def reset(self, worker: WorkerInfo, profile: Profile) -> None:
         """Raises ContractError, and InputError as the policy does."""
+        given = (replace(worker), profile.lent()) if self.foreign else (worker, profile)
+        self._lent = (("worker", given[0], worker), ("profile", given[1], profile)) if self.foreign else ()
         try:
-            self._policy.reset(worker, profile)
+            self._policy.reset(*given)
             chunking = getattr(self._policy, "chunking", "whole")
         except InputError:
             raise
@@ -57,6 +65,8 @@ class PolicyCalls:
                 f"{', '.join(profile.chunks)}."
             )
         self.chunking = chunking
+        if (written := self._written()) is not None:
+            raise ContractError(f"policy '{self.name}': reset wrote {written}, which it may only read.")
 
     def decide(self, view: View) -> Decision:
         """Raises ContractError; what the fields hold is checked when the decision is applied."""
@@ -69,6 +79,23 @@ class PolicyCalls:
         if type(decision) is not Decision:
             raise self.error(view.now_ns, f"decide returned {short(decision)}; a Decision is needed")
         return decision
+
+    def require_unwritten(self, now_ns: int) -> None:
+        """ContractError when decisions have written to what reset was given; called before records are made."""
+        if (written := self._written()) is not None:
+            raise self.error(now_ns, f"decide wrote {written}, which it may only read")
+
+    def _written(self) -> str | None:
+        for name, copy, original in self._lent:
+            try:
+                if copy == original:
+                    continue
+                compared = [one.name for one in fields(original) if one.compare]  # type: ignore[arg-type]
+                field = next(name for name in compared if getattr(copy, name) != getattr(original, name))
+            except Exception as error:  # what was written may raise when it is compared
+                return f"something ({type(error).__name__}) to its {name}"
+            return f"{field} of its {name}"
+        return None
 
     def unreadable(self, now_ns: int, error: Exception) -> ContractError:
         """The error that an element of a decision is not what it must be."""

@@ -52,6 +52,11 @@ class Rounds:
         """Told of each decision, when it was asked for and why, before what it wants is started."""
         self._step_ended = False
 
+    def require_unwritten(self, now_ns: int) -> None:
+        """ContractError when the policy has written to what it may only read; called before records are made."""
+        self.worker.require_unwritten(now_ns)
+        self.policy.require_unwritten(now_ns)
+
     def take(self, now_ns: int) -> int:
         """Everything that has happened by now, in the contract's order.
 

@@ -171,13 +171,16 @@ class Worker:
                 step.freed.append(sample)
                 self._last_step = None
         self._step_done.extend(step.samples)
-        if self.guard is not None:
-            self.guard.steps += len(step.samples)
-            self.guard.news += len(step.samples)
+        guard = self.guard
+        if guard is not None:
+            count = len(step.samples)
+            guard.steps += count
+            guard.news += count
 
     def _spend_skip(self, sample: Sample) -> None:
         if self.guard is not None:
             self.guard.skips += 1
+            self.guard.skipped_at.setdefault(sample.id, []).append(sample.step_index)
         sample.skips_spent += 1
         sample.skips_left -= 1
         sample.skip_run += 1
@@ -336,9 +339,7 @@ class Worker:
         """
         guard = self.guard
         if guard is not None:
-            self._require_view(guard, now_ns)
-            self._require_types(decision, now_ns)
-            guard.news = 0
+            self._require_sound(decision, guard, now_ns)
         admit, reject, batch, pad_rows, chunks, wake_ns = decision
         if batch or chunks or admit or reject:
             self._idle_decisions = 0
@@ -386,7 +387,8 @@ class Worker:
         self.wake_ns = wake_ns
         return starts, starting
 
-    def _require_view(self, guard: Guard, now_ns: int) -> None:
+    def _require_sound(self, decision: Decision, guard: Guard, now_ns: int) -> None:
+        """The view is as it was shown, and the fields of the decision have their types."""
         view = self.view
         if (
             view.now_ns != now_ns
@@ -397,8 +399,7 @@ class Worker:
             or guard.news != len(self._arrived) + len(self._step_done) + len(self._chunk_done) + len(self._gone)
         ):
             self._refuse_written(now_ns, "to the view")
-
-    def _require_types(self, decision: Decision, now_ns: int) -> None:
+        guard.news = 0
         admit, reject, batch, pad_rows, chunks, wake_ns = decision
         tuples = type(admit) is tuple and type(reject) is tuple and type(batch) is tuple and type(chunks) is tuple
         if tuples and type(pad_rows) is int and (wake_ns is None or type(wake_ns) is int):

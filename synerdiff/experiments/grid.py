@@ -15,6 +15,7 @@ from policies.routers import build_router
 from synerdiff.config.cluster import MIB, Cluster, cluster_of, load_cluster
 from synerdiff.config.experiment import Experiment, Fleet, Machines, PolicyEntry, SkipBudgetSection, Workload
 from synerdiff.core import NO_SKIPS, InputError, SkipBudget, WorkerInfo
+from synerdiff.engine.policy import PolicyCalls
 from synerdiff.experiments.adapter_mix import AdapterTrace
 from synerdiff.experiments.compare import GridCell
 from synerdiff.experiments.h800 import built_profile
@@ -145,7 +146,7 @@ class Grid:
                 requests = fitted(arrivals(source).requests, device.profile)
                 profile = at_its_resolutions(device.profile, requests)
                 worker = WorkerInfo(profile.most_rows, 0, lanes, mix_of(requests).sample_rows)
-                build_policy(entry.policy, parameters, self.home(entry)).reset(worker, profile)
+                PolicyCalls(build_policy(entry.policy, parameters, self.home(entry))).reset(worker, profile)
 
     def _lanes(self) -> list[tuple[Measured, tuple[int, ...]]]:
         pairs = [pair for block in self.experiment.blocks for pair in product(block.profiles, block.decode_gpus)]

@@ -180,7 +180,7 @@ class Prepared:
     def policy(self) -> Policy:
         """A fresh one: every worker has its own."""
         policy = build_policy(self.spec.policy, dict(self.spec.parameters), self.spec.base_folder)
-        return policy if self.spec.planning is None else Planned(policy, self.spec.planning)
+        return policy if self.spec.planning is None else Planned(policy, self.spec.planning.lent())
 
     def router(self) -> Router | SharedQueue:
         """A fresh one."""

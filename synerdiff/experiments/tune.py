@@ -23,6 +23,7 @@ from policies.registry import build_policy, policy_parameters
 from synerdiff.config.experiment import PolicyEntry
 from synerdiff.config.tune import BUDGET, Range, Span, Tuning, Value
 from synerdiff.core import InputError, WorkerInfo
+from synerdiff.engine.policy import PolicyCalls
 from synerdiff.experiments.backends import Backend
 from synerdiff.experiments.compare import MEASURES, Measure
 from synerdiff.experiments.grid import Grid, Run
@@ -250,9 +251,10 @@ class Search:
         """The policy as it is on a worker of the profile; InputError where it cannot be."""
         parameters = dict(entry.parameters) if entry.batch is None else {**entry.parameters, "batch": entry.batch}
         policy = build_policy(entry.policy, parameters, self.base)
+        calls = PolicyCalls(policy)
         rows = mix_of(arrivals(self.training[0]).requests).sample_rows
         for one in profile.sizes.values() or [profile]:
-            policy.reset(WorkerInfo(one.most_rows, 0, (0,), rows), one.only(one.head.size))
+            calls.reset(WorkerInfo(one.most_rows, 0, (0,), rows), one.only(one.head.size))
         return policy
 
     def _check(self) -> None:

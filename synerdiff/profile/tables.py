@@ -6,6 +6,7 @@ Measured points come back verbatim; outside the measured range a lookup raises a
 
 from __future__ import annotations
 
+import pickle
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -166,6 +167,11 @@ class Profile:
     _beside_memo: dict[tuple[Size, int, str, int, Size], tuple[int, int, int]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def lent(self) -> Profile:
+        """A copy down to the last number, for a user's policy, which might write to it."""
+        copy: Profile = pickle.loads(pickle.dumps(self))
+        return copy
 
     def on_worker(self, speed_ppm: int, sample_host_ns: int | None = None) -> Profile:
         """The profile as one worker has it; without ``sample_host_ns`` the overhead stays."""

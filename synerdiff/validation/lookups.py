@@ -19,6 +19,12 @@ class WatchedProfile(Profile):
 
     lookups: set[Lookup] = field(default_factory=set)
 
+    def lent(self) -> WatchedProfile:
+        """What is looked up in the copy is remembered here."""
+        copy = watched(Profile.lent(self))
+        copy.lookups = self.lookups
+        return copy
+
     def step_ns(self, rows: int) -> int:
         self._note_step(rows)
         return Profile.step_ns(self, rows)

@@ -24,6 +24,7 @@ from real_runner.engine import RealRun, run_real
 from real_runner.hardware import Hardware, chunking_of, open_hardware
 from synerdiff.core import NS_PER_S, InputError, WorkerInfo
 from synerdiff.diffusion.execution import other_execution
+from synerdiff.engine.policy import PolicyCalls
 from synerdiff.experiments.run import Outcome, Prepared, RunSpec, Served, execute, prepare
 from synerdiff.experiments.sources import Source
 from synerdiff.profile.tables import Profile
@@ -184,9 +185,9 @@ class Validation:
         for one in watching:
             one.lookups.clear()
         outcome = execute(run)
-        policy = run.policy()
-        policy.reset(WorkerInfo(times.max_rows, 0, run.spec.decode_gpus, 2), planning)
-        watching[0].note_decode(policy.chunking)
+        calls = PolicyCalls(run.policy())
+        calls.reset(WorkerInfo(times.max_rows, 0, run.spec.decode_gpus, 2), planning)
+        watching[0].note_decode(calls.chunking)
         self.lookups |= watching[0].lookups | watching[1].lookups
         return outcome
 
@@ -299,7 +300,7 @@ def cells_of(plan: ValidationPlan, profile: Profile, decode_lanes: int) -> Cells
     most, chunkings = 0, []
     for name in plan.policies:
         policy: Any = build_policy(name)
-        policy.reset(info, profile)
+        PolicyCalls(policy).reset(info, profile)
         batch = getattr(policy, "batch", 0)
         most = max(most, batch * info.sample_rows if batch else profile.max_rows)
         chunkings.append(policy.chunking)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -179,6 +181,102 @@ def test_budgets_and_their_tables(play: Play) -> None:
     budget = SkipBudget(500_000, 1, 1, REUSE, {4: frozenset({2}), 3: frozenset({1})})
     with pytest.raises(ContractError, match="it wrote a skip budget, which it may only read"):
         play(REQUESTS, Writes(write, "dynamic", True), PROFILE, budget=budget)
+
+
+def test_a_budget_is_as_it_was_for_the_next_run(play: Play) -> None:
+    def write(view: View) -> None:
+        for sample, _ in view.gone:
+            object.__setattr__(sample.budget, "fraction_ppm", 1)
+
+    budget = SkipBudget(500_000, 1, 1, REUSE)
+    with pytest.raises(ContractError, match="it wrote a skip budget, which it may only read"):
+        play(REQUESTS, Writes(write, "dynamic", True), PROFILE, budget=budget)
+    assert budget == SkipBudget(500_000, 1, 1, REUSE)
+
+
+def test_which_steps_were_skipped_is_known_without_the_sample(play: Play) -> None:
+    def write(view: View) -> None:
+        for sample, _ in view.gone:
+            if sample.skipped_at is not None:
+                sample.skipped_at = [at + 1 for at in sample.skipped_at]
+
+    budget = SkipBudget(250_000, 1, 1, REUSE)
+    with pytest.raises(ContractError, match=r"it wrote skipped_at of sample 0\.0, which it may only read"):
+        play(REQUESTS, Writes(write, "skip-cfg", True), PROFILE, budget=budget)
+
+
+class WritesToWhatItWasGiven:
+    """Serves as `continuous-parallel`, and writes in one of its hooks, once."""
+
+    chunking = "whole"
+
+    def __init__(self, write: Callable[[WorkerInfo, Profile], object], hook: str) -> None:
+        self.inner, self.write, self.hook = build_policy("continuous-parallel"), write, hook
+
+    def reset(self, worker: WorkerInfo, profile: Profile) -> None:
+        self.given = worker, profile
+        self.inner.reset(worker, profile)
+        if self.hook == "reset":
+            self.write(worker, profile)
+
+    def decide(self, view: View) -> Decision:
+        if self.hook == "decide":
+            self.write(*self.given)
+        return self.inner.decide(view)
+
+
+def put(target: Any, name: str, value: Any) -> None:
+    object.__setattr__(target, name, value)
+
+
+def without_steps(worker: WorkerInfo, profile: Profile) -> None:
+    if hasattr(profile, "steps"):
+        del profile.steps
+
+
+GIVEN = [
+    ("max_rows of its worker", lambda worker, profile: put(worker, "max_rows", 99)),
+    ("decode_gpus of its worker", lambda worker, profile: put(worker, "decode_gpus", (7,))),
+    ("steps of its profile", lambda worker, profile: profile.steps.update({2: profile.steps[4]})),
+    ("steps of its profile", lambda worker, profile: setattr(profile, "steps", None)),
+    ("chunks of its profile", lambda worker, profile: profile.chunks.update(whole=profile.chunks["c2"])),
+    ("corun of its profile", lambda worker, profile: profile.corun["whole", 0].clear()),
+    ("corun of its profile", lambda worker, profile: put(profile.corun["whole", 0][2], "held_out", True)),
+    ("overheads of its profile", lambda worker, profile: profile.overheads.update(text_encode=profile.steps[4])),
+    ("speed_ppm of its profile", lambda worker, profile: setattr(profile, "speed_ppm", 2_000_000)),
+    ("head of its profile", lambda worker, profile: profile.head.notes.update(mine=1)),
+    (
+        "something (AttributeError) to its profile",
+        without_steps,
+    ),
+]
+
+
+@pytest.mark.parametrize("hook", ["reset", "decide"])
+@pytest.mark.parametrize(("what", "write"), GIVEN)
+def test_what_reset_gives_is_for_reading(
+    play: Play, what: str, write: Callable[[WorkerInfo, Profile], object], hook: str
+) -> None:
+    profile = deepcopy(PROFILE)
+    with pytest.raises(ContractError) as error:
+        play(REQUESTS, WritesToWhatItWasGiven(write, hook), profile)
+    at = "" if hook == "reset" else r" at 0\.\d{9} s"
+    assert re.fullmatch(
+        rf"policy 'WritesToWhatItWasGiven'{at}: {hook} wrote {re.escape(what)}, which it may only read\.",
+        str(error.value),
+    )
+    assert profile == PROFILE
+
+
+def test_what_a_profile_remembers_is_not_the_engine_s(play: Play) -> None:
+    """Its memory of look-ups is no table: a policy that fills it in advance changes its own copy alone."""
+
+    def fill(worker: WorkerInfo, profile: Profile) -> None:
+        profile._step_memo.update(dict.fromkeys(range(1, 5), 1))
+
+    plain = play(REQUESTS, build_policy("continuous-parallel"), PROFILE)
+    written = play(REQUESTS, WritesToWhatItWasGiven(fill, "reset"), deepcopy(PROFILE))
+    assert written.work == plain.work
 
 
 def test_lanes_are_no_list(play: Play) -> None:

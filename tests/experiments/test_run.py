@@ -9,7 +9,7 @@ import pytest
 
 from synerdiff.config.cluster import cluster_of
 from synerdiff.core import NS_PER_S, Decision, InputError, Request, View, WorkerInfo
-from synerdiff.experiments.run import Outcome, Prepared, RunSpec, execute, prepare
+from synerdiff.experiments.run import Outcome, Planned, Prepared, RunSpec, execute, prepare
 from synerdiff.profile.tables import Profile
 from synerdiff.results.folder import state
 from tests.builders import affine_profile
@@ -30,6 +30,16 @@ def shifted(by_s: int) -> tuple[Request, ...]:
 def facts(outcome: Outcome) -> dict[str, object]:
     run: dict[str, object] = outcome.described["run"]
     return run
+
+
+def test_a_policy_plans_with_a_copy() -> None:
+    planning = affine_profile(base_ms=12)
+    run = prepare(spec(planning=planning))
+    for policy in (run.policy(), run.policy()):
+        assert isinstance(policy, Planned)
+        assert policy.planning == planning
+        policy.planning.steps.clear()  # type: ignore[attr-defined]
+    assert planning == affine_profile(base_ms=12)
 
 
 class RejectsAll:

@@ -18,7 +18,7 @@ import pytest
 from profiler.estimate import estimate_profiles
 from synerdiff import cli
 from synerdiff.config.experiment import load_experiment
-from synerdiff.core import InputError, SkipBudget
+from synerdiff.core import ContractError, InputError, SkipBudget
 from synerdiff.experiments import run as run_module
 from synerdiff.experiments import store
 from synerdiff.experiments.backends import LokyBackend
@@ -415,6 +415,14 @@ def test_a_policy_of_the_users_own_runs_in_workers(world: Path) -> None:
     assert results.computed == 8
     assert {row["policy"] for row in results.rows} == {"mine", "hurried"}
     assert keys(small(world, change)) == {row["key"] for row in results.rows}
+
+
+def test_a_policy_that_writes_to_its_profile_is_refused_before_any_run(world: Path) -> None:
+    more = "    def reset(self, worker, profile):\n        profile.steps.clear()\n"
+    (world / "clearing.py").write_text(RULE.format(helper="NAME_OF_RULE = 'mine'", more=more))
+    with pytest.raises(ContractError, match=r"policy 'mine': reset wrote steps of its profile, which it may only read"):
+        small(world, (POLICY, "policy: 'clearing:Mine', label: mine"))
+    assert small(world).devices
 
 
 def test_the_best_batch_is_searched_and_recorded(world: Path) -> None:

@@ -27,6 +27,10 @@ def test_a_watched_profile_gives_the_same_times_and_remembers_the_measured_cells
     assert {("step", 4), ("chunk", "c2", 0), ("chunk", "c2", 1), ("chunk", "whole", 0)} < one.lookups
     assert one.on_worker(2_000_000).step_ns(8) == 20
     assert ("step", 8) in one.lookups, "a worker's profile is watched too"
+    one.lookups.clear()
+    lent = one.lent()
+    assert lent.step_ns(4) == 20
+    assert one.lookups == {("step", 4)}, "so is what a user's policy is given"
     assert neighbours(5, [1, 4, 8]) == (4, 8)
     assert neighbours(4, [1, 4, 8]) == (4,)
     assert sentence({("corun", "c4", 1, 8), ("step", 2)}) == "chunk 1 of c4 beside 8 rows, a step of 2 rows"
