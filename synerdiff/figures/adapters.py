@@ -11,7 +11,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from synerdiff.figures.comparison import MOST_NUMBERS, draw_map, map_bar
-from synerdiff.figures.style import BLUE, GREEN, GREY, ORANGE, finish, legend_above, new_figure, panel_title, styled
+from synerdiff.figures.style import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    finish,
+    legend_above,
+    new_figure,
+    panel_title,
+    styled,
+    x_labels,
+)
 
 _LIMIT = 8.0
 _LOOKS = {"lru": (BLUE, "o"), "lfu": (ORANGE, "s")}
@@ -63,8 +74,7 @@ def strategy_map(ratios: Sequence[dict[str, Any]], baseline: str, caption: str, 
             axis.set_xticks(range(len(loads)), [f"{load:g}" if load else "all\nat once" for load in loads])
             axis.set_yticks(range(len(shares)), [f"{share:.0%}" for share in shares])
         axes[0].set_ylabel("with LoRAs")
-    for axis in grid[-1]:
-        axis.set_xlabel("load")
+    x_labels(grid[-1], "load")
     assert shades is not None
     map_bar(figure, shades, grid, _LIMIT, f"times as fast as {baseline}")
     last = " Last column: GPU-seconds per image at saturation, the same way." if not loads[-1] else ""
@@ -118,14 +128,8 @@ def cache_figure(points: Sequence[dict[str, Any]]) -> Figure:
             axis.plot(sizes, loads, color=color, label=f"{rule.upper()}, model")
             known = [(p["size"], p["published"]) for p in chosen if p["published"] is not None]
             if known:
-                hollow: Any = {
-                    "color": color,
-                    "marker": marker,
-                    "markerfacecolor": "none",
-                    "linestyle": "",
-                    "clip_on": False,
-                }
-                axis.plot(*zip(*known, strict=True), label=f"{rule.upper()}, published", **hollow)
+                hollow: Any = {"marker": marker, "markerfacecolor": "none", "linestyle": "", "clip_on": False}
+                axis.plot(*zip(*known, strict=True), label=f"{rule.upper()}, published", color=color, **hollow)
         panel_title(axis, f"{_TITLES[kind]}, service {service}")
         axis.set(xlabel="files in the cache", xticks=range(2, 11, 2))
         axis.set_ylim(bottom=0)
@@ -141,9 +145,7 @@ def cache_figure(points: Sequence[dict[str, Any]]) -> Figure:
 
 
 @styled
-def bound_curves(
-    loras: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = "What the bound K costs in images", caption: str
-) -> Figure:
+def bound_curves(loras: Mapping[str, Sequence[Mapping[str, Any]]], *, caption: str) -> Figure:
     """Three panels over the steps that ran without the LoRA; ``loras``: label -> rows of a bound study, as mappings."""
     panels = [panel for panel in _PANELS if any(row[panel[0]] is not None for rows in loras.values() for row in rows)]
     figure = new_figure(2.7)
@@ -162,4 +164,4 @@ def bound_curves(
         axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]), top=max(1.03, axis.get_ylim()[1]))
     legend_above(figure, axes[0].get_legend_handles_labels()[0])
     note = "Means over images, bars: 95% t intervals. The last point of a line never has the LoRA."
-    return finish(figure, title, f"{note} {caption}")
+    return finish(figure, "What the bound K costs in images", f"{note} {caption}")

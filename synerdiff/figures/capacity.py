@@ -14,16 +14,13 @@ from synerdiff.config.capacity import Target
 from synerdiff.figures.style import (
     MARK,
     finish,
-    new_figure,
+    panel_grid,
     panel_title,
     plain_log_ticks,
     policy_legend,
     policy_styles,
     styled,
 )
-
-_PANELS = 3
-"""In a row."""
 
 
 @styled
@@ -42,13 +39,8 @@ def capacity_figure(
     profiles = list(dict.fromkeys(point["profile"] for point in points))
     styles = policy_styles(point["policy"] for point in points)
     column = "gpus" if find == "gpus" else "rate_per_s"
-    across = min(_PANELS, len(profiles))
-    down = -(-len(profiles) // across)
-    figure = new_figure(2.4 * down + 1.0)
-    grid = figure.subplots(down, across, squeeze=False, sharey=True)
-    for spare in grid.flatten()[len(profiles) :]:
-        spare.set_axis_off()
-    for axis, profile in zip(grid.flatten(), profiles, strict=False):
+    figure, grid = panel_grid(len(profiles), 3, 2.4, 1.0, sharey=True)
+    for axis, profile in zip(grid.flat, profiles, strict=False):
         own = [point for point in points if point["profile"] == profile and isfinite(point["value"])]
         for policy, style in styles.items():
             line = sorted((point for point in own if point["policy"] == policy), key=lambda point: point[column])

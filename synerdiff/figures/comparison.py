@@ -30,10 +30,12 @@ from synerdiff.figures.style import (
     finish,
     legend_above,
     new_figure,
+    panel_grid,
     panel_title,
     percent,
     policy_styles,
     styled,
+    x_labels,
 )
 from synerdiff.results.intervals import paired_log_ratio
 
@@ -106,9 +108,7 @@ def verdict(ratio: float, low: float, high: float, larger: bool) -> str:
 
 
 @styled
-def paired_comparison(
-    ratios: pd.DataFrame, *, baseline: str, title: str = "Against the baseline", caption: str = ""
-) -> Figure:
+def paired_comparison(ratios: pd.DataFrame, *, baseline: str, title: str, caption: str) -> Figure:
     """One row of panels per cell, one column per measure, one point with its 95% interval per policy.
 
     ``ratios``: cell (text), measure (column or label), policy, ratio (policy / baseline), low, high, skip_fraction,
@@ -147,7 +147,7 @@ def paired_comparison(
     return finish(figure, title, f"{note} {caption}")
 
 
-def compare_at(runs: pd.DataFrame, *, baseline: str, load: float = 0.8, title: str = "", caption: str = "") -> Figure:
+def compare_at(runs: pd.DataFrame, *, baseline: str, load: float = 0.8, caption: str = "") -> Figure:
     """``paired_comparison`` of the runs at the load nearest to this one: mean latency, P99 and goodput, one row of
     panels per profile (and workload)."""
     nearest = min(runs["load"].unique(), key=lambda known: abs(known - load))
@@ -156,7 +156,7 @@ def compare_at(runs: pd.DataFrame, *, baseline: str, load: float = 0.8, title: s
     ratios = pd.concat([paired_ratios(runs, baseline, measure) for measure in measures])
     several = "workload" in ratios and ratios["workload"].nunique() > 1
     cells = ratios["profile"] + ", " + ratios["workload"] if several else ratios["profile"]
-    title = title or f"Against {baseline} at load {nearest:g}"
+    title = f"Against {baseline} at load {nearest:g}"
     return paired_comparison(ratios.assign(cell=cells), baseline=baseline, title=title, caption=caption)
 
 
@@ -219,13 +219,10 @@ def gain_map(gains: pd.DataFrame, *, policy: str, title: str, caption: str = "",
     better), low, high, estimated. Cells whose interval holds 1 are ties. Colours end at ``limit`` and 1/limit.
     """
     groups = list(gains.groupby(["workload", "profile", "decode_share"], sort=False))
-    across = min(3, len(groups))
-    down = -(-len(groups) // across)
     levels = sorted(set(gains["contention"].tolist()))
     loads = sorted({load for load in gains["load"].tolist() if load == load})
     numbers = len(gains) <= MOST_NUMBERS
-    figure = new_figure((0.2 * len(loads) + 0.85) * down + 0.9)
-    grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    figure, grid = panel_grid(len(groups), 3, 0.2 * len(loads) + 0.85, 0.9, sharex=True, sharey=True)
     shades = None
     for axis, (_, group) in zip(grid.flat, groups, strict=False):
         table, tied = np.full((len(loads) + 1, len(levels)), np.nan), np.zeros((len(loads) + 1, len(levels)), bool)
@@ -242,10 +239,7 @@ def gain_map(gains: pd.DataFrame, *, policy: str, title: str, caption: str = "",
         )
         axis.set_xticks(range(len(levels)), [f"x{level:g}" for level in levels])
         axis.set_yticks(range(len(loads) + 1), [*(f"load {load:g}" for load in loads), "saturation"])
-    for axis in list(grid.flat)[len(groups) :]:
-        axis.set_axis_off()
-    for axis in grid[-1]:
-        axis.set_xlabel("contention")
+    x_labels(grid[-1], "contention")
     assert shades is not None
     map_bar(figure, shades, grid, limit, "times as good as the best baseline")
     note = f"Load rows: mean latency of the best baseline / that of {policy}. Hatched: a tie, the interval holds 1."

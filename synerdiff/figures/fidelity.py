@@ -19,6 +19,7 @@ from synerdiff.figures.style import (
     finish,
     legend_above,
     new_figure,
+    panel_grid,
     panel_title,
     plain_log_ticks,
     policy_legend,
@@ -46,22 +47,14 @@ _JOINED = {("guided", "full"), ("reuse", "spread"), ("conditional", "last"), ("r
 
 
 @styled
-def fidelity_against_rows(
-    settings: Mapping[str, Sequence[Any]], *, title: str = "Fidelity against rows", caption: str = ""
-) -> Figure:
+def fidelity_against_rows(settings: Mapping[str, Sequence[Any]], *, caption: str = "") -> Figure:
     """One panel per setting (label -> rows of a fidelity table): mean SSIM with its interval over the share of rows.
 
     The SSIM axis is logarithmic in 1 - SSIM, upside down. Full guidance in all steps (SSIM 1) is left out.
     """
-    columns = min(len(settings), 3)
-    lines = -(-len(settings) // columns)
-    figure = new_figure(2.3 * lines + 1.3)
-    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-    axes = grid.flatten()[: len(settings)]
-    for spare in grid.flatten()[len(settings) :]:
-        spare.set_axis_off()
+    figure, grid = panel_grid(len(settings), 3, 2.3, 1.3, sharex=True, sharey=True)
     shown: dict[tuple[str, str], Any] = {}
-    for axis, (label, rows) in zip(axes, settings.items(), strict=True):
+    for axis, (label, rows) in zip(grid.flat, settings.items(), strict=False):
         for family, (name, color, marker) in _FAMILIES.items():
             own = [row for row in rows if (str(row.mode), row.schedule) == family and row.ssim < 1]
             if own:
@@ -72,12 +65,12 @@ def fidelity_against_rows(
         axis.set_xlabel("rows, share of full guidance")
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         axis.tick_params(labelbottom=True)
-    ssim_axis(axes[0], "y")
+    ssim_axis(grid[0, 0], "y")
     for axis in grid[:, 0]:
         axis.set_ylabel("SSIM, same seeds")
     legend_above(figure, [shown[family] for family in _FAMILIES if family in shown])
     note = "Means over images, bars: 95% t intervals. Up and to the left is better."
-    return finish(figure, title, f"{note} {caption}")
+    return finish(figure, "Fidelity against rows", f"{note} {caption}")
 
 
 def _family(axis: Axes, rows: Sequence[Any], name: str, color: str, marker: str, joined: bool) -> Any:
@@ -116,7 +109,6 @@ def sensitivity_by_step(
     reuse_error: np.ndarray[Any, Any],
     chosen: Mapping[str, Sequence[int]],
     *,
-    title: str = "How much guidance matters in each step",
     caption: str = "",
 ) -> Figure:
     """Similarity of the two x0 predictions; errors in x0 of dropping and of reusing the difference (steps, ages); and
@@ -141,6 +133,7 @@ def sensitivity_by_step(
     skips.set_yticks(range(len(chosen)), list(chosen))
     skips.set_ylim(len(chosen) - 0.5, -0.5)
     skips.set_xlabel("step")
+    title = "How much guidance matters in each step"
     return finish(figure, title, f"Full circles: guided; hollow: reused. {caption}")
 
 
@@ -148,13 +141,11 @@ def sensitivity_by_step(
 def latency_against_fidelity(
     runs: pd.DataFrame,
     *,
-    metric: str = "request_latency_p99_s",
-    title: str = "Latency, throughput and fidelity",
     caption: str = "",
 ) -> Figure:
     """P99 latency over fidelity, and achieved requests per second over fidelity; one point per run (or mean of seeds).
 
-    ``runs``: profile, estimated, policy, load, ssim, the metric and request_throughput; a row per (policy, load, seed).
+    ``runs``: profile, estimated, policy, load, ssim and the two metrics; a row per (policy, load, seed).
     Runs of fewer steps are a policy of their own, named ``FEWER_STEPS``, whose variants begin with the number of steps.
     Points of one policy are joined in the order of ``runs``.
     """
@@ -162,7 +153,7 @@ def latency_against_fidelity(
     styles = policy_styles(runs["policy"])
     figure = new_figure(4.4)
     grid = figure.subplots(2, len(loads), squeeze=False, sharex=True, sharey="row")
-    panels = ((metric, "P99 latency (s)"), ("request_throughput", "achieved requests/s"))
+    panels = (("request_latency_p99_s", "P99 latency (s)"), ("request_throughput", "achieved requests/s"))
     for line, (axes, (column, label)) in enumerate(zip(grid, panels, strict=True)):
         for axis, load in zip(axes, loads, strict=True):
             at_load = runs[runs["load"] == load]
@@ -181,4 +172,4 @@ def latency_against_fidelity(
         ssim_axis(axis, "x")
     policy_legend(figure, styles)
     note = f"Numbers: steps with full guidance. To the right is closer to full guidance. {SSIM_NOTE}"
-    return finish(figure, title, f"{note} {caption}")
+    return finish(figure, "Latency, throughput and fidelity", f"{note} {caption}")

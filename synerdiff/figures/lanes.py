@@ -14,8 +14,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from synerdiff.core import NS_PER_S
-from synerdiff.figures.load import panel_rows
-from synerdiff.figures.style import PAGE_IN, finish, legend_above, new_figure, panel_title, policy_styles, styled
+from synerdiff.figures.load import row_panels
+from synerdiff.figures.style import (
+    PAGE_IN,
+    finish,
+    legend_above,
+    new_figure,
+    panel_title,
+    policy_styles,
+    styled,
+    x_labels,
+)
 from synerdiff.results.metrics import STAGES
 
 _CHUNK_COLORS, _CHUNK_EDGE = ("#e69f00", "#f6d48a"), "#7a5c00"
@@ -132,25 +141,20 @@ def lanes_of(work: pd.DataFrame) -> dict[tuple[int, str], int]:
 
 
 @styled
-def where_the_time_goes(
-    runs: pd.DataFrame, loads: Sequence[float], *, title: str = "Where the time goes", caption: str = ""
-) -> Figure:
+def where_the_time_goes(runs: pd.DataFrame, loads: Sequence[float], *, caption: str = "") -> Figure:
     """Stacked bars of queue, denoise, decode wait and decode: mean seconds over seeds, one bar per policy.
 
     ``runs``: one row per run with profile, estimated, policy, load, skip_fraction, request_latency_mean_s and
     STAGE_mean_s for each stage. One row of panels per profile, one column per load, each with its own scale.
     """
-    rows = list(panel_rows(runs))
     names = list(policy_styles(runs["policy"]))
-    figure = new_figure((0.2 * max(4, len(names)) + 0.5) * len(rows) + 1.0)
-    grid = figure.subplots(len(rows), len(loads), squeeze=False, sharey=True)
-    for axes, (label, group) in zip(grid, rows, strict=True):
+    figure, rows = row_panels(runs, len(loads), 0.2 * max(4, len(names)) + 0.5, 1.0, sharey=True)
+    for axes, label, group, estimated in rows:
         for axis, load in zip(axes, loads, strict=True):
             _bars(axis, group[group["load"] == load], names)
             text = f"{label}\nload {load:g}" if axis is axes[0] else f"load {load:g}"
-            panel_title(axis, text, bool(group["estimated"].any()))
-    for axis in grid[-1]:
-        axis.set_xlabel("mean seconds a request")
+            panel_title(axis, text, estimated)
+    x_labels(rows[-1][0], "mean seconds a request")
     looks = ((stage.replace("_", " "), color, hatch) for stage, (color, hatch) in _STAGE_LOOKS.items())
     legend_above(
         figure, [Patch(facecolor=c, hatch=h, edgecolor="#555555", linewidth=0.4, label=name) for name, c, h in looks]
@@ -159,7 +163,7 @@ def where_the_time_goes(
         "Means over runs of each request's last-finishing image; at each bar the mean latency and the share of guided "
         f"steps that were skipped. Scales differ between panels. {caption}"
     )
-    return finish(figure, title, note)
+    return finish(figure, "Where the time goes", note)
 
 
 def _bars(axis: Axes, runs: pd.DataFrame, names: Sequence[str]) -> None:

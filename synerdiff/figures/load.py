@@ -23,6 +23,7 @@ from synerdiff.figures.style import (
     beside,
     finish,
     new_figure,
+    panel_grid,
     panel_title,
     plain_log_ticks,
     policy_legend,
@@ -30,6 +31,7 @@ from synerdiff.figures.style import (
     ssim_axis,
     ssim_error,
     styled,
+    x_labels,
 )
 from synerdiff.results.metrics import backlog
 
@@ -58,26 +60,28 @@ def saturated(runs: pd.DataFrame) -> pd.Series[bool]:
     return (runs["load"] >= 1) | (runs["request_throughput"] < SHORTFALL * runs["offered_request_rate"])
 
 
+def row_panels(
+    runs: pd.DataFrame, columns: int, row_in: float, more_in: float, **shared: Any
+) -> tuple[Figure, list[tuple[Any, str, pd.DataFrame, bool]]]:
+    """A figure with a row of panels for each of ``panel_rows``, and (axes, label, runs, estimated) of each."""
+    rows = list(panel_rows(runs))
+    figure = new_figure(row_in * len(rows) + more_in)
+    grid = figure.subplots(len(rows), columns, squeeze=False, **shared)
+    return figure, [(axes, *row, bool(row[1]["estimated"].any())) for axes, row in zip(grid, rows, strict=True)]
+
+
 @styled
 def latency_against_load(
-    runs: pd.DataFrame,
-    *,
-    baseline: str,
-    measure: str = "request_latency_mean_s",
-    title: str = "",
-    caption: str = "",
+    runs: pd.DataFrame, *, baseline: str, measure: str = "request_latency_mean_s", caption: str = ""
 ) -> Figure:
     """Per profile two panels: the latency of every policy over load (geometric means over seeds, logarithmic), and
     beside it the evidence, its paired ratio to ``baseline`` with the 95% interval."""
-    rows = list(panel_rows(runs))
     styles = policy_styles(runs["policy"])
     others = [name for name in styles if name != baseline]
     ratios = paired_ratios(runs, baseline, measure)
     loads = sorted(set(runs["load"].tolist()))
-    figure = new_figure(2.3 * len(rows) + 1.1)
-    grid = figure.subplots(len(rows), 2, squeeze=False, width_ratios=[1, 1.35])
-    for (level, change), (label, group) in zip(grid, rows, strict=True):
-        estimated = bool(group["estimated"].any())
+    figure, rows = row_panels(runs, 2, 2.3, 1.1, width_ratios=[1, 1.35])
+    for (level, change), label, group, estimated in rows:
         for policy, style in styles.items():
             _curve(level, group[group["policy"] == policy].assign(x=lambda own: own["load"]), measure, style)
         plain_log_ticks(level)
@@ -100,25 +104,20 @@ def latency_against_load(
         ratio_axis(change, "y", own[["ratio", "low", "high"]].to_numpy(float).ravel().tolist(), "change", 8)
         change.axhline(1, color="#222222", linewidth=0.8, zorder=1)
         panel_title(change, f"against {baseline}, paired", estimated)
-    for axis in grid[-1]:
-        axis.set_xlabel("offered load (1 = continuous-serial saturates)")
+    x_labels(rows[-1][0], "offered load (1 = continuous-serial saturates)")
     policy_legend(figure, styles)
     name = LABELS[measure]
     note = f"Left: means over runs. Right: means of ratios of runs on the same arrivals, 95% t intervals. {HOLLOW}"
-    return finish(figure, title or f"{name[0].upper()}{name[1:]} against load", f"{note}{_skips(runs)} {caption}")
+    return finish(figure, f"{name[0].upper()}{name[1:]} against load", f"{note}{_skips(runs)} {caption}")
 
 
 @styled
-def throughput_against_load(
-    runs: pd.DataFrame, *, title: str = "Throughput and goodput against load", caption: str = ""
-) -> Figure:
+def throughput_against_load(runs: pd.DataFrame, *, caption: str = "") -> Figure:
     """Requests and good requests per second over load; the thin grey line is the offered rate."""
-    rows = list(panel_rows(runs))
     styles = policy_styles(runs["policy"])
-    figure = new_figure(2.1 * len(rows) + 1.0)
     panels = (("request_throughput", "requests/s"), ("goodput", "requests/s within their SLO"))
-    grid = figure.subplots(len(rows), len(panels), squeeze=False)
-    for axes, (label, group) in zip(grid, rows, strict=True):
+    figure, rows = row_panels(runs, 2, 2.1, 1.0)
+    for axes, label, group, estimated in rows:
         for axis, (column, name) in zip(axes, panels, strict=True):
             for policy, style in styles.items():
                 _curve(axis, group[group["policy"] == policy].assign(x=lambda own: own["load"]), column, style)
@@ -126,27 +125,23 @@ def throughput_against_load(
             axis.plot(rates.index.to_numpy(float), rates.to_numpy(float), color="#b0b0b0", linewidth=0.8, zorder=1)
             axis.set_ylim(bottom=0)
             axis.set_ylabel(name)
-            panel_title(axis, label if axis is axes[0] else "", bool(group["estimated"].any()))
-    for axis in grid[-1]:
-        axis.set_xlabel("offered load (1 = continuous-serial saturates)")
+            panel_title(axis, label if axis is axes[0] else "", estimated)
+    x_labels(rows[-1][0], "offered load (1 = continuous-serial saturates)")
     policy_legend(figure, styles)
+    title = "Throughput and goodput against load"
     return finish(figure, title, f"Means over runs. Thin grey: offered. {HOLLOW}{_skips(runs)} {caption}")
 
 
 @styled
-def against_concurrency(
-    runs: pd.DataFrame, *, title: str = "A closed loop: what more requests at a time bring", caption: str = ""
-) -> Figure:
+def against_concurrency(runs: pd.DataFrame, *, caption: str = "") -> Figure:
     """Images per second and mean latency over the requests in the system (column ``max_concurrency``).
 
     Rows without one are runs at saturation: their ``saturation_throughput`` is drawn as each policy's limit.
     """
-    rows = list(panel_rows(runs))
     styles = policy_styles(runs["policy"])
-    figure = new_figure(2.3 * len(rows) + 1.0)
     panels = (("image_throughput", "images/s"), ("request_latency_mean_s", "mean latency (s)"))
-    grid = figure.subplots(len(rows), len(panels), squeeze=False)
-    for axes, (label, group) in zip(grid, rows, strict=True):
+    figure, rows = row_panels(runs, 2, 2.3, 1.0)
+    for axes, label, group, estimated in rows:
         closed = group[group["max_concurrency"].notna()]
         limits = group[group["max_concurrency"].isna()]
         for axis, (column, name) in zip(axes, panels, strict=True):
@@ -163,31 +158,27 @@ def against_concurrency(
             axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
             axis.minorticks_off()
             axis.set_ylabel(name)
-            panel_title(axis, label if axis is axes[0] else "", bool(group["estimated"].any()))
+            panel_title(axis, label if axis is axes[0] else "", estimated)
         axes[0].set_ylim(0, 1.06 * axes[0].get_ylim()[1])
         plain_log_ticks(axes[1])
-    for axis in grid[-1]:
-        axis.set_xlabel("requests in the system")
+    x_labels(rows[-1][0], "requests in the system")
     policy_legend(figure, styles)
     meaning = "Means over runs. The next request is sent when one has ended; latency counts from the sending."
     if runs["max_concurrency"].isna().any():
         meaning += " Dotted: the policy's limit, all requests waiting from the start."
+    title = "A closed loop: what more requests at a time bring"
     return finish(figure, title, f"{meaning}{_skips(runs)} {caption}")
 
 
 @styled
-def latency_by_size(
-    runs: pd.DataFrame, *, baseline: str, title: str = "Who pays and who gains, by resolution", caption: str = ""
-) -> Figure:
+def latency_by_size(runs: pd.DataFrame, *, baseline: str, caption: str = "") -> Figure:
     """Per profile two panels over the resolutions of one load: mean latency, and its ratio to ``baseline``.
 
     ``runs``: profile, estimated, policy, seed, size, pixels, request_latency_mean_s, one row per run and resolution.
     """
-    rows = list(panel_rows(runs))
     styles = policy_styles(runs["policy"])
-    figure = new_figure(2.4 * len(rows) + 1.0)
-    grid = figure.subplots(len(rows), 2, squeeze=False)
-    for (level, change), (label, group) in zip(grid, rows, strict=True):
+    figure, rows = row_panels(runs, 2, 2.4, 1.0)
+    for (level, change), label, group, estimated in rows:
         sizes = group.sort_values("pixels", kind="stable")["size"].drop_duplicates().tolist()
         value = group.set_index(["policy", "size", "seed"])["request_latency_mean_s"].astype(float).map(log)
         ratios: list[float] = [1.0]
@@ -203,22 +194,20 @@ def latency_by_size(
                 change.plot(x, against, style.marker, color=style.color)
         plain_log_ticks(level)
         level.set_ylabel("mean latency (s)")
-        panel_title(level, label, bool(group["estimated"].any()))
+        panel_title(level, label, estimated)
         ratio_axis(change, "y", ratios, "change", 8)
         change.axhline(1, color="#222222", linewidth=0.8, zorder=1)
-        panel_title(change, f"against {baseline}", bool(group["estimated"].any()))
+        panel_title(change, f"against {baseline}", estimated)
         for axis in (level, change):
             axis.set_xticks(range(len(sizes)), sizes)
             axis.grid(visible=False, axis="x")
     policy_legend(figure, styles)
-    load = runs["load"].iloc[0]
-    return finish(figure, title, f"Geometric means over runs on the same arrivals, load {load:g}. {caption}")
+    note = f"Geometric means over runs on the same arrivals, load {runs['load'].iloc[0]:g}."
+    return finish(figure, "Who pays and who gains, by resolution", f"{note} {caption}")
 
 
 @styled
-def throughput_against_p99(
-    runs: pd.DataFrame, *, title: str = "Throughput against P99 latency", caption: str = ""
-) -> Figure:
+def throughput_against_p99(runs: pd.DataFrame, *, caption: str = "") -> Figure:
     """The trade-off: achieved requests per second and P99, one point per load (means over seeds), in load order; the
     frontier is a broad grey line.
 
@@ -226,13 +215,8 @@ def throughput_against_p99(
     """
     rows = list(panel_rows(runs))
     styles = policy_styles(runs["policy"])
-    columns = 2 if "ssim" in runs else min(2, len(rows))
-    lines = len(rows) if "ssim" in runs else -(-len(rows) // columns)
-    figure = new_figure(2.5 * lines + 1.0)
-    grid = figure.subplots(lines, columns, squeeze=False)
-    places = grid[:, 0] if "ssim" in runs else grid.flatten()
-    for spare in places[len(rows) :]:
-        spare.set_axis_off()
+    figure, grid = panel_grid(len(rows) * (2 if "ssim" in runs else 1), 2, 2.5, 1.0)
+    places = grid[:, 0] if "ssim" in runs else grid.flat
     for line, (axis, (label, group)) in enumerate(zip(places, rows, strict=False)):
         panels = [(axis, "request_throughput")] + ([(grid[line, 1], "error")] if "ssim" in runs else [])
         for panel, across in panels:
@@ -261,7 +245,7 @@ def throughput_against_p99(
         "from where more throughput costs a higher P99."
     )
     meaning += f" {SSIM_NOTE}" if "ssim" in runs else ""
-    return finish(figure, title, f"{meaning} {HOLLOW}{_skips(runs)} {caption}")
+    return finish(figure, "Throughput against P99 latency", f"{meaning} {HOLLOW}{_skips(runs)} {caption}")
 
 
 def frontier(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

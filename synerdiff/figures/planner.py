@@ -38,7 +38,6 @@ def plan_picture(
     credit_ns: int,
     theta: float,
     estimated: bool,
-    title: str = "A plan of the dynamic program",
     caption: str = "",
 ) -> Figure:
     """Three panels: states (steps done, chunks done), lanes over time, and what the constraint leaves at every step."""
@@ -57,7 +56,7 @@ def plan_picture(
         (states, lanes, left), (*titles, f"j T_full + credit - {theta:g} f, at least 0"), strict=True
     ):
         panel_title(axis, text, estimated)
-    return finish(figure, title, caption)
+    return finish(figure, "A plan of the dynamic program", caption)
 
 
 def _states(axis: Axes, steps: Sequence[PlannedStep], total: int) -> None:
@@ -101,7 +100,6 @@ def controller_over_time(
     *,
     batch: int,
     estimated: bool,
-    title: str = "SynerDiff's controller in a burst",
     caption: str = "",
 ) -> Figure:
     """Three panels over one time axis: waiting samples, theta, and the share of sample-steps that skip guidance.
@@ -130,4 +128,4 @@ def controller_over_time(
     skips.set_xlabel("time (s)")
     for axis, name in zip((queue, theta, skips), ("waiting samples", "theta", "guidance skipped (%)"), strict=True):
         panel_title(axis, name, estimated)
-    return finish(figure, title, caption)
+    return finish(figure, "SynerDiff's controller in a burst", caption)

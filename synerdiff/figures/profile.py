@@ -34,7 +34,7 @@ MS = NS_PER_S / 1000
 
 
 @styled
-def profile_picture(profile: Profile, *, title: str = "", caption: str = "") -> Figure:
+def profile_picture(profile: Profile, *, caption: str = "") -> Figure:
     """Step time by rows (p10-p90, held-out points apart), chunk times per chunking, and three heat maps over rows and
     chunks: step slowdown, chunk slowdown, and 1/s_u + 1/s_v (above 1, running beside pays)."""
     cells = [(chunking, i) for chunking in profile.chunkings for i in range(profile.chunk_count(chunking))]
@@ -64,7 +64,7 @@ def profile_picture(profile: Profile, *, title: str = "", caption: str = "") -> 
         below.text(0.5, 0.5, "no co-run slowdowns in this profile", ha="center")
     overheads = ", ".join(f"{name} {profile.overhead_ns(name) / MS:.3g} ms" for name in profile.overheads)
     note = f"1/s_u + 1/s_v above 1 (blue): overlap pays. Grey: not in the profile. Overheads: {overheads or 'none'}."
-    return finish(figure, title or f"Profile {profile.name}", f"{note} {caption}")
+    return finish(figure, f"Profile {profile.name}", f"{note} {caption}")
 
 
 def _steps(axis: Axes, profile: Profile) -> None:

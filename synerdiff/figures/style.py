@@ -115,6 +115,24 @@ def new_figure(height_in: float, width_in: float = PAGE_IN) -> Figure:
     return Figure(figsize=(width_in, height_in), layout="constrained")
 
 
+def panel_grid(count: int, across: int, row_in: float, more_in: float, **shared: Any) -> tuple[Figure, Any]:
+    """So many panels, at most ``across`` beside each other (array of axes; what is spare is blank), in rows of
+    ``row_in`` inches and ``more_in`` for the rest."""
+    columns = min(across, count)
+    rows = -(-count // columns)
+    figure = new_figure(row_in * rows + more_in)
+    grid = figure.subplots(rows, columns, squeeze=False, **shared)
+    for spare in grid.flat[count:]:
+        spare.set_axis_off()
+    return figure, grid
+
+
+def x_labels(axes: Any, text: str) -> None:
+    """The same under each of the lowest panels."""
+    for axis in axes:
+        axis.set_xlabel(text)
+
+
 def panel_title(axis: Axes, text: str, estimated: bool = False) -> None:
     """Title at the left of a panel; a panel that rests on an estimated profile bears the mark at its right edge."""
     axis.set_title(text, loc="left")

@@ -14,6 +14,7 @@ from synerdiff.figures.style import (
     finish,
     legend_above,
     new_figure,
+    panel_grid,
     panel_title,
     policy_legend,
     policy_styles,
@@ -27,9 +28,7 @@ FAR = 0.5
 
 
 @styled
-def prediction_errors(
-    errors: pd.DataFrame, *, title: str = "How far the prediction was off", caption: str = ""
-) -> Figure:
+def prediction_errors(errors: pd.DataFrame, *, caption: str) -> Figure:
     """One panel per metric, one line per case: the median error with its interval, and the tolerance as a band.
 
     ``errors``: case, metric, error, low, high (shares; far or infinite bounds are drawn to the edge), limit (NaN: not
@@ -69,13 +68,11 @@ def prediction_errors(
         "Band: tolerance. Blue: all of the interval within; "
         f"orange: all of it beyond; grey: unclear, or not judged. A line that reaches an edge goes on. {caption}"
     )
-    return finish(figure, title, note)
+    return finish(figure, "How far the prediction was off", note)
 
 
 @styled
-def request_scatter(
-    requests: pd.DataFrame, *, title: str = "Every request, predicted and measured", caption: str = ""
-) -> Figure:
+def request_scatter(requests: pd.DataFrame, *, caption: str = "") -> Figure:
     """Measured over predicted latency, one panel per load, one point per request.
 
     ``requests``: load (text), policy, predicted_s, measured_s (medians over repeats).
@@ -102,6 +99,7 @@ def request_scatter(
         axis.set_xlabel("predicted latency (s)")
     axes[0].set_ylabel("measured latency (s)")
     policy_legend(figure, styles)
+    title = "Every request, predicted and measured"
     return finish(figure, title, f"Medians over repeats. Line: equal; grey: 10% off. {caption}")
 
 
@@ -109,9 +107,7 @@ EXECUTION_LOOKS = {"eager": ("o", BLUE), "compiled": ("s", GREEN), "engine": ("^
 
 
 @styled
-def estimate_errors(
-    times: pd.DataFrame, *, title: str = "Estimates beside published times", caption: str = ""
-) -> Figure:
+def estimate_errors(times: pd.DataFrame, *, caption: str) -> Figure:
     """One panel before and one after, one line per card, one point per published time: how far the estimate is off.
 
     ``times``: card, execution, before and after (estimate / published - 1; NaN: nothing was said).
@@ -139,24 +135,17 @@ def estimate_errors(
         figure, [Line2D([], [], color=c, marker=m, linestyle="", label=execution) for execution, (m, c) in looks]
     )
     note = f"Bands: 10% and 25%. Points beyond {100 * EDGE:.0f}% are drawn at the edge. {caption}"
-    return finish(figure, title, note)
+    return finish(figure, "Estimates beside published times", note)
 
 
 @styled
-def latency_percentiles(
-    latencies: pd.DataFrame, *, title: str = "MLPerf's SDXL server runs, predicted and published", caption: str = ""
-) -> Figure:
+def latency_percentiles(latencies: pd.DataFrame) -> Figure:
     """One panel per run: latency by percentile, as predicted (line) and as published (points), and both means.
 
     ``latencies``: run, measure (min, p50, ..., max, mean), published, predicted (seconds), judged (0 or 1), host_s.
     """
     runs = list(dict.fromkeys(latencies["run"]))
-    columns = min(3, len(runs))
-    rows = -(-len(runs) // columns)
-    figure = new_figure(2.3 * rows + 0.9)
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axis in grid.flat[len(runs) :]:
-        axis.set_visible(False)
+    figure, grid = panel_grid(len(runs), 3, 2.3, 0.9)
     for axis, run in zip(grid.flat, runs, strict=False):
         of_run = latencies[latencies["run"] == run].set_index("measure")
         order = [name for name in ("min", "p50", "p90", "p95", "p97", "p99", "max") if name in of_run.index]
@@ -183,4 +172,5 @@ def latency_percentiles(
             Line2D([], [], color=ORANGE, linestyle=":", linewidth=0.9, label="published mean"),
         ],
     )
-    return finish(figure, title, f"Hollow: shown, not judged (the ends of a run). {caption}")
+    title = "MLPerf's SDXL server runs, predicted and published"
+    return finish(figure, title, "Hollow: shown, not judged (the ends of a run).")

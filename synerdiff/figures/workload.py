@@ -30,7 +30,7 @@ _MOST_BARS = 8
 
 
 @styled
-def trace_picture(requests: Sequence[Request], summary: TraceSummary, *, title: str, caption: str = "") -> Figure:
+def trace_picture(requests: Sequence[Request], summary: TraceSummary, *, title: str) -> Figure:
     """Four panels: rate over time, index of dispersion by window, shares of steps and of images."""
     figure = new_figure(4.4)
     grid = figure.subplots(2, 2)
@@ -38,7 +38,7 @@ def trace_picture(requests: Sequence[Request], summary: TraceSummary, *, title: 
     _dispersion(grid[0, 1], summary)
     _shares(grid[1, 0], summary.steps, "steps per image")
     _shares(grid[1, 1], summary.images, "images per request")
-    return finish(figure, title, caption)
+    return finish(figure, title, "")
 
 
 def _rate(axis: Axes, requests: Sequence[Request], span_s: float) -> None:
