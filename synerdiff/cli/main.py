@@ -24,32 +24,13 @@ from synerdiff.core import ContractError, InputError
 from synerdiff.files import PACKAGES, install_hint, number, shown, whole_number
 
 GROUPS = {
-    "Simulate": {
-        "simulate": "synerdiff.cli.simulate:simulate",
-        "sweep": "synerdiff.cli.sweep:sweep",
-        "capacity": "synerdiff.cli.capacity:capacity",
-        "tune": "synerdiff.cli.tune:tune",
-        "compare": "synerdiff.cli.compare:compare",
-        "schema": "synerdiff.cli.schema:schema",
-        "report": "synerdiff.cli.report:report",
-    },
-    "Inputs": {
-        "profile": "synerdiff.cli.profile:profile_app",
-        "estimate": "synerdiff.cli.estimate:estimate",
-        "trace": "synerdiff.cli.trace:trace_app",
-        "policies": "synerdiff.cli.policies:policies",
-    },
-    "Hardware": {
-        "run": "synerdiff.cli.run:run",
-        "validate": "synerdiff.cli.validate:validate",
-    },
-    "Studies": {
-        "fidelity": "synerdiff.cli.fidelity:fidelity",
-        "scorecard": "synerdiff.cli.scorecard:scorecard",
-    },
+    "Simulate": ("simulate", "sweep", "capacity", "tune", "compare", "schema", "report"),
+    "Inputs": ("profile", "estimate", "trace", "policies"),
+    "Hardware": ("run", "validate"),
+    "Studies": ("fidelity", "scorecard"),
 }
-"""Group -> command -> the function, or the typer app, that does it. Its module is imported when it is needed."""
-COMMANDS = {name: place for group in GROUPS.values() for name, place in group.items()}
+"""Group -> commands: ``synerdiff.cli.NAME`` has the function NAME, or the typer app NAME_app."""
+COMMANDS = [name for group in GROUPS.values() for name in group]
 EXAMPLES = {
     "Simulate": "synerdiff simulate --profile digits-cpu --trace t.csv --policy synerdiff --out out",
     "Inputs": "synerdiff trace generate poisson --requests 200 --rate 2 --out t.csv",
@@ -57,19 +38,8 @@ EXAMPLES = {
     "Studies": "synerdiff fidelity --model digits --out fidelity",
 }
 
-EXTRAS = {
-    "torch": "hardware",
-    "diffusers": "hardware",
-    "transformers": "hardware",
-    "peft": "hardware",
-    "safetensors": "hardware",
-    "PIL": "hardware",
-    "pynvml": "hardware",
-    "sklearn": "hardware",
-    "torchmetrics": "hardware",
-    "ray": "cluster",
-    "optuna": "tune",
-}
+_OF_HARDWARE = "torch diffusers transformers peft safetensors PIL pynvml sklearn torchmetrics"
+EXTRAS = {**dict.fromkeys(_OF_HARDWARE.split(), "hardware"), "ray": "cluster", "optuna": "tune"}
 """Library -> the extra that installs it."""
 
 DEBUG = "--debug"
@@ -84,15 +54,15 @@ class _Commands(typer.core.TyperGroup):
     """Finds a command in the table when it is asked for, so that one command never imports another's module."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
+        return COMMANDS
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name.startswith("-"):
             return None
         if cmd_name not in COMMANDS:
             raise InputError(f"there is no command '{cmd_name}'; the commands are {', '.join(COMMANDS)}.")
-        module, name = COMMANDS[cmd_name].split(":")
-        target = getattr(importlib.import_module(module), name)
+        module = importlib.import_module(f"synerdiff.cli.{cmd_name}")
+        target = getattr(module, f"{cmd_name}_app", None) or getattr(module, cmd_name)
         if not isinstance(target, typer.Typer):
             single = typer.Typer(**_PLAIN)
             single.command(cmd_name)(target)

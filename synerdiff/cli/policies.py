@@ -33,11 +33,7 @@ def _describe(name: str, policy: type[Any]) -> dict[str, Any]:
             {
                 "name": parameter.name,
                 "type": parameter.kind.__name__,
-                "default": parameter.default,
-                "low": parameter.low,
-                "high": parameter.high,
-                "unit": parameter.unit,
-                "choices": list(parameter.choices),
+                **{name: getattr(parameter, name) for name in ("default", "low", "high", "unit", "choices")},
                 "allowed": parameter.allowed,
                 "help": parameter.help,
             }
