@@ -9,6 +9,7 @@ import csv
 import gzip
 import hashlib
 import io
+import json
 import math
 import os
 import re
@@ -90,6 +91,15 @@ def reading(path: Path, what: str) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise InputError(f"{path}: the {what} cannot be read ({error.strerror or error}).") from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An InputError names the file, also where what raised it did not know it."""
+    try:
+        yield
+    except InputError as error:
+        raise error if str(path) in str(error) else InputError(f"{path}: {error}") from None
 
 
 def free_memory_bytes() -> int | None:
@@ -508,6 +518,11 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text in one step."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write values as indented JSON in one step."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
 def _umask() -> int:

@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -49,14 +50,9 @@ class Backend(Protocol):
     def run_unordered(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]: ...
 
 
-class _Numbered:
-    """Keeps a result's place in the work list, so that lost work can be told from done work."""
-
-    def __init__(self, function: Callable[[Any], Any]) -> None:
-        self.function = function
-
-    def __call__(self, number: int, item: Any) -> tuple[int, Any]:
-        return number, self.function(item)
+def _numbered(function: Callable[[Any], Any], number: int, item: Any) -> tuple[int, Any]:
+    """A result with its place in the work list, so that lost work can be told from done work."""
+    return number, function(item)
 
 
 def _follow_the_command() -> None:
@@ -115,16 +111,14 @@ def _start_quiet_tracker() -> None:
     """joblib's process for leftovers warns below the command's last sentence when what it would remove is gone."""
     from joblib.externals.loky.backend import resource_tracker
 
-    told = os.environ.get("PYTHONWARNINGS")
+    told = os.environ.pop("PYTHONWARNINGS", None)
     quiet = f"ignore:::{resource_tracker.__name__}"
     os.environ["PYTHONWARNINGS"] = f"{told},{quiet}" if told else quiet
     try:
         resource_tracker.ensure_running()
     finally:
-        if told is None:
-            del os.environ["PYTHONWARNINGS"]
-        else:
-            os.environ["PYTHONWARNINGS"] = told
+        del os.environ["PYTHONWARNINGS"]
+        os.environ |= {} if told is None else {"PYTHONWARNINGS": told}
 
 
 class LokyBackend:
@@ -142,7 +136,7 @@ class LokyBackend:
 
         warnings.filterwarnings("ignore", ".*tasks which were still being processed by the workers", UserWarning)
         jobs = min(self.jobs or cpu_count(), max(1, len(items)))
-        numbered = delayed(_Numbered(function))
+        numbered = delayed(partial(_numbered, function))
         left = dict(enumerate(items))
         attempts = ATTEMPTS
         while left:

@@ -122,12 +122,16 @@ class Answer:
     """Of the best, where stages are apart: stage -> GPUs."""
 
 
+Ended = tuple[Verdict | None, Verdict | None]
+"""The level that keeps the SLO, and the nearest beyond it, which does not."""
+Levels = Generator[Ask, Verdict, Ended]
+"""Yields the levels to try, one after the other, and is told the verdict on each."""
+
+
 # The search
 
 
-def fewest(
-    low: int, high: int, start: int, judges: bool
-) -> Generator[Ask, Verdict, tuple[Verdict | None, Verdict | None]]:
+def fewest(low: int, high: int, start: int, judges: bool) -> Levels:
     """The fewest GPUs from ``low`` to ``high`` that keep the SLO, and one fewer; (None, ``high``) when none does.
 
     Strides that double lead from ``start`` to a bracket, bisection into it. More GPUs are taken never to harm. What
@@ -164,9 +168,7 @@ def fewest(
     return verdicts[keeps], beyond
 
 
-def highest(
-    gpus: int, most_per_s: float, within: float, judges: bool
-) -> Generator[Ask, Verdict, tuple[Verdict | None, Verdict | None]]:
+def highest(gpus: int, most_per_s: float, within: float, judges: bool) -> Levels:
     """The highest rate at which so many GPUs keep the SLO, and the next higher one that was tried and does not.
 
     ``most_per_s``: what the fleet's speed allows at most. Bisection ends when the two are ``within`` of each other.
@@ -320,12 +322,8 @@ class Inquiry:
         self.question, self.folder = question, folder
         build_router(question.router.kind, **question.router.parameters)
         target = question.target
-        if target.quantile is not None:
-            slo = Slo(seconds=target.bound)
-        elif question.slo_seconds is not None:
-            slo = Slo(seconds=question.slo_seconds)
-        else:
-            slo = Slo(solo_multiple=SLO_FACTOR)
+        seconds = question.slo_seconds if target.quantile is None else target.bound
+        slo = Slo(solo_multiple=SLO_FACTOR) if seconds is None else Slo(seconds=seconds)
         layouts = entries_of(_entries(question, base), question.stages)
         self.entries = [entry for entry, _ in layouts.values()]
         self.layouts = {name: layout for name, (_, layout) in layouts.items()}
@@ -402,17 +400,8 @@ class Inquiry:
             cluster = mixed_fleet(
                 self.question, [(str(self.grid.devices[kind].folder), n) for kind, n in kinds.items()]
             )
-        device = self.grid.devices[name]
-        cell = GridCell(
-            device.profile.name,
-            1.0,
-            1.0,
-            "",
-            f"{ask.level.gpus} workers",
-            ask.level.gpus,
-            self.question.workload.name,
-            None,
-        )
+        device, gpus = self.grid.devices[name], ask.level.gpus
+        cell = GridCell(device.profile.name, 1.0, 1.0, "", f"{gpus} workers", gpus, self.question.workload.name, None)
         runs = []
         for source in own[:FEW] if ask.few else own:
             batch = entry.batch if isinstance(entry.batch, int) else None
@@ -441,16 +430,15 @@ class Inquiry:
     def band(self, answer: Answer) -> tuple[Band, tuple[float, float]] | None:
         """The metric of the best where all times are as far off as its profile says they may be, at the shorter times
         first, on the first replicate: arrivals and what policies plan with stay. None without such a band."""
-        band = own_band(answer.profile)
-        if answer.run is None or answer.best is None or answer.kinds is not None or band is None:
+        band, best = own_band(answer.profile), answer.best
+        if answer.run is None or best is None or answer.kinds is not None or band is None:
             return None
-        prepared, ends = prepare(answer.run.spec), []
-        for factor in (band.low, band.high):
-            table = execute(at_times(prepared, factor)).frames[0]
-            ends.append(verdict_of(self.question.target, answer.best.level, [table], 0.0).value)
-        return band, (ends[0], ends[1])
+        prepared = prepare(answer.run.spec)
+        tables = [execute(at_times(prepared, factor)).frames[0] for factor in (band.low, band.high)]
+        low, high = (verdict_of(self.question.target, best.level, [table], 0.0).value for table in tables)
+        return band, (low, high)
 
-    def search(self, name: str, entry: PolicyEntry) -> Generator[Ask, Verdict, tuple[Verdict | None, Verdict | None]]:
+    def search(self, name: str, entry: PolicyEntry) -> Levels:
         """The levels to try, one after the other, given the verdicts so far."""
         low, high = self.question.fleet_sizes
         low = max(low, 1 + len(APART[self.layouts[entry.name]]))
@@ -461,25 +449,26 @@ class Inquiry:
             return fewest(low, high, max(1, ceil(bound)), bool(self.judging))
         return highest(low, low / bound * self.rate_per_s, self.question.rate_within, bool(self.judging))
 
-    def answer(
-        self, name: str, entry: PolicyEntry, ended: tuple[Verdict | None, Verdict | None], tried: list[Verdict]
-    ) -> Answer:
+    def answer(self, name: str, entry: PolicyEntry, ended: Ended, tried: list[Verdict]) -> Answer:
         """The answer for one policy on one profile, from where its search ended."""
         best, beyond = ended
-        requests, bound, price = self.requests(name), self.bound(name, entry), self.question.price(name)
-        cost = run = None
+        bound, price = self.bound(name, entry), self.question.price(name)
+        cost = run = counts = None
         if best is not None:
-            images_per_s = (best.level.rate_per_s or self.rate_per_s) * mix_of(requests).images / len(requests)
-            cost = None if price is None else best.level.gpus * price / 3600 / images_per_s * 1000
+            if price is not None:
+                cost = best.level.gpus * price / 3600 / self._images_per_s(name, best.level.rate_per_s) * 1000
             run = self.runs(name, entry, Ask(best.level, best.judging, few=True))[0]
+            if self.layouts[entry.name] != "together":
+                counts = self.counts(name, entry, best.level.gpus)
         if self.question.find == "rate":
             bound = self.question.fleet_sizes[0] / bound * self.rate_per_s
-        counts = None
-        if best is not None and self.layouts[entry.name] != "together":
-            counts = self.counts(name, entry, best.level.gpus)
         return Answer(
             self.grid.devices[name].profile, name, entry, best, beyond, bound, cost, tried, run, counts=counts
         )
+
+    def _images_per_s(self, name: str, rate_per_s: float | None = None) -> float:
+        requests = self.requests(name)
+        return (rate_per_s or self.rate_per_s) * mix_of(requests).images / len(requests)
 
     def mixes(self, answers: Sequence[Answer], ask: Callable[[Sequence[Run]], None]) -> list[Answer]:
         """For every policy the cheapest fleet of two profiles that is cheaper than any of one, where there is one."""
@@ -498,8 +487,7 @@ class Inquiry:
         assert one.best is not None
         assert other.best is not None
         prices = (self.question.price(one.name) or inf, self.question.price(other.name) or inf)
-        requests = self.requests(one.name)
-        images_per_s = self.rate_per_s * mix_of(requests).images / len(requests)
+        images_per_s = self._images_per_s(one.name)
         hour = best * images_per_s * 3600 / 1000
         search = cheaper_mixes((one.best.level.gpus, other.best.level.gpus), prices, hour)
         verdicts: dict[tuple[int, int], Verdict] = {}
@@ -525,6 +513,9 @@ class Inquiry:
         """Every profile under every policy, all searches side by side; ``on_progress`` hears how many runs are done."""
         require_writable_folder(self.folder / "runs")
 
+        def compute(runs: Iterable[Run]) -> None:
+            rows_of({run.key: run for run in runs}, backend, self.results, tell)
+
         def tell() -> None:
             if on_progress is not None:
                 on_progress(self.results.computed + self.results.reused)
@@ -534,10 +525,10 @@ class Inquiry:
         searches = {key: self.search(key[0], entries[key[1]]) for key in keys}
         asks = {key: next(search) for key, search in searches.items()}
         tried: dict[tuple[str, str], list[Verdict]] = {key: [] for key in keys}
-        ended: dict[tuple[str, str], tuple[Verdict | None, Verdict | None]] = {}
+        ended: dict[tuple[str, str], Ended] = {}
         while asks:
             runs = {key: self.runs(key[0], entries[key[1]], ask) for key, ask in asks.items()}
-            rows_of({run.key: run for own in runs.values() for run in own}, backend, self.results, tell)
+            compute(run for own in runs.values() for run in own)
             for key, ask in list(asks.items()):
                 verdict = self.verdict(key[0], ask, runs[key])
                 tried[key].append(verdict)
@@ -547,10 +538,6 @@ class Inquiry:
                     ended[key] = end.value
                     del asks[key]
         answers = [self.answer(key[0], entries[key[1]], ended[key], tried[key]) for key in keys]
-
-        def compute(runs: Sequence[Run]) -> None:
-            rows_of({run.key: run for run in runs}, backend, self.results, tell)
-
         return answers + self.mixes(answers, compute)
 
 

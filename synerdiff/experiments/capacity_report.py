@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Callable, Sequence
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
-from synerdiff import __version__
 from synerdiff.config.capacity import Question, load_question
 from synerdiff.experiments.backends import make_backend
 from synerdiff.experiments.capacity import FEW, Answer, Ask, Inquiry, Verdict, best_of, by_size, limits_s, request_table
@@ -18,11 +15,11 @@ from synerdiff.experiments.capacity_page import capacity_page
 from synerdiff.experiments.emit import Choice, check_engine, emit
 from synerdiff.experiments.page import Printed, provenance, write_page
 from synerdiff.experiments.sources import arrivals
-from synerdiff.experiments.store import library_versions
+from synerdiff.experiments.store import versions
 from synerdiff.experiments.sweep import MANIFEST, write_manifest
 from synerdiff.figures.capacity import capacity_figure
 from synerdiff.figures.style import save
-from synerdiff.files import atomic, claim_folder
+from synerdiff.files import claim_folder, write_json
 from synerdiff.profile.capacity import mix_of
 from synerdiff.schema import validated
 
@@ -63,7 +60,7 @@ def publish(study: Inquiry, answers: Sequence[Answer], engine: str | None = None
     if chosen is not None and chosen.best is not None and chosen.kinds is None:
         ask = Ask(chosen.best.level, chosen.best.judging, few=chosen.best.replicates <= FEW)
         sizes = by_size([request_table(run) for run in study.runs(chosen.name, chosen.entry, ask)])
-        parts += ["", f"By size of request, {_who(question, chosen)}:", _size_table(sizes)]
+        parts += ["", f"By size of request, {_who(chosen)}:", _size_table(sizes)]
     rests_on = [*_rests_on(study, answers), *([] if chosen is None else _band(study, chosen))]
     parts += ["", *rests_on]
     title = sentences(question, answers)[0]
@@ -75,8 +72,7 @@ def publish(study: Inquiry, answers: Sequence[Answer], engine: str | None = None
         "answers": [_plain(question, answer) for answer in answers],
         "rests_on": rests_on,
     }
-    with atomic(folder / ANSWERS) as temporary:
-        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / ANSWERS, document)
     write_manifest(folder, {"experiment": question.name, "complete": True})
     choices = [] if engine is None or chosen is None else _choices(study, chosen)
     known = [device.profile.name for device in study.grid.devices.values()]
@@ -84,8 +80,7 @@ def publish(study: Inquiry, answers: Sequence[Answer], engine: str | None = None
     rules = "".join(f", {path.name}" for path in emitted) or ("" if engine is None else f"; no rules for {engine}")
     profiles = [answer.profile for answer in answers]
     tables = parts[len(document["answer"]) : len(parts) - len(document["rests_on"])]
-    versions = {"synerdiff": __version__, "python": platform.python_version(), **library_versions()}
-    page = write_page(folder, capacity_page(question, document, tables, profiles, versions, FIGURE))
+    page = write_page(folder, capacity_page(question, document, tables, profiles, versions(), FIGURE))
     counts = f"{study.results.computed} runs computed now and {study.results.reused} found"
     return [*parts, f"{page}: the page; {ANSWERS}, figures/{FIGURE}.png, {MANIFEST}{rules}; {counts}"]
 
@@ -120,18 +115,13 @@ def sentences(question: Question, answers: Sequence[Answer]) -> list[str]:
     target, (low, high) = question.target, question.fleet_sizes
     first = winner(question, answers)
     if first is None or first.best is None:
-        nearest = min(
-            (answer for answer in answers if answer.beyond is not None),
-            key=lambda answer: _distance(question, answer.beyond),
-        )
-        beyond = nearest.beyond
-        assert beyond is not None
+        tried = [(answer, answer.beyond) for answer in answers if answer.beyond is not None]
+        sign = 1 if target.quantile is not None else -1
+        nearest, beyond = min(tried, key=lambda own: sign * own[1].value)
         size = f"Up to {high}" if low < high else f"{high}"
         keep = f"keep {target.name} at {target.text(target.bound)}"
-        tried = (
-            f"{_who(question, nearest, beyond)} {'have' if beyond.level.gpus > 1 else 'has'} {_value(question, beyond)}"
-        )
-        return [f"{size} GPUs {refusal(high, beyond)} {keep}, whatever the profile and policy: {tried}."]
+        has = f"{_who(nearest, beyond)} {'have' if beyond.level.gpus > 1 else 'has'} {_value(question, beyond)}"
+        return [f"{size} GPUs {refusal(high, beyond)} {keep}, whatever the profile and policy: {has}."]
     lines = [_sentence(question, first)]
     cheapest = best_of(answers, lambda answer: inf if answer.cost is None else answer.cost)
     if cheapest is not None and cheapest.cost is not None and cheapest.cost < (first.cost or inf):
@@ -143,7 +133,7 @@ def _sentence(question: Question, answer: Answer) -> str:
     best, beyond, target = answer.best, answer.beyond, question.target
     assert best is not None
     one = best.level.gpus == 1
-    text = f"{_who(question, answer)} {'keeps' if one else 'keep'} {target.name} at {_value(question, best)}"
+    text = f"{_who(answer)} {'keeps' if one else 'keep'} {target.name} at {_value(question, best)}"
     text += f" (SLO {target.text(target.bound)})"
     if beyond is not None and question.find == "gpus":
         fewer = beyond.level.gpus
@@ -156,19 +146,14 @@ def _sentence(question: Question, answer: Answer) -> str:
     return text + "."
 
 
-def _unclear(verdict: Verdict) -> bool:
-    """The bound lies inside its interval."""
-    return verdict.low is not None and not verdict.sure
-
-
 def refusal(gpus: int, verdict: Verdict) -> str:
     """``do not``, or where the interval holds the bound ``are not shown to``."""
-    if _unclear(verdict):
+    if verdict.low is not None and not verdict.sure:
         return "is not shown to" if gpus == 1 else "are not shown to"
     return "does not" if gpus == 1 else "do not"
 
 
-def _who(question: Question, answer: Answer, verdict: Verdict | None = None) -> str:
+def _who(answer: Answer, verdict: Verdict | None = None) -> str:
     verdict = verdict or answer.best
     assert verdict is not None
     rate = "" if verdict.level.rate_per_s is None else f" at {verdict.level.rate_per_s:g} requests/s"
@@ -198,7 +183,7 @@ def _apart(study: Inquiry, answers: Sequence[Answer]) -> list[str]:
         else:
             more = answer.best.level.gpus - base.best.level.gpus
             what = "pays" if more < 0 else "makes no difference in GPUs" if not more else "does not pay"
-            what += f": {_who(study.question, answer)} against {base.best.level.gpus} together"
+            what += f": {_who(answer)} against {base.best.level.gpus} together"
         lines.append(f"{TITLES[layout][0].upper()}{TITLES[layout][1:]}, {answer.profile.name}: {what}.")
         if "encode" in APART[layout]:
             batch = study.batch_of(answer.name, answer.entry)
@@ -218,12 +203,6 @@ def _value(question: Question, verdict: Verdict) -> str:
     unit = "%" if question.target.quantile is None else ""
     low, high = (f"{100 * x:.2f}" if unit else f"{x:.3g}" for x in (verdict.low, verdict.high))
     return f"{text} [{low}{unit}, {'-' if verdict.high == inf else high}{unit}]"
-
-
-def _distance(question: Question, verdict: Verdict | None) -> float:
-    if verdict is None:
-        return inf
-    return verdict.value if question.target.quantile is not None else -verdict.value
 
 
 # Tables
@@ -335,12 +314,8 @@ def _points(question: Question, answers: Sequence[Answer]) -> list[dict[str, Any
                     "profile": answer.profile.name,
                     "estimated": answer.profile.estimated,
                     "policy": answer.entry.name,
-                    "gpus": level.gpus,
-                    "rate_per_s": level.rate_per_s,
-                    "value": verdict.value,
-                    "low": verdict.low,
-                    "high": verdict.high,
-                    "keeps": verdict.keeps,
+                    **level._asdict(),
+                    **{name: getattr(verdict, name) for name in ("value", "low", "high", "keeps")},
                     "answer": answer.best is not None and level == answer.best.level,
                 }
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from synerdiff.core import GUIDED, NO_SKIPS, Request, SkipBudget
@@ -82,20 +83,12 @@ def trade_off(
     capacity = serial_capacity_samples_per_s(profile, steps, default_batch(profile))
     rows: list[dict[str, Any]] = []
     total = len(chosen) * len(loads) * len(seeds)
-    for load in loads:
-        for seed in seeds:
-            arrivals = generate(
-                "poisson",
-                mix="fixed",
-                requests=requests,
-                rate_per_s=load * capacity,
-                seed=seed,
-                steps=steps,
-                guidance_scale=guidance_scale,
-            )
-            for variant in chosen:
-                rows.append(_run(variant, arrivals, profile, table, steps) | {"load": load, "seed": seed})
-                on_progress(f"{variant.policy}: {variant.name}, load {load:g}", len(rows) / total)
+    asked = {"mix": "fixed", "requests": requests, "steps": steps, "guidance_scale": guidance_scale}
+    for load, seed in product(loads, seeds):
+        arrivals = generate("poisson", rate_per_s=load * capacity, seed=seed, **asked)
+        for variant in chosen:
+            rows.append(_run(variant, arrivals, profile, table, steps) | {"load": load, "seed": seed})
+            on_progress(f"{variant.policy}: {variant.name}, load {load:g}", len(rows) / total)
     return pandas.DataFrame(rows)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +14,7 @@ from synerdiff.figures.pairs import paired_requests, paired_sweeps
 from synerdiff.figures.style import save
 from synerdiff.files import claim_folder
 from synerdiff.results.folder import highest_load, how_full
-from synerdiff.results.intervals import (
-    Interval,
-    PairedRatio,
-    blocks_interval,
-    paired_log_ratio,
-    values_for_interval,
-)
+from synerdiff.results.intervals import Interval, blocks_interval, paired_log_ratio, values_for_interval
 from synerdiff.results.metrics import STAGES, measured, stages
 from synerdiff.results.records import read_requests, read_table
 
@@ -43,12 +36,8 @@ RATIOS = {
 SATURATED = "saturation_throughput"
 
 
-@dataclass(frozen=True, slots=True)
-class SideBySide:
-    """What is printed, and the figure of it."""
-
-    parts: list[Printed]
-    draw: Callable[[], Any]
+SideBySide = tuple[list[Printed], Callable[[], Any]]
+"""What is printed, and what draws the figure of it."""
 
 
 def compare_results(a: Path, b: Path, out: Path | None) -> list[Printed]:
@@ -58,15 +47,15 @@ def compare_results(a: Path, b: Path, out: Path | None) -> list[Printed]:
     kinds = [_kind(folder) for folder in (a, b)]
     if kinds[0] != kinds[1]:
         raise InputError(f"{a} is a {kinds[0]} and {b} a {kinds[1]}; two of one kind can be compared.")
-    result = compare_sweeps(a, b) if kinds[0] == "sweep" else compare_runs(a, b)
+    parts, draw = compare_sweeps(a, b) if kinds[0] == "sweep" else compare_runs(a, b)
     if out is not None:
-        save(result.draw(), out, "compare")
-        part = Part(title="Side by side", lines=result.parts[1:], figures=["compare"])
+        save(draw(), out, "compare")
+        part = Part(title="Side by side", lines=parts[1:], figures=["compare"])
         gaps = ["What differs between the two is not explained here, only how much."]
-        question, answer = f"How do {a.name} (A) and {b.name} (B) differ?", [str(result.parts[0])]
+        question, answer = f"How do {a.name} (A) and {b.name} (B) differ?", [str(parts[0])]
         page = Page(kind="compare", name=out.name, question=question, answer=answer, parts=[part], gaps=gaps)
-        return [*result.parts, f"{write_page(out, page)}: the page; compare.png, compare.pdf"]
-    return result.parts
+        return [*parts, f"{write_page(out, page)}: the page; compare.png, compare.pdf"]
+    return parts
 
 
 def _kind(folder: Path) -> str:
@@ -123,7 +112,7 @@ def compare_runs(a: Path, b: Path) -> SideBySide:
     parts: list[Printed] = [sentence, *told, *_other_arrivals(summaries), ""]
     parts.append((["s", "A", "B", "B / A", "B - A [95%]"], [row[:5] for row in rows]))
     estimated = any(summary["run"].get("provenance") == "estimated" for summary in summaries)
-    return SideBySide(parts, lambda: paired_requests(left, right, names, sentence, estimated))
+    return parts, lambda: paired_requests(left, right, names, sentence, estimated)
 
 
 def difference(a: list[float], b: list[float], load: float | None) -> Interval:
@@ -224,7 +213,7 @@ def compare_sweeps(a: Path, b: Path) -> SideBySide:
         raise InputError(f"{a} and {b} have no cell in common ({', '.join(CELL)}, seed), so nothing can be paired.")
     titles = [title for title in RATIOS.values() if any(title in ratios for _, ratios in drawn)]
     lines = [
-        [*line[:2], *(_ratio(ratios.get(t)) for t in titles)] for line, (_, ratios) in zip(lines, drawn, strict=True)
+        [*line, *(str(ratios.get(t, "-")) for t in titles)] for line, (_, ratios) in zip(lines, drawn, strict=True)
     ]
     names = [_sweep_name(folder, rows, alone) for folder, rows in zip((a, b), sides, strict=True)]
     sentence = f"B / A on {len(drawn)} cells, paired by seed; below 1 B is lower. Ratios with 95% t intervals."
@@ -233,7 +222,7 @@ def compare_sweeps(a: Path, b: Path) -> SideBySide:
     parts += [f"{left_out} cells are only in one of them and left out."] if left_out else []
     parts += ["", (["cell", "seeds", *titles], lines)]
     estimated = any(row.get("estimated") for rows in sides for row in rows)
-    return SideBySide(parts, lambda: paired_sweeps(drawn, names, estimated))
+    return parts, lambda: paired_sweeps(drawn, names, estimated)
 
 
 def _sweep_rows(folder: Path) -> list[dict[str, Any]]:
@@ -255,9 +244,3 @@ def _worded(column: str, value: Any) -> str:
 def _sweep_name(folder: Path, rows: list[dict[str, Any]], alone: set[str]) -> str:
     own = [str(rows[0].get(column)) for column in ("profile", "fleet", "workload", "policy") if column in alone]
     return f"{folder.name}: " + ", ".join(part for part in own if part not in ("", "None"))
-
-
-def _ratio(ratio: PairedRatio | None) -> str:
-    if ratio is None:
-        return "-"
-    return f"{ratio.ratio:.3f}" + (f" [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio.seeds > 1 else "")

@@ -57,9 +57,7 @@ def at_times(prepared: Prepared, factor: float) -> Prepared:
 def banded(prepared: Prepared, band: Band) -> dict[str, Any]:
     """The run at both ends of the band, at the shorter times first: each metric in seconds, the capacity in requests a
     second, and the word; ready for JSON."""
-    ends = []
-    for factor in (band.low, band.high):
-        ends.append(execute(at_times(prepared, factor)).described)
+    ends = [execute(at_times(prepared, factor)).described for factor in (band.low, band.high)]
     capacities = [end["run"]["policy_capacity_per_s"] for end in ends]
     loads = [end["run"]["policy_load"] for end in ends]
     return {

@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from synerdiff.config.experiment import Experiment, Slo, Workload, load_experiment
-from synerdiff.core import InputError
 from synerdiff.experiments.adapter_mix import CURVES_FILE, cache_curves
 from synerdiff.experiments.backends import make_backend
 from synerdiff.experiments.compare import (
@@ -35,7 +34,7 @@ from synerdiff.experiments.page import Printed, write_page
 from synerdiff.experiments.run import execute, prepare
 from synerdiff.experiments.sources import arrivals
 from synerdiff.experiments.store import ROOT, code_hash, run_file
-from synerdiff.experiments.sweep import Results, claim, read_manifest, run_sweep, write_manifest
+from synerdiff.experiments.sweep import Results, read_manifest, run_sweep, write_manifest
 from synerdiff.experiments.sweep_page import SHOWN_LOAD, sweep_page
 from synerdiff.figures.adapters import cache_figure, strategy_map, strategy_steps
 from synerdiff.figures.comparison import best_policy_map, compare_at, gain_map, paired_comparison
@@ -49,7 +48,7 @@ from synerdiff.figures.load import (
     throughput_against_p99,
 )
 from synerdiff.figures.style import save
-from synerdiff.files import atomic, sha256_of_files
+from synerdiff.files import atomic, claim_folder, naming, sha256_of_files
 from synerdiff.profile.tables import pixels_of
 from synerdiff.results.folder import STATES, UTILISATION
 from synerdiff.results.intervals import PairedRatio, paired_log_ratio
@@ -102,11 +101,9 @@ def open_sweep(
     experiment = load_experiment(file)
     runner = make_backend(backend, experiment.jobs if jobs is None else jobs, address)
     folder = Path("results") / experiment.name if out is None else out
-    claim(folder, experiment.name)
-    try:
+    claim_folder(folder, f"sweep {experiment.name}")
+    with naming(file):
         grid = Grid(experiment, file.parent, folder)
-    except InputError as error:
-        raise error if str(file) in str(error) else InputError(f"{file}: {error}") from None
     return lambda on_progress: publish(experiment, run_sweep(grid, runner, on_progress))
 
 
@@ -123,7 +120,7 @@ def publish(experiment: Experiment, results: Results) -> list[Printed]:
     )
     pictures = f"{results.folder / FIGURES}: {len(report.figures)} figures, {drawn} drawn now"
     figures = [*report.figures] if experiment.figures else []
-    caption = _caption(experiment, experiment.workloads, results.dropped)
+    caption = _caption(experiment, results)
     page = write_page(results.folder, sweep_page(experiment, results, report.parts, figures, caption))
     return [*report.parts, counts, *([pictures] if experiment.figures else []), f"{page}: the page"]
 
@@ -159,7 +156,7 @@ def _curves(experiment: Experiment, results: Results) -> Report:
     report = Report([*_batch_parts(results.batches), *parts])
     if experiment.max_concurrency:
         if "concurrency" in experiment.figures:
-            caption = _caption(experiment, experiment.workloads, results.dropped)
+            caption = _caption(experiment, results)
             closed = _frame(results.rows).sort_values(["profile", "workload", "seed"], kind="stable")
             report.figures["concurrency"] = partial(against_concurrency, closed, caption=caption)
         return report
@@ -169,7 +166,7 @@ def _curves(experiment: Experiment, results: Results) -> Report:
     runs = runs.sort_values(["profile", "workload", "load", "seed", "place"], kind="stable")
     curves = [workload for workload in experiment.workloads if not workload.backlog]
     shown = runs[~runs["backlog_of"].isin([workload.name for workload in experiment.workloads if workload.backlog])]
-    caption = _caption(experiment, curves, results.dropped)
+    caption = _caption(experiment, results, curves)
     figures: dict[str, Draw] = {}
     if curves:
         loads = sorted(shown["load"].unique())
@@ -289,7 +286,7 @@ def _batch_parts(batches: Sequence[Row]) -> list[Printed]:
     rows = []
     for choice in batches:
         column, unit = ("saturation_throughput", "/s") if choice["load"] is None else ("request_latency_mean_s", " s")
-        tried = ", ".join(f"{batch}: {_number(value)}{unit}" for batch, value in choice[column].items())
+        tried = ", ".join(f"{batch}: {_mean_text([value])}{unit}" for batch, value in choice[column].items())
         cell = GridCell.of(choice)
         best = str(choice["best_batch"])
         rows.append((cell.machine, cell.asked, _load(choice["load"]), choice["policy"], best, tried))
@@ -314,12 +311,10 @@ def _result_parts(rows: Sequence[Row], policies: Sequence[str], reference: str, 
             for offer in offers:
                 own = [row for row in members if row["policy"] == policy and _offer(row) == offer]
                 base = [row for row in members if row["policy"] == reference and _offer(row) == offer]
-                values = [_number(_mean([_value(row, name) for row in own])) for _, name in _COLUMNS]
+                values = [_mean_text(_value(row, name) for row in own) for _, name in _COLUMNS]
                 batch = own[0]["batch"]
                 ratio = "-" if policy == reference else _ratio(own, base)
-                scale, share = (
-                    _number(_mean([row.get(name) for row in own])) for name in ("time_scale", "policy_load")
-                )
+                scale, share = (_mean_of(own, name) for name in ("time_scale", "policy_load"))
                 how_full = [scale, _busy(own), share, _words(own)]
                 table.append(
                     [policy, _offer_text(own[0]), "-" if batch is None else str(batch), ratio, *values, *how_full]
@@ -337,8 +332,7 @@ def _result_parts(rows: Sequence[Row], policies: Sequence[str], reference: str, 
 def _busy(rows: Sequence[Row]) -> str:
     """How busy the denoise lanes are: mean of all runs and workers."""
     own = [row[name] for row in rows for name in row if name.startswith(UTILISATION) and name.endswith("_denoise")]
-    busy = _mean(own)
-    return "-" if busy is None else f"{busy:.0%}"
+    return _mean_text(own, ".0%")
 
 
 def _words(rows: Sequence[Row]) -> str:
@@ -380,13 +374,14 @@ def _ratio(rows: Sequence[Row], reference: Sequence[Row]) -> str:
     return f"{ratio.ratio:.3f} ({ratio.low:.3f}-{ratio.high:.3f})" if ratio.seeds > 1 else f"{ratio.ratio:.3f}"
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _mean_of(rows: Sequence[Row], column: str) -> str:
+    return _mean_text(row.get(column) for row in rows)
+
+
+def _mean_text(values: Iterable[float | None], form: str = ".4g") -> str:
+    """Of those that are known."""
     known = [value for value in values if value is not None]
-    return fmean(known) if known else None
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    return format(fmean(known), form) if known else "-"
 
 
 # Comparisons
@@ -398,15 +393,21 @@ def _comparison(experiment: Experiment, results: Results) -> Report:
     lines: list[str] = []
     for cell, at in _places(paired):
         lines += [f"### {MEASURES[at[0]].title} {_at_load(at)}: {cell.text}", ""]
-        lines.append("| policy | " + " | ".join(f"against {name}" for name in baselines) + " | skipped |")
-        lines.append("|---" * (len(baselines) + 2) + "|")
-        if at[0] in CLAIMS:
-            lines.append("| *the paper's claim* | " + " | ".join([f"*{CLAIMS[at[0]]}*"] * len(baselines)) + " | |")
+        rows = []
         for policy in experiment.policy_names:
             cells = [_gain_text(paired, cell, at, policy, other) for other in baselines]
-            lines.append(f"| {policy} | " + " | ".join(cells) + f" | {paired.skips[cell, at[1], policy]:.0%} |")
-        lines.append("")
+            rows.append([policy, *cells, f"{paired.skips[cell, at[1], policy]:.0%}"])
+        table = _markdown(["policy", *(f"against {name}" for name in baselines), "skipped"], rows)
+        if at[0] in CLAIMS:
+            table.insert(2, "| *the paper's claim* | " + " | ".join([f"*{CLAIMS[at[0]]}*"] * len(baselines)) + " | |")
+        lines += [*table, ""]
     return Report(list(lines), {"comparison.md": "\n".join(lines) + "\n"})
+
+
+def _markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    first, *others = (f"| {' | '.join(row)} |" for row in (headers, *rows))
+    return [first, "|---" * len(headers) + "|", *others]
 
 
 def _places(paired: PairedRuns) -> Iterable[tuple[GridCell, At]]:
@@ -439,7 +440,7 @@ def _change(at: At, gain: PairedRatio) -> tuple[float, float, float]:
 def _ablation(experiment: Experiment, results: Results) -> Report:
     """What each part adds, against the first baseline."""
     paired, base = compare(results.rows), experiment.baselines[0]
-    records, table = [], [f"| cell | measure | load | policy | against {base} | skipped |", "|---|---|---|---|---|---|"]
+    records, rows = [], []
     several = len(experiment.loads) > 1
     for cell, at in _places(paired):
         for policy in experiment.policy_names:
@@ -454,13 +455,12 @@ def _ablation(experiment: Experiment, results: Results) -> Report:
                 marks = {"cell": cell.text, "policy": policy, "estimated": paired.estimated[cell]}
                 records.append({**marks, **measure, **ratio})
                 text = f"{change:+.1%} [{low:+.1%}, {high:+.1%}]"
-            table.append(
-                f"| {cell.text} | {at[0]} | {'' if at[1] is None else f'{at[1]:g}'} | {policy} | {text} | {skip:.0%} |"
-            )
+            rows.append([cell.text, at[0], "" if at[1] is None else f"{at[1]:g}", policy, text, f"{skip:.0%}"])
     at_load = "" if several else f"Latencies at load {experiment.loads[0]:g}. "
-    caption = at_load + _caption(experiment, experiment.workloads, results.dropped)
+    caption = at_load + _caption(experiment, results)
     title = "What each part adds"
     draw = partial(paired_comparison, frame_of(records), baseline=base, title=title, caption=caption)
+    table = _markdown(["cell", "measure", "load", "policy", f"against {base}", "skipped"], rows)
     return Report(list(table), {"ablation.md": "\n".join(table) + "\n"}, {"ablation": draw})
 
 
@@ -469,7 +469,7 @@ def _map(experiment: Experiment, results: Results) -> Report:
     paired, policies = compare(results.rows), experiment.policy_names
     best = best_of_cells(paired, policies, experiment.baselines, experiment.subject)
     at = experiment.loads[len(experiment.loads) // 2]
-    caption = _caption(experiment, experiment.workloads, results.dropped)
+    caption = _caption(experiment, results)
     panels: list[At] = [("saturation", None), ("mean", at)]
     shown = [row for row in best if (row.measure, row.load) in panels]
     panels = [place for place in panels if place in {(row.measure, row.load) for row in shown}]
@@ -488,14 +488,13 @@ def _map(experiment: Experiment, results: Results) -> Report:
         report.figures["where-synerdiff-pays"] = draw
     if experiment.subject:
         report.parts = list(_subject_lines(experiment.subject, shown, at))
-    lines = ["| cell | measure | load | best | tied with it | best baseline | gain | gain of the subject |"]
-    lines.append("|---" * 8 + "|")
+    headers = ("cell", "measure", "load", "best", "tied with it", "best baseline", "gain", "gain of the subject")
+    lines = []
     for row in best:
         load = "-" if row.load is None else f"{row.load:g}"
         ratios = [_ratio_text(row.gain), _ratio_text(row.subject_gain)]
-        cells = [row.cell.text, row.measure, load, row.policy, ", ".join(row.ties), row.baseline, *ratios]
-        lines.append(f"| {' | '.join(cells)} |")
-    report.texts["map.md"] = "\n".join(lines) + "\n"
+        lines.append([row.cell.text, row.measure, load, row.policy, ", ".join(row.ties), row.baseline, *ratios])
+    report.texts["map.md"] = "\n".join(_markdown(headers, lines)) + "\n"
     return report
 
 
@@ -540,7 +539,7 @@ def _adapters(experiment: Experiment, results: Results) -> Report:
     The published cache curves stand beside where SYNERDIFF_DATA names their folder.
     """
     paired, base = compare(results.rows, by="fleet"), experiment.baselines[0]
-    names = [base, *dict.fromkeys(fleet.name for fleet in experiment.each_fleet if fleet.name != base)]
+    names = list(dict.fromkeys([base, *(fleet.name for fleet in experiment.each_fleet)]))
     ratios: list[dict[str, Any]] = []
     lines: list[tuple[str, ...]] = []
     for cell, measures in paired.values.items():
@@ -551,25 +550,21 @@ def _adapters(experiment: Experiment, results: Results) -> Report:
                 ratios.append({"strategies": name, **place, "speedup": gain.ratio if gain else nan})
                 text = "-" if gain is None else f"{gain.ratio:.3g}x"
                 lines.append((name, str(cell.gpus), cell.asked, _load(load), text))
-    cases = ablation()
     folder = Path(os.environ.get("SYNERDIFF_DATA", ""))
     points = [asdict(point) for point in cache_curves(folder if (folder / CURVES_FILE).is_file() else None)]
-    alone = [
-        {name: getattr(case, name) for name in ("name", "system", "gpus", "latency_s", "gpu_seconds")} for case in cases
-    ]
+    columns = ("name", "system", "gpus", "latency_s", "gpu_seconds")
+    alone = [{name: getattr(case, name) for name in columns} for case in ablation()]
     service = str(experiment.workloads[0].parameters.get("service", "A"))
     caption = (
         "Load 1 is what as many GPUs sustain without any strategy. GPUs are divided between workers and services for "
         f"the highest throughput. Adapters as popular as in Katz's production service {service}. "
-        + _caption(experiment, experiment.workloads, results.dropped)
+        + _caption(experiment, results)
     )
     estimated = any(paired.estimated[cell] for cell in paired.values)
-    mapped: dict[str, Draw] = {"strategies": partial(strategy_map, ratios, base, caption, estimated)}
-    figures: dict[str, Draw] = {
-        **(mapped if len(names) > 1 else {}),
-        "strategies-alone": partial(strategy_steps, cases),
-        "caches": partial(cache_figure, points),
-    }
+    figures: dict[str, Draw] = {"strategies": partial(strategy_map, ratios, base, caption, estimated)}
+    if len(names) == 1:
+        figures.clear()
+    figures |= {"strategies-alone": partial(strategy_steps, alone), "caches": partial(cache_figure, points)}
     texts = {
         f"{name}.csv": frame_of(rows).to_csv(index=False)
         for name, rows in (("speedups", ratios), ("alone", alone), ("caches", points))
@@ -584,7 +579,7 @@ def _adapters(experiment: Experiment, results: Results) -> Report:
 def _fleets(experiment: Experiment, results: Results) -> Report:
     """Every fleet beside the baseline of as many GPUs on the same arrivals: paired ratios, and latency against load."""
     paired, base = compare(results.rows, by="fleet"), experiment.baselines[0]
-    names = [base, *dict.fromkeys(fleet.name for fleet in experiment.each_fleet if fleet.name != base)]
+    names = list(dict.fromkeys([base, *(fleet.name for fleet in experiment.each_fleet)]))
     means: dict[tuple[Any, ...], list[Row]] = {}
     for row in results.rows:
         means.setdefault((GridCell.of(row)._replace(fleet=""), row["load"], row["fleet"]), []).append(row)
@@ -605,25 +600,18 @@ def _fleets(experiment: Experiment, results: Results) -> Report:
         shown["profile"] = [
             f"{profile}, {gpus} GPUs" for profile, gpus in zip(shown["profile"], shown["gpus"], strict=True)
         ]
-        caption = "Load 1 is what as many single workers sustain. " + _caption(
-            experiment, experiment.workloads, results.dropped
-        )
+        caption = "Load 1 is what as many single workers sustain. " + _caption(experiment, results)
         draw = partial(latency_against_load, shown, baseline=base, caption=caption)
         figures = {"fleets": draw, "fleets-p99": partial(draw, measure="request_latency_p99_s")}
     return Report([(headers, lines)], {}, figures)
 
 
-def _mean_of(rows: Sequence[Row], column: str) -> str:
-    values = [row[column] for row in rows if row.get(column) is not None]
-    return f"{fmean(values):.4g}" if values else "-"
-
-
 # Captions
 
 
-def _caption(experiment: Experiment, workloads: Sequence[Workload], dropped: Mapping[str, Mapping[str, int]]) -> str:
-    """What a reader must know to judge a figure."""
-    texts = []
+def _caption(experiment: Experiment, results: Results, some: Sequence[Workload] | None = None) -> str:
+    """What a reader must know to judge a figure of all workloads, or of some."""
+    texts, workloads = [], experiment.workloads if some is None else some
     generated = [workload for workload in workloads if workload.generator is not None]
     if generated:
         seeds = sorted({seed for workload in generated for seed in workload.seeds or experiment.seeds})
@@ -649,7 +637,7 @@ def _caption(experiment: Experiment, workloads: Sequence[Workload], dropped: Map
             "Fewer steps, all guided, are the equal-cost baseline of skipping: what both do to images is known for "
             "digits only."
         )
-    return " ".join([*texts, _drops(workloads, dropped)]).strip()
+    return " ".join([*texts, _drops(workloads, results.dropped)]).strip()
 
 
 def _drops(workloads: Sequence[Workload], dropped: Mapping[str, Mapping[str, int]]) -> str:

@@ -53,6 +53,10 @@ OWN_IMAGES = 800
 """As many of the run's own, where it has them: the first 200 of a mixed trace were off by 10%, 800 by 2%."""
 MOST_CAPACITY_IMAGES = 4000
 MOST_CONCURRENCY = 1_000_000
+FLEET_FACTS = (
+    *("gpus", "gpu_seconds_per_image", "busy_gpu_seconds_per_image"),
+    *("lora_requested", "lora_reads", "lora_copies", "controlnet_loads"),
+)
 OnProgress = Callable[[int], None]
 """Hears how many samples have ended."""
 
@@ -155,11 +159,9 @@ class Prepared:
         if self.load is None:
             return None
         window = self.window
-        return (
-            rate_per_s(self.requests)
-            if window is None
-            else len(self.requests) / window_s(self.requests, window) / self.time_scale
-        )
+        if window is None:
+            return rate_per_s(self.requests)
+        return len(self.requests) / window_s(self.requests, window) / self.time_scale
 
     def load_of(self, length_s: float) -> float:
         """The load when the requests are offered within that time (``capacity.offered_load``): 1 is what as many
@@ -428,45 +430,29 @@ def capacity_per_s(prepared: Prepared) -> float | None:
 
 def simulator(prepared: Prepared, on_progress: OnProgress | None = None, /) -> Served:
     """The discrete-event engine: one worker, or the workers of a cluster."""
-    spec, cluster = prepared.spec, prepared.spec.cluster
+    spec, cluster, requests, profile = prepared.spec, prepared.spec.cluster, prepared.served, prepared.profile
+    shared: dict[str, Any] = {
+        "budget": prepared.budget,
+        "dispersion_seed": spec.dispersion_seed,
+        "max_concurrency": spec.max_concurrency,
+        "on_progress": on_progress,
+    }
     if cluster is None:
-        return Served(
-            simulate(
-                prepared.served,
-                prepared.policy(),
-                prepared.profile,
-                decode_gpus=spec.decode_gpus,
-                budget=prepared.budget,
-                dispersion_seed=spec.dispersion_seed,
-                max_concurrency=spec.max_concurrency,
-                on_progress=on_progress,
-            )
-        )
+        return Served(simulate(requests, prepared.policy(), profile, decode_gpus=spec.decode_gpus, **shared))
     fleet = simulate_cluster(
-        prepared.served,
+        requests,
         prepared.policy,
-        prepared.profile,
+        profile,
         cluster,
         profiles=prepared.profiles,
         adapters=prepared.adapters,
         free_adapters=spec.free_adapters,
         router=prepared.router(),
-        budget=prepared.budget,
-        dispersion_seed=spec.dispersion_seed,
-        max_concurrency=spec.max_concurrency,
-        on_progress=on_progress,
+        **shared,
     )
-    facts = {
-        "gpus": fleet.gpus,
-        "gpu_seconds_per_image": fleet.gpu_seconds_per_image,
-        "busy_gpu_seconds_per_image": fleet.busy_gpu_seconds_per_image,
-        "lora_requested": fleet.lora_requested,
-        "lora_reads": fleet.lora_reads,
-        "lora_copies": fleet.lora_copies,
-        "controlnet_loads": fleet.controlnet_loads,
-        "requests_by_worker": [fleet.worker_of.count(index) for index in range(len(cluster.workers))],
-    }
-    return Served(fleet.run, fleet.worker_of, facts)
+    facts = {name: getattr(fleet, name) for name in FLEET_FACTS}
+    by_worker = [fleet.worker_of.count(index) for index in range(len(cluster.workers))]
+    return Served(fleet.run, fleet.worker_of, facts | {"requests_by_worker": by_worker})
 
 
 def _floor(spec: RunSpec, requests: Sequence[Request], profile: Profile) -> FloorChoice | None:
@@ -486,10 +472,9 @@ def _floor(spec: RunSpec, requests: Sequence[Request], profile: Profile) -> Floo
 def _profile_of(spec: RunSpec) -> Profile:
     if isinstance(spec.profile, Profile):
         return scaled_profile(spec.profile, spec.contention, spec.decode_share)
-    content_hash = spec.profile_hash
-    if content_hash is None:
+    if spec.profile_hash is None:
         return scaled_profile(load_profile(spec.profile), spec.contention, spec.decode_share)
-    return profile_as_it_was(spec.profile, content_hash, spec.contention, spec.decode_share)
+    return profile_as_it_was(spec.profile, spec.profile_hash, spec.contention, spec.decode_share)
 
 
 def _worker_profiles(spec: RunSpec, cluster: Cluster, requests: Sequence[Request]) -> dict[str, Profile]:

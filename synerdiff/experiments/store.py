@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
 import subprocess
 import sys
 import sysconfig
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from policies.registry import policy_class
+from synerdiff import __version__
 from synerdiff.core import InputError
 from synerdiff.files import atomic, sha256_of_files
 from synerdiff.results.records import REQUEST_COLUMNS, RUN_KEY, read_table, write_table
@@ -72,6 +74,11 @@ def run_key(identity: Mapping[str, Any]) -> str:
 def library_versions() -> dict[str, str]:
     """Library -> version, of those that turn requests into records and records into rows."""
     return {name: metadata.version(name) for name in LIBRARIES}
+
+
+def versions() -> dict[str, str]:
+    """Of synerdiff, Python and those libraries."""
+    return {"synerdiff": __version__, "python": platform.python_version(), **library_versions()}
 
 
 def code_files() -> list[Path]:

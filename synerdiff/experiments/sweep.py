@@ -6,14 +6,12 @@ Batch sizes are compared first, where the experiment asks for it; the grid follo
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from synerdiff import __version__
 from synerdiff.core import NO_SKIPS, RunResult
 from synerdiff.experiments import parcel
 from synerdiff.experiments.backends import Backend
@@ -25,13 +23,13 @@ from synerdiff.experiments.store import (
     finished_row,
     keep_file,
     keep_run,
-    library_versions,
     run_file,
+    versions,
     write_tables,
 )
 from synerdiff.fidelity.floor import run_ssim
 from synerdiff.fidelity.table import FidelityTable
-from synerdiff.files import atomic, claim_folder, require_writable_folder, sha256_of_files
+from synerdiff.files import claim_folder, require_writable_folder, sha256_of_files, write_json
 from synerdiff.profile.tables import Profile
 from synerdiff.results.folder import state
 from synerdiff.results.records import REQUEST_COLUMNS, read_table
@@ -68,12 +66,11 @@ def run_sweep(grid: Grid, backend: Backend, on_progress: Callable[[int, int], No
     Finished runs stay where they are whatever becomes of the others. InputError when the folder is not this
     experiment's or cannot be written, and for what only shows while simulating; ContractError from a policy.
     """
-    claim(grid.folder, grid.experiment.name)
+    claim_folder(grid.folder, f"sweep {grid.experiment.name}")
     require_writable_folder(grid.folder / "runs")
     for torn in (grid.folder / "runs").glob(".*.part"):  # of a worker that was killed while it wrote
         torn.unlink()
-    versions = {"synerdiff": __version__, "python": platform.python_version(), **library_versions()}
-    results = Results(grid.folder, profiles=[device.profile for device in grid.devices.values()], versions=versions)
+    results = Results(grid.folder, profiles=[device.profile for device in grid.devices.values()], versions=versions())
     if not (grid.folder / MANIFEST).is_file():
         write_manifest(grid.folder, {"experiment": grid.experiment.name, "complete": False})
     for (workload, _), replicates in grid.sources.items():
@@ -104,18 +101,15 @@ def rows_of(
     runs: Mapping[str, Run], backend: Backend, results: Results, tell: Callable[[], None]
 ) -> dict[str, dict[str, Any]]:
     """Key -> row, from the files of finished runs where there are any; what is missing is computed."""
-    rows = {}
-    for key, run in runs.items():
-        row = finished_row(run.folder, key, run.keep_requests)
-        if row is not None:
-            rows[key] = row
+    found = {key: finished_row(run.folder, key, run.keep_requests) for key, run in runs.items()}
+    rows = {key: row for key, row in found.items() if row is not None}
     results.reused += len(rows)
     tell()
     missing = [run for run in runs.values() if run.key not in rows]
     # The longest first, so that no process is left alone with one at the end.
     missing.sort(key=lambda run: -len(arrivals(run.source).requests))
     if missing:
-        _mark_incomplete(missing[0].folder)
+        write_manifest(missing[0].folder, {**read_manifest(missing[0].folder), "complete": False})
     for key, row in _computed(missing, backend):
         rows[key] = row
         results.computed += 1
@@ -208,19 +202,13 @@ def with_ssim(row: Mapping[str, Any], run: Run, tables: Mapping[str, FidelityTab
     """The row with the mean SSIM of its images against full guidance in the steps that were asked for."""
     if not tables or not run.keep_requests or (run.spec.budget != NO_SKIPS and run.spec.budget.eligible_steps is None):
         return dict(row)  # a budget by its parts allows what no table was made for
-    frame = read_table(run_file(run.folder, run.key), REQUEST_COLUMNS)[0]
+    requests = read_table(run_file(run.folder, run.key), REQUEST_COLUMNS)[0]
     asked = {request.request_id: request.steps for request in arrivals(run.source).requests}
-
-    def images() -> Iterator[tuple[str, float, int]]:
-        for request in frame.select(["request_id", "modes", "guidance_scale"]).to_pylist():
-            yield request["modes"], request["guidance_scale"], asked[request["request_id"]]
-
-    return {**row, "ssim": run_ssim(tables[row["profile"]], images())}
-
-
-def claim(folder: Path, experiment: str) -> None:
-    """Only an empty folder or this experiment's own results are written to; InputError otherwise."""
-    claim_folder(folder, f"sweep {experiment}")
+    images = (
+        (own["modes"], own["guidance_scale"], asked[own["request_id"]])
+        for own in requests.select(["request_id", "modes", "guidance_scale"]).to_pylist()
+    )
+    return {**row, "ssim": run_ssim(tables[row["profile"]], images)}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -234,12 +222,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write the folder's manifest, atomically."""
-    with atomic(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-
-
-def _mark_incomplete(folder: Path) -> None:
-    write_manifest(folder, {**read_manifest(folder), "complete": False})
+    write_json(folder / MANIFEST, manifest)
 
 
 def _write(grid: Grid, results: Results, search: Sequence[Mapping[str, Any]]) -> None:

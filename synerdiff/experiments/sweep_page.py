@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -95,11 +96,8 @@ def _in_order(experiment: Experiment, results: Results, rows: Sequence[Mapping[s
 
 
 def _question(experiment: Experiment, results: Results) -> str:
-    what = (
-        f"{len(experiment.fleets)} fleets"
-        if experiment.report == "adapters"
-        else f"{len(experiment.policies)} policies"
-    )
+    fleets = experiment.report == "adapters"
+    what = f"{len(experiment.fleets)} fleets" if fleets else f"{len(experiment.policies)} policies"
     machines = _listed([profile.name for profile in results.profiles])
     work = _listed([workload.name for workload in experiment.workloads])
     if experiment.max_concurrency:
@@ -129,11 +127,7 @@ def _answer(experiment: Experiment, shown: _Shown) -> list[str]:
         return ["The tables and figures below answer it; no two policies are compared at one load here."]
     at = ("mean", shown.load)
     if len(rows) > _MOST_ANSWERS:
-        counts: dict[str, int] = {}
-        for row in rows:
-            counts[row.policy] = counts.get(row.policy, 0) + 1
-        order = sorted(counts.items(), key=lambda item: -item[1])
-        wins = ", ".join(f"{name} in {count}" for name, count in order)
+        wins = ", ".join(f"{name} in {count}" for name, count in Counter(row.policy for row in rows).most_common())
         untold = sum(bool(row.ties) for row in rows)
         return [
             f"By mean latency at load {shown.load:g} the best of {len(rows)} cells is {wins}; in {untold} of them the "
@@ -203,9 +197,7 @@ def _ratio(paired: PairedRuns, cell: GridCell, at: At, name: str, base: str) -> 
     """A policy's value over the baseline's."""
     better = MEASURES[at[0]].larger_is_better
     gain = paired.gain(cell, at, name, base) if better else paired.gain(cell, at, base, name)
-    if gain is None:
-        return "-"
-    return f"{gain.ratio:.3f}" + (f" [{gain.low:.3f}, {gain.high:.3f}]" if gain.seeds > 1 else "")
+    return "-" if gain is None else str(gain)
 
 
 def _means(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> Printed | None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from synerdiff.config.experiment import PolicyEntry
 from synerdiff.config.tune import load_tuning
-from synerdiff.core import InputError
 from synerdiff.experiments.backends import make_backend
 from synerdiff.experiments.compare import MEASURES
 from synerdiff.experiments.emit import Choice, check_engine, emit
@@ -21,7 +18,7 @@ from synerdiff.experiments.sweep import write_manifest
 from synerdiff.experiments.tune import REFUSED, JudgedTrial, Search, Trial
 from synerdiff.figures.style import save
 from synerdiff.figures.tune import search_figure
-from synerdiff.files import atomic, claim_folder, write_rows, write_yaml
+from synerdiff.files import claim_folder, naming, write_json, write_rows, write_yaml
 from synerdiff.profile.capacity import mix_of
 from synerdiff.profile.folder import find_profile, shipped_profiles
 from synerdiff.results.intervals import PairedRatio
@@ -41,26 +38,17 @@ def open_tune(
     tuning = load_tuning(file)
     runner = make_backend(backend, tuning.jobs if jobs is None else jobs, address)
     folder = Path("results") / tuning.name if out is None else out
-    with _naming(file):
+    with naming(file):
         search = Search(tuning, file.parent, folder)
     check_engine(engine, [device.profile for device in search.grid.devices.values()])
     claim_folder(folder, f"tune {tuning.name}")
 
     def run(on_progress: Callable[[int, int], None]) -> list[Printed]:
-        with _naming(file):
+        with naming(file):
             trials = search.trials(runner, on_progress)
             return publish(search, trials, search.judge(trials, runner, on_progress), engine)
 
     return run
-
-
-@contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Errors name the file."""
-    try:
-        yield
-    except InputError as error:
-        raise error if str(file) in str(error) else InputError(f"{file}: {error}") from None
 
 
 def publish(search: Search, trials: Sequence[Trial], judged: JudgedTrial, engine: str | None = None) -> list[Printed]:
@@ -85,8 +73,7 @@ def publish(search: Search, trials: Sequence[Trial], judged: JudgedTrial, engine
         "ssim": None if judged.ssim is None else {"default": judged.ssim[0], "best": judged.ssim[1]},
         "rests_on": rests,
     }
-    with atomic(folder / RESULT) as temporary:
-        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / RESULT, document)
     files = _write_inputs(search, judged)
     column = search.measure.column
     figure = search_figure(
@@ -116,7 +103,7 @@ def sentence(search: Search, judged: JudgedTrial) -> str:
     values = ", ".join(f"{key} {_shown(value)}" for key, value in judged.best.values.items())
     title = objective(search)
     seeds = f"{ratio.seeds} other seed{'s' * (ratio.seeds > 1)}"
-    text = f"{name} with {values}: {title} {_ratio(ratio)} times the default's on {seeds}"
+    text = f"{name} with {values}: {title} {ratio} times the default's on {seeds}"
     if judged.better:
         return f"{text} (on the training seeds {_training(search, judged):.3f})."
     return f"{text}, which is not told from 1, so the default stays."
@@ -147,9 +134,7 @@ def _parameters(search: Search, judged: JudgedTrial) -> Printed:
 
 def _measures(judged: JudgedTrial) -> Printed:
     titles = {measure.column: measure.title for measure in MEASURES.values()}
-    rows = [
-        [titles[name], f"{a:.4g}", f"{b:.4g}", _ratio(judged.ratios[name])] for name, (a, b) in judged.values.items()
-    ]
+    rows = [[titles[name], f"{a:.4g}", f"{b:.4g}", str(judged.ratios[name])] for name, (a, b) in judged.values.items()]
     if judged.ssim is not None:
         rows.append(["SSIM, by the fidelity table", *(f"{value:.4f}" for value in judged.ssim), "-"])
     return ["on judging seeds", "default", "best", "best / default [95%]"], rows
@@ -209,11 +194,14 @@ def _write_inputs(search: Search, judged: JudgedTrial) -> list[str]:
         "baselines": [default.name],
         "loads": list(tuning.loads),
         **({} if tuning.slo is None else {"slo": tuning.slo.model_dump(mode="json", exclude_none=True)}),
-        **({"saturation": True, "figures": ["throughput-load"]} if search.measure.saturated else {}),
-        **({} if search.measure.saturated else {"figures": ["comparison"]}),
+        **(
+            {"saturation": True, "figures": ["throughput-load"]}
+            if search.measure.saturated
+            else {"figures": ["comparison"]}
+        ),
     }
     write_yaml(folder / SWEEP, sweep)
-    seconds = None if tuning.slo is None else tuning.slo.seconds
+    seconds = tuning.slo and tuning.slo.seconds
     by_latency = tuning.objective in ("mean", "p99") and seconds is not None
     capacity: dict[str, Any] = {
         "name": f"{tuning.name}-capacity",
@@ -253,13 +241,7 @@ def _choices(search: Search, entry: PolicyEntry, told: str) -> list[Choice]:
     requests = [request for source in search.judging for request in arrivals(source).requests]
     batch = entry.batch if isinstance(entry.batch, int) else entry.parameters.get("batch")
     slo = search.tuning.slo
-    limit = (
-        f"{SLO_FACTOR:g} times alone"
-        if slo is None
-        else f"{slo.seconds:g} s"
-        if slo.seconds
-        else f"{slo.solo_multiple:g} times alone"
-    )
+    limit = f"{slo.seconds:g} s" if slo and slo.seconds else f"{slo.solo_multiple if slo else SLO_FACTOR:g} times alone"
     basis = {"policy": entry.policy, "objective": search.tuning.objective, "slo": limit, "answer": told}
     rows = mix_of(requests).sample_rows
     return [Choice(device.profile, batch, rows, basis) for device in search.grid.devices.values()]
@@ -272,10 +254,6 @@ def _relative(path: Path, folder: Path) -> str:
 def _ratio_plain(ratio: PairedRatio) -> dict[str, Any]:
     known = {"ratio": ratio.ratio, "low": ratio.low, "high": ratio.high, "seeds": ratio.seeds}
     return {name: None if value == float("inf") else value for name, value in known.items()}
-
-
-def _ratio(ratio: PairedRatio) -> str:
-    return f"{ratio.ratio:.3f}" + (f" [{ratio.low:.3f}, {ratio.high:.3f}]" if ratio.seeds > 1 else "")
 
 
 def _shown(value: Any) -> str:

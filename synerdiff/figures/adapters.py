@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import inf, nan
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -29,22 +29,6 @@ _LOOKS = {"lru": (BLUE, "o"), "lfu": (ORANGE, "s")}
 _TITLES = {"lora": "LoRAs", "controlnet": "ControlNets"}
 _LINES = ((BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), ("#882255", "D"))
 _PANELS = (("ssim", "SSIM against K = 0"), ("effect", "share of the LoRA's effect"), ("recognised", "recognised"))
-
-
-class Case(Protocol):
-    """One bar of the ablation."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def gpus(self) -> int: ...
-    @property
-    def latency_s(self) -> float:
-        """Mean latency."""
-
-    @property
-    def gpu_seconds(self) -> float:
-        """GPU-seconds per image."""
 
 
 @styled
@@ -83,16 +67,20 @@ def strategy_map(ratios: Sequence[dict[str, Any]], baseline: str, caption: str, 
 
 
 @styled
-def strategy_steps(cases: Sequence[Case]) -> Figure:
-    """Two panels of bars, one bar per case: latency of a request alone, and the GPU-seconds that it holds."""
+def strategy_steps(cases: Sequence[Mapping[str, Any]]) -> Figure:
+    """Two panels of bars, one bar per case: latency of a request alone, and the GPU-seconds that it holds.
+
+    ``cases``: name, gpus, latency_s, gpu_seconds.
+    """
     figure = new_figure(0.2 * len(cases) + 1.3)
     axes = figure.subplots(1, 2, sharey=True)
     places = range(len(cases))
     colors = [GREY, "#56b4e9", *[BLUE] * (len(cases) - 3), ORANGE]
-    alone = [case.latency_s for case in cases]
-    costs = [case.gpu_seconds for case in cases]
+    alone = [case["latency_s"] for case in cases]
+    costs = [case["gpu_seconds"] for case in cases]
+    held = [f"{case['gpus']} GPU{'s' if case['gpus'] > 1 else ''}" for case in cases]
     notes = ([f" {s:.2f} s, {alone[0] / s:.1f}x" for s in alone],
-             [f" {c.gpu_seconds:.2f} GPU-s, {c.gpus} GPU{'s' if c.gpus > 1 else ''}" for c in cases])  # fmt: skip
+             [f" {cost:.2f} GPU-s, {gpus}" for cost, gpus in zip(costs, held, strict=True)])  # fmt: skip
     for axis, values, texts, name in zip(
         axes, (alone, costs), notes, ("latency (s)", "GPUs held x latency (GPU-s)"), strict=True
     ):
@@ -103,7 +91,7 @@ def strategy_steps(cases: Sequence[Case]) -> Figure:
         axis.set_xlim(0, max(values) * 1.6)
         axis.xaxis.set_major_locator(MaxNLocator(4))
         panel_title(axis, name, True)
-    axes[0].set_yticks(places, [case.name for case in cases])
+    axes[0].set_yticks(places, [case["name"] for case in cases])
     axes[0].invert_yaxis()
     caption = (
         "One request alone: SDXL 1024x1024 on H800, 50 guided steps, 3 ControlNets, 2 LoRAs; every ControlNet has a "

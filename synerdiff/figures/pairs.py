@@ -26,28 +26,27 @@ def paired_requests(a: pd.DataFrame, b: pd.DataFrame, names: Sequence[str], titl
     figure = new_figure(3.3)
     tail, pairs = figure.subplots(1, 2)
     values = [table["request_latency_s"].to_numpy(float) for table in (a, b)]
-    for own, color, line in zip(values, (BLUE, ORANGE), ("-", "--"), strict=True):
+    lines: Any = ("-", "--")
+    handles = []
+    for own, color, line, side, name in zip(values, (BLUE, ORANGE), lines, "AB", names, strict=True):
         ordered = np.sort(own)
         tail.step(ordered, 1 - np.arange(len(ordered)) / len(ordered), where="post", color=color, linestyle=line)
-    for axis, sides in ((tail, "xy"), (pairs, "xy")):
-        for side in sides:
-            getattr(axis, f"set_{side}scale")("log")
+        handles.append(Line2D([], [], color=color, linestyle=line, label=f"{side}: {name}"))
+    for axis in (tail, pairs):
+        axis.set(xscale="log", yscale="log")
     tail.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     tail.axhline(0.01, color="#b0b0b0", linewidth=0.7, zorder=1)
     tail.set(xlabel="latency (s)", ylabel="share of requests that take longer")
     panel_title(tail, "latencies; grey: P99", estimated)
     step = -(-len(values[0]) // _MOST_POINTS)
     pairs.plot(values[0][::step], values[1][::step], ".", color="#555555", markersize=2, alpha=0.5)
-    low, high = (float(edge([own.min() if edge is min else own.max() for own in values])) for edge in (min, max))
-    pairs.plot([low, high], [low, high], color="#222222", linewidth=0.7)
+    ends = [float(np.min(values)), float(np.max(values))]
+    pairs.plot(ends, ends, color="#222222", linewidth=0.7)
     pairs.set(xlabel="latency in A (s)", ylabel="latency in B (s)")
     panel_title(pairs, "request by request; below the line B is faster", estimated)
     for axis in (tail, pairs):
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     pairs.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    looks: tuple[Any, ...] = ({"color": BLUE, "linestyle": "-"}, {"color": ORANGE, "linestyle": "--"})
-    labels = (f"{side}: {name}" for side, name in zip("AB", names, strict=True))
-    handles = [Line2D([], [], label=label, **look) for label, look in zip(labels, looks, strict=True)]
     legend_above(figure, handles, columns=1)
     return finish(figure, title, f"{len(values[0]):,} measured requests that are done in both.")
 

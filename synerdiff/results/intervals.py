@@ -132,6 +132,10 @@ class PairedRatio:
     high: float
     seeds: int
 
+    def __str__(self) -> str:
+        """``0.943 [0.921, 0.966]``; one seed has no interval."""
+        return f"{self.ratio:.3f}" + (f" [{self.low:.3f}, {self.high:.3f}]" if self.seeds > 1 else "")
+
 
 def paired_log_ratio(a: Mapping[int, float], b: Mapping[int, float], confidence: float = 0.95) -> PairedRatio:
     """Compare two policies that ran on the same arrivals and steps: t interval of log(a/b), seed by seed.

@@ -60,7 +60,7 @@ def test_runs_are_paired_by_request(world: Path, capsys: pytest.CaptureFixture[s
 
 def test_a_run_beside_itself_does_not_differ(world: Path) -> None:
     simulated("a", "--policy", "static")
-    sentence = compare_runs(world / "a", world / "a").parts[0]
+    sentence = compare_runs(world / "a", world / "a")[0][0]
     assert isinstance(sentence, str)
     assert sentence.startswith("B's mean latency is 100.0% of A's: +0 s")
 
@@ -81,7 +81,7 @@ def test_sweeps_are_paired_by_seed_and_what_is_one_on_each_side_may_differ(world
     # Profiles are named by their heads, which are alike here: the cells are the same two.
     for name in ("p", "slow"):
         assert cli.main(["sweep", f"{name}.yaml", "--out", f"out-{name}", "--jobs", "1"]) == 0
-    parts = compare_sweeps(world / "out-p", world / "out-slow").parts
+    parts = compare_sweeps(world / "out-p", world / "out-slow")[0]
     assert not isinstance(parts[-1], str)
     headers, rows = parts[-1]
     assert list(headers) == ["cell", "seeds", "mean latency", "P99 latency", "requests/s"]
@@ -99,12 +99,12 @@ def test_runs_say_whether_they_were_measured_and_at_which_pace(world: Path) -> N
     summary = json.loads((world / "b/summary.json").read_text())
     summary["run"]["device"] = "a card"  # as the hardware's engine says
     (world / "b/summary.json").write_text(json.dumps(summary))
-    parts = compare_runs(world / "a", world / "b").parts
+    parts = compare_runs(world / "a", world / "b")[0]
     assert "t.csv, simulated, load " in str(parts[1])
     assert "t.csv, measured on a card, load 0.2, 0.2069 of its capacity: stable; time scale " in str(parts[2])
     rates = [json.loads((world / name / "summary.json").read_text())["run"]["rate_per_s"] for name in "ab"]
     assert parts[3] == f"The requests came at another pace: {rates[0]:.4g} a second in A, {rates[1]:.4g} in B."
-    assert not any("pace" in str(part) for part in compare_runs(world / "a", world / "a").parts)
+    assert not any("pace" in str(part) for part in compare_runs(world / "a", world / "a")[0])
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_closed_loops_and_saturation_are_compared(
         text = SWEEP.format(profile=name).replace("loads: [0.5]", change)
         (world / f"{name}.yaml").write_text(text)
         assert cli.main(["sweep", f"{name}.yaml", "--out", f"out-{name}", "--jobs", "1"]) == 0
-    parts = compare_sweeps(world / "out-p", world / "out-slow").parts
+    parts = compare_sweeps(world / "out-p", world / "out-slow")[0]
     assert not isinstance(parts[-1], str)
     found, rows = parts[-1]
     assert list(found) == ["cell", "seeds", *headers]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import product
 from math import sqrt
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import matplotlib
@@ -149,7 +148,7 @@ def test_the_mark_stands_on_the_panels_that_rest_on_an_estimate(
 
 
 def test_strategies_rest_on_published_times_and_say_so() -> None:
-    cases = [SimpleNamespace(name=f"case {i}", gpus=i, latency_s=4 / i, gpu_seconds=4.0) for i in (1, 2, 3, 4)]
+    cases = [{"name": f"case {i}", "gpus": i, "latency_s": 4 / i, "gpu_seconds": 4.0} for i in (1, 2, 3, 4)]
     assert marked_panels(strategy_steps(cases)) == 2
     places = list(product(("inline", "service"), (4, 8), (0.0, 0.5), (0.3, 0.0)))
     ratios = [dict(zip(("strategies", "gpus", "lora_share", "load"), place, strict=True)) for place in places]
