@@ -144,16 +144,13 @@ class Question(Section):
         for name in self.prices:
             if not any(_named(name, profile) for profile in self.profiles):
                 raise ValueError(f"prices: '{name}' is none of the profiles {', '.join(self.profiles)}")
-        if len(set(self.profiles)) < len(self.profiles) or len(set(self.policy_names)) < len(self.policies):
+        if len(set(self.profiles)) < len(self.profiles) or len({own.name for own in self.policies}) < len(
+            self.policies
+        ):
             raise ValueError("two profiles or two policies are the same (give the policies labels)")
         if len(set(self.stages)) < len(self.stages):
             raise ValueError("stages names a layout twice")
         return self
-
-    @property
-    def policy_names(self) -> list[str]:
-        """Names of the policies, in order."""
-        return [entry.name for entry in self.policies]
 
     def price(self, profile: str) -> float | None:
         """Of one GPU-hour; the longest name that fits counts."""

@@ -293,9 +293,13 @@ class Fleet(Section):
             cluster = {"workers": blocks, "link": self.link.model_dump(exclude_none=True)}
             if stages is not None:
                 cluster["stages"] = stages.model_dump(exclude_none=True)
-            parts = [] if isinstance(size, int) or len(self.kinds) < 2 else [_kinds_in_words(size)]
+            parts = []
+            if isinstance(size, dict) and len(self.kinds) > 1:
+                parts.append(" + ".join(f"{count} {name}" for name, count in size.items()))
             parts += [f"degree {degree}"] if len(self.degree) > 1 else []
-            parts += [_stages_in_words(stages)] if len(self.stages) > 1 else []
+            if len(self.stages) > 1:
+                pools = [] if stages is None else [("encode", stages.encode), ("decode", stages.decode)]
+                parts.append(" ".join(f"{pool.count} {name}" for name, pool in pools if pool is not None) or "together")
             fleets.append(self._with(cluster, own, ", ".join([*parts, _of(routers, own)]).strip(", ")))
         return fleets
 
@@ -311,18 +315,6 @@ def _of(routers: Sequence[tuple[RouterEntry, ...]], own: tuple[RouterEntry, ...]
         return ""
     alone = [router[0].kind for router in routers].count(own[0].kind) == 1
     return " ".join([own[0].kind, *(() if alone else (f"{k} {v:g}" for k, v in own[0].parameters.items()))])
-
-
-def _kinds_in_words(kinds: dict[str, int]) -> str:
-    return " + ".join(f"{count} {name}" for name, count in kinds.items())
-
-
-def _stages_in_words(stages: Stages | None) -> str:
-    if stages is None:
-        return "together"
-    return " ".join(
-        f"{pool.count} {name}" for name in ("encode", "decode") if (pool := getattr(stages, name)) is not None
-    )
 
 
 class Experiment(Machines):
@@ -397,13 +389,8 @@ class Experiment(Machines):
         for section in (self, *self.machines, *self.workloads, *self.fleets, self.batch_search):
             for name in type(section).model_fields:
                 values = getattr(section, name)
-                if isinstance(values, tuple) and name not in (
-                    "stages",
-                    "decode_gpus",
-                    "workloads",
-                    "policies",
-                    "fleets",
-                ):
+                elsewhere = name in ("stages", "decode_gpus", "workloads", "policies", "fleets")
+                if isinstance(values, tuple) and not elsewhere:
                     _require_distinct(name, values)
         for block in self.blocks:
             _require_distinct("decode_gpus", [list(lanes) for lanes in block.decode_gpus])
@@ -469,7 +456,7 @@ def with_policy_files(data: dict[str, Any], base: Path) -> dict[str, Any]:
     def read(value: Any) -> Any:
         return load_policy(base / value) if is_policy_file(value) else value
 
-    changed = {name: read(data[name]) for name in ("policy",) if name in data}
+    changed = {"policy": read(data["policy"])} if "policy" in data else {}
     if isinstance(data.get("policies"), list):
         changed["policies"] = [read(value) for value in data["policies"]]
     return {**data, **changed}

@@ -29,22 +29,17 @@ TITLES: dict[StageLayout, str] = {
 
 def stage_seconds(requests: Sequence[Request], profile: Profile, batch: int | None) -> dict[str, float]:
     """GPU-seconds of all requests by stage: every prompt and decode alone, steps at full batches."""
-    parts = [_stage_seconds(part, own, batch) for part, own in by_resolution(requests, profile)]
-    return {stage: sum(part[stage] for part in parts) for stage in parts[0]}
-
-
-def _stage_seconds(requests: Sequence[Request], own: Profile, batch: int | None) -> dict[str, float]:
-    """Of one resolution."""
-    mix = mix_of(requests)
-    size = batch or default_batch(own, mix.sample_rows)
-    rows = min(own.max_rows, size * mix.sample_rows)
-    step_ns = (own.step_ns(rows) + own.overhead_ns("step_dispatch")) / size
-    decode_ns = own.decode_ns() + own.overhead_ns("chunk_dispatch") + own.overhead_ns("sample_host")
-    return {
-        "encode": len(requests) * own.overhead_ns("text_encode") / NS_PER_S,
-        "denoise": mix.sample_steps * step_ns / NS_PER_S,
-        "decode": mix.images * decode_ns / NS_PER_S,
-    }
+    seconds = {"encode": 0.0, "denoise": 0.0, "decode": 0.0}
+    for part, own in by_resolution(requests, profile):
+        mix = mix_of(part)
+        size = batch or default_batch(own, mix.sample_rows)
+        rows = min(own.max_rows, size * mix.sample_rows)
+        step_ns = (own.step_ns(rows) + own.overhead_ns("step_dispatch")) / size
+        decode_ns = own.decode_ns() + own.overhead_ns("chunk_dispatch") + own.overhead_ns("sample_host")
+        seconds["encode"] += len(part) * own.overhead_ns("text_encode") / NS_PER_S
+        seconds["denoise"] += mix.sample_steps * step_ns / NS_PER_S
+        seconds["decode"] += mix.images * decode_ns / NS_PER_S
+    return seconds
 
 
 def divided(gpus: int, seconds: dict[str, float]) -> dict[str, int] | None:
@@ -91,7 +86,7 @@ def cheaper_mixes(
     ``alone``: how many of each keep it without the other. Yields (of the first, of the second) to try, and is told
     whether they keep it. More cards are taken never to harm; what costs too much is not tried.
     """
-    found: tuple[int, int] | None = None
+    found = None
     for first in range(alone[0] - 1, 0, -1):
         most = min(alone[1] - 1, ceil((best - first * prices[0]) / prices[1]) - 1)
         if most < 1 or not (yield first, most):

@@ -39,10 +39,15 @@ class GridCell(NamedTuple):
         return self.workload if self.lora_share is None else f"{self.workload}, {self.lora_share:.0%} with LoRAs"
 
     @property
+    def beside(self) -> bool:
+        """Whether a decode lane is on the denoiser's GPU."""
+        return "0" in self.decode_gpus.split(",")
+
+    @property
     def machine(self) -> str:
         """The profile in words: how it was changed, and what decodes where."""
         place = self.fleet and f", {self.fleet} on {self.gpus} GPUs"
-        if self.decode_gpus and "0" not in self.decode_gpus.split(","):
+        if self.decode_gpus and not self.beside:
             place += ", decode on a second GPU"
         factors = f", contention x{self.contention:g}" if self.contention != 1 and not place else ""
         factors += f", decode x{self.decode_share:g}" if self.decode_share != 1 else ""

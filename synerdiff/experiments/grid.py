@@ -138,7 +138,9 @@ class Grid:
 
     def _check_policies(self) -> None:
         """InputError when a policy cannot serve some machine with some workload."""
-        for entry, (device, lanes) in product(self.policies, self._lanes()):
+        pairs = [pair for block in self.experiment.blocks for pair in product(block.profiles, block.decode_gpus)]
+        for entry, (name, lanes) in product(self.policies, dict.fromkeys(pairs)):
+            device = self.devices[name]
             parameters = dict(entry.parameters)
             if isinstance(entry.batch, int):
                 parameters["batch"] = entry.batch
@@ -147,10 +149,6 @@ class Grid:
                 profile = at_its_resolutions(device.profile, requests)
                 worker = WorkerInfo(profile.most_rows, 0, lanes, mix_of(requests).sample_rows)
                 PolicyCalls(build_policy(entry.policy, parameters, self.home(entry))).reset(worker, profile)
-
-    def _lanes(self) -> list[tuple[Measured, tuple[int, ...]]]:
-        pairs = [pair for block in self.experiment.blocks for pair in product(block.profiles, block.decode_gpus)]
-        return [(self.devices[name], lanes) for name, lanes in dict.fromkeys(pairs)]
 
     def _fidelity_tables(self) -> dict[str, FidelityTable]:
         """Profile -> its fidelity table; empty without a floor. InputError where there is none or it lacks a number."""

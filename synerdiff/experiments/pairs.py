@@ -84,22 +84,19 @@ def compare_runs(a: Path, b: Path) -> SideBySide:
     values = [table["request_latency_s"].astype(float) for table in (left, right)]
     interval = difference(values[0].tolist(), values[1].tolist(), load)
     rows.append(_row("latency, mean", [float(value.mean()) for value in values], interval))
-    for name, quantile in (("P50", 0.5), ("P90", 0.9), ("P99", 0.99)):
-        rows.append(_row(f"latency, {name}", [float(value.quantile(quantile)) for value in values]))
+    for rank in (50, 90, 99):
+        rows.append(_row(f"latency, P{rank}", [float(value.quantile(rank / 100)) for value in values]))
     split = [stages(table) for table in (left, right)]
     for stage in STAGES:
         own = [part[stage] for part in split]
         means = [float(part.mean()) for part in own]
         rows.append(_row(f"{stage.replace('_', ' ')}, mean", means, difference(own[0].tolist(), own[1].tolist(), load)))
-    for title, name in (
-        ("requests/s", "request_throughput"),
-        ("goodput, 1/s", "goodput"),
-        ("skipped", "skip_fraction"),
-    ):
-        rows.append(_row(title, [summary[name] or 0.0 for summary in summaries]))
+    rates = {"requests/s": "request_throughput", "goodput, 1/s": "goodput", "skipped": "skip_fraction"}
+    rows += [_row(title, [summary[name] or 0.0 for summary in summaries]) for title, name in rates.items()]
     faster = int((values[1] < values[0]).sum())
+    percent = "0 and" if rows[0][3] == "-" else f"{100 * float(rows[0][3]):.1f}% of"
     sentence = (
-        f"B's mean latency is {_percent(rows[0][3])} A's: {_signed(interval)} s over {len(both)} of "
+        f"B's mean latency is {percent} A's: {_signed(interval)} s over {len(both)} of "
         f"{len(tables[0])} measured requests, of which {faster} are faster in B."
     )
     if interval.low == float("-inf"):
@@ -176,16 +173,13 @@ def _signed(interval: Interval) -> str:
     return f"{interval.value:+.3g} [{interval.low:+.3g}, {interval.high:+.3g}]"
 
 
-def _percent(ratio: str) -> str:
-    return "0 and" if ratio == "-" else f"{100 * float(ratio):.1f}% of"
-
-
 # Two sweeps
 
 
 def compare_sweeps(a: Path, b: Path) -> SideBySide:
     """Geometric means over seeds of B / A, cell by cell, with t intervals."""
-    sides = [_sweep_rows(folder) for folder in (a, b)]
+    tables = [read_table(folder / RUNS, {})[0].to_pylist() for folder in (a, b)]
+    sides: list[list[dict[str, Any]]] = [[row for row in rows if row["purpose"] == "grid"] for rows in tables]
     alone = {column for column in CELL if all(len({row.get(column) for row in rows}) == 1 for rows in sides)}
     cells: list[dict[tuple[Any, ...], dict[int, Mapping[str, Any]]]] = [{}, {}]
     for rows, own in zip(sides, cells, strict=True):
@@ -223,11 +217,6 @@ def compare_sweeps(a: Path, b: Path) -> SideBySide:
     parts += ["", (["cell", "seeds", *titles], lines)]
     estimated = any(row.get("estimated") for rows in sides for row in rows)
     return parts, lambda: paired_sweeps(drawn, names, estimated)
-
-
-def _sweep_rows(folder: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = read_table(folder / RUNS, {})[0].to_pylist()
-    return [row for row in rows if row["purpose"] == "grid"]
 
 
 def _from_the_start(row: Mapping[str, Any]) -> bool:

@@ -226,17 +226,14 @@ def _by_size(results: Results, runs: pandas.DataFrame) -> pandas.DataFrame:
         grid_run = results.grid_runs[str(run["key"])]
         if len({request.size for request in arrivals(grid_run.source).requests}) < 2:
             continue
-        table = read_table(run_file(results.folder, run["key"]), REQUEST_COLUMNS)[0].to_pandas()
-        table = measured(table)
-        done = table[table["status"] == "done"]
-        sizes = [*zip(done["height"].astype(int), done["width"].astype(int), strict=True)]
-        for size in dict.fromkeys(sizes):
-            latency = done["request_latency_s"].astype(float)[[one == size for one in sizes]]
+        table = measured(read_table(run_file(results.folder, run["key"]), REQUEST_COLUMNS)[0].to_pandas())
+        sizes: Any = table[table["status"] == "done"].groupby(["height", "width"], sort=False)
+        for (height, width), latency in sizes["request_latency_s"]:
             parts.append(
                 {
                     **{name: run[name] for name in ("profile", "estimated", "workload", "policy", "seed", "load")},
-                    "size": pixels_of(size),
-                    "pixels": size[0] * size[1],
+                    "size": pixels_of((int(height), int(width))),
+                    "pixels": int(height * width),
                     "requests": len(latency),
                     "request_latency_mean_s": float(latency.mean()),
                     "request_latency_p99_s": float(latency.quantile(0.99)),
@@ -312,13 +309,12 @@ def _result_parts(rows: Sequence[Row], policies: Sequence[str], reference: str, 
                 own = [row for row in members if row["policy"] == policy and _offer(row) == offer]
                 base = [row for row in members if row["policy"] == reference and _offer(row) == offer]
                 values = [_mean_text(_value(row, name) for row in own) for _, name in _COLUMNS]
-                batch = own[0]["batch"]
+                batch, most = own[0]["batch"], own[0].get("max_concurrency")
+                offered = _load(own[0]["load"]) if most is None else f"{most} at once"
                 ratio = "-" if policy == reference else _ratio(own, base)
                 scale, share = (_mean_of(own, name) for name in ("time_scale", "policy_load"))
                 how_full = [scale, _busy(own), share, _words(own)]
-                table.append(
-                    [policy, _offer_text(own[0]), "-" if batch is None else str(batch), ratio, *values, *how_full]
-                )
+                table.append([policy, offered, "-" if batch is None else str(batch), ratio, *values, *how_full])
         replicates = len({row["seed"] for row in members})
         estimated = " (estimated)" * bool(members[0]["estimated"])
         parts += [
@@ -345,11 +341,6 @@ def _offer(row: Row) -> tuple[float, float]:
     """Load and requests at a time, infinite where there is none: rows with equal ones are compared."""
     load, most = row["load"], row.get("max_concurrency")
     return inf if load is None else load, inf if most is None else most
-
-
-def _offer_text(row: Row) -> str:
-    most = row.get("max_concurrency")
-    return _load(row["load"]) if most is None else f"{most} at once"
 
 
 def _load(load: float | None) -> str:
@@ -392,7 +383,8 @@ def _comparison(experiment: Experiment, results: Results) -> Report:
     paired, baselines = compare(results.rows), experiment.baselines
     lines: list[str] = []
     for cell, at in _places(paired):
-        lines += [f"### {MEASURES[at[0]].title} {_at_load(at)}: {cell.text}", ""]
+        where = "at saturation" if at[1] is None else f"at load {at[1]:g}"
+        lines += [f"### {MEASURES[at[0]].title} {where}: {cell.text}", ""]
         rows = []
         for policy in experiment.policy_names:
             cells = [_gain_text(paired, cell, at, policy, other) for other in baselines]
@@ -413,10 +405,6 @@ def _markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str
 def _places(paired: PairedRuns) -> Iterable[tuple[GridCell, At]]:
     """Goodput left out: it says how many deadlines are met, not how fast."""
     return ((cell, at) for cell, measures in paired.values.items() for at in measures if at[0] != "goodput")
-
-
-def _at_load(at: At) -> str:
-    return "at saturation" if at[1] is None else f"at load {at[1]:g}"
 
 
 def _gain_text(paired: PairedRuns, cell: GridCell, at: At, policy: str, other: str) -> str:
@@ -470,9 +458,8 @@ def _map(experiment: Experiment, results: Results) -> Report:
     best = best_of_cells(paired, policies, experiment.baselines, experiment.subject)
     at = experiment.loads[len(experiment.loads) // 2]
     caption = _caption(experiment, results)
-    panels: list[At] = [("saturation", None), ("mean", at)]
-    shown = [row for row in best if (row.measure, row.load) in panels]
-    panels = [place for place in panels if place in {(row.measure, row.load) for row in shown}]
+    shown = [row for row in best if (row.measure, row.load) in (("saturation", None), ("mean", at))]
+    panels = sorted({(row.measure, row.load) for row in shown}, reverse=True)  # saturation first
     frame = frame_of([{**_place(paired, row), "policy": row.policy, **_ends(row.gain)} for row in shown])
     title = "Which policy is best where"
     report = Report(figures={"best-policy": partial(best_policy_map, frame, panels, title=title, caption=caption)})
@@ -480,8 +467,7 @@ def _map(experiment: Experiment, results: Results) -> Report:
         gains = []
         for row in best:
             gain = paired.gain(row.cell, (row.measure, row.load), WATCHED, row.baseline)
-            beside = "0" in row.cell.decode_gpus.split(",")
-            if gain is not None and beside and row.measure in ("saturation", "mean"):
+            if gain is not None and row.cell.beside and row.measure in ("saturation", "mean"):
                 gains.append({**_place(paired, row), **_ends(gain)})
         title = "Where SynerDiff pays"
         draw = partial(gain_map, frame_of(gains), policy=WATCHED, title=title, caption=caption)
@@ -584,13 +570,14 @@ def _fleets(experiment: Experiment, results: Results) -> Report:
     for row in results.rows:
         means.setdefault((GridCell.of(row)._replace(fleet=""), row["load"], row["fleet"]), []).append(row)
     lines: list[tuple[str, ...]] = []
-    for (cell, load, name), rows in sorted(
-        means.items(), key=lambda e: (e[0][0].text, e[0][1] or inf, names.index(e[0][2]))
-    ):
+    for cell, load, name in sorted(means, key=lambda place: (place[0].text, place[1] or inf, names.index(place[2]))):
         ratios = [paired.gain(cell, (measure, load), name, base) for measure in ("mean", "p99") if load is not None]
         ratios += [paired.gain(cell, ("saturation", load), name, base)] if load is None else []
         gains = ["-" if gain is None or name == base else _ratio_text(gain) for gain in ratios]
-        own = [_mean_of(rows, column) for column in ("request_latency_mean_s", "request_latency_p99_s", "goodput")]
+        own = [
+            _mean_of(means[cell, load, name], column)
+            for column in ("request_latency_mean_s", "request_latency_p99_s", "goodput")
+        ]
         where = (name, str(cell.gpus), cell.asked, _load(load))
         lines.append((*where, *own, *gains, *["-"] * (2 - len(gains))))
     headers = ("fleet", "GPUs", "workload", "load", "mean s", "P99 s", "goodput/s", f"mean, better than {base}", "P99")

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from synerdiff.core import NO_SKIPS, RunResult
+from synerdiff.core import NO_SKIPS
 from synerdiff.experiments import parcel
 from synerdiff.experiments.backends import Backend
 from synerdiff.experiments.grid import Grid, Run, best_batch
@@ -141,6 +141,7 @@ def compute(run: Run) -> tuple[str, dict[str, Any]]:
     else:
         outcome, rate = saturated(prepared, run.images)
         metrics = {"saturation_throughput": rate, **outcome.summary}
+    forced = [work.forced for work in outcome.result.work if work.kind == "chunk"]
     row = {
         "key": run.key,
         **run.head,
@@ -148,7 +149,7 @@ def compute(run: Run) -> tuple[str, dict[str, Any]]:
         "decisions": outcome.result.decisions,
         **metrics,
         **_offered(run, prepared, metrics),
-        "forced_fraction": _forced_fraction(outcome.result),
+        "forced_fraction": sum(forced) / len(forced) if forced else 0.0,
         **_fleet_columns(run, outcome),
     }
     keep_run(run.folder, run.key, row, outcome.tables[0] if run.keep_requests else None)
@@ -174,11 +175,6 @@ def _offered(run: Run, prepared: Prepared, metrics: Mapping[str, Any]) -> dict[s
 
 _CAPACITIES: dict[tuple[Any, ...], float | None] = {}
 """Of this process: the same at every load."""
-
-
-def _forced_fraction(result: RunResult) -> float:
-    chunks = [work.forced for work in result.work if work.kind == "chunk"]
-    return sum(chunks) / len(chunks) if chunks else 0.0
 
 
 def _fleet_columns(run: Run, outcome: Outcome) -> dict[str, Any]:

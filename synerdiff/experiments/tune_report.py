@@ -105,7 +105,8 @@ def sentence(search: Search, judged: JudgedTrial) -> str:
     seeds = f"{ratio.seeds} other seed{'s' * (ratio.seeds > 1)}"
     text = f"{name} with {values}: {title} {ratio} times the default's on {seeds}"
     if judged.better:
-        return f"{text} (on the training seeds {_training(search, judged):.3f})."
+        score = 1 / judged.best.score if search.measure.larger_is_better else judged.best.score
+        return f"{text} (on the training seeds {score:.3f})."
     return f"{text}, which is not told from 1, so the default stays."
 
 
@@ -113,10 +114,6 @@ def objective(search: Search) -> str:
     """Its name within a sentence."""
     title = search.measure.title
     return title if title.startswith("P99") else title.lower()
-
-
-def _training(search: Search, judged: JudgedTrial) -> float:
-    return 1 / judged.best.score if search.measure.larger_is_better else judged.best.score
 
 
 def _parameters(search: Search, judged: JudgedTrial) -> Printed:

@@ -299,7 +299,8 @@ def backlog_over_time(
     level.set(xlabel=f"time of the trace ({unit})", ylabel="requests")
     policy_legend(figure, styles, markers=False)
     peaks = ", ".join(f"{name} {int(changes['in_system'].max())}" for name, changes in own.items())
-    speed = "" if time_scale == 1 else f" Replayed {_number(1 / time_scale)} times as fast as the trace."
+    faster = f"{1 / time_scale:,.0f}" if 1 / time_scale >= 100 else f"{1 / time_scale:.3g}"
+    speed = "" if time_scale == 1 else f" Replayed {faster} times as fast as the trace."
     return finish(figure, title, f"Linear up to {_LINEAR_TO}, logarithmic above.{speed} Peaks: {peaks}. {caption}")
 
 
@@ -320,10 +321,6 @@ def _curve(
     for _, x, y, empty in points:
         axis.plot(x, y, style.marker, color=style.color, markerfacecolor="white" if empty else style.color)
     return [(load, x, y) for load, x, y, _ in points]
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _duration(seconds: int) -> str:

@@ -138,9 +138,7 @@ def _chunk_ticks(axis: Axes, cells: list[tuple[str, int]], rows: list[int]) -> N
 
 
 @styled
-def batching_picture(
-    points: Sequence[BatchPoint], slo_s: float | None, *, estimated: bool, title: str, caption: str
-) -> Figure:
+def batching_picture(points: Sequence[BatchPoint], slo_s: float | None, profile: Profile, caption: str) -> Figure:
     """Images a second with their band, gain over the smallest batch, and latency at full batches, by batch; one line a
     resolution, the chosen batch filled."""
     figure = new_figure(3.1)
@@ -167,22 +165,19 @@ def batching_picture(
         axis.set_xticks(shown, [str(size) for size in shown])
         axis.minorticks_off()
         axis.set_xlabel("images in a batch")
-        panel_title(axis, name, estimated)
+        panel_title(axis, name, profile.estimated)
     panels[1].set_ylim(bottom=min(1.0, panels[1].get_ylim()[0]))
     for axis in (panels[0], panels[2]):
         plain_log_ticks(axis)
     legend_above(figure, handles)
-    return finish(figure, title, caption)
+    return finish(figure, f"Batching on {profile.label}", caption)
 
 
 def save_batching(
     points: Sequence[BatchPoint], slo_s: float | None, profile: Profile, caption: str, out: Path
 ) -> list[Path]:
     """The picture of a profile's points as ``batching`` in the folder; the files."""
-    title = f"Batching on {profile.label}"
-    return save(
-        batching_picture(points, slo_s, estimated=profile.estimated, title=title, caption=caption), out, "batching"
-    )
+    return save(batching_picture(points, slo_s, profile, caption), out, "batching")
 
 
 _SIZES = (("#0072b2", "o"), ("#e69f00", "s"), ("#009e73", "^"), ("#882255", "D"), ("#56b4e9", "v"), ("#000000", "P"))

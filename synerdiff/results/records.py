@@ -62,9 +62,9 @@ WORK_COLUMNS = {
 """Column -> type. ``sample_ids`` are ``request.image``; ``chunk`` is -1 for a step."""
 
 RUN_KEY = b"synerdiff"
+"""Where a table's metadata holds what else is known about its run, as JSON."""
 _COPIES = 3
 """A table, as Arrow and as a frame, takes so many times its decoded size, about."""
-"""Where a table's metadata holds what else is known about its run, as JSON."""
 
 
 def requests_table(records: Sequence[RequestRecord], worker_of: Sequence[int] | None = None) -> pyarrow.Table:
