@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from synerdiff.core import InputError
+from synerdiff.files import shown
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 WEIGHTS_SEED = 20_260_101
@@ -53,6 +56,31 @@ def read_architecture(name: str) -> dict[str, Any]:
         raise InputError(f"There is no built-in model {name}; known ones: {', '.join(known_architectures())}.")
     config: dict[str, Any] = json.loads((CONFIG_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return config
+
+
+def require_kinds(what: str, of: Any, config: Mapping[str, Any]) -> None:
+    """InputError where an option of that class is no number or truth value although its default is one, or is NaN.
+
+    The libraries take every text for true, "false" too, and true for 1.
+    """
+    for option, parameter in inspect.signature(of).parameters.items():
+        value, default = config.get(option), parameter.default
+        if not isinstance(default, bool | int | float):
+            continue
+        text_or_nan = isinstance(value, str) or (isinstance(value, float) and math.isnan(value))
+        if text_or_nan or (isinstance(value, bool) and not isinstance(default, bool)):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise InputError(f"{what} has {option} {shown(repr(value))}; {kind} is needed.")
+
+
+def whole(what: str, loaded: tuple[Any, Mapping[str, Any]]) -> Any:
+    """The module of `from_pretrained(..., output_loading_info=True)`; InputError where its file lacks weights, which
+    the libraries leave empty or fill with random numbers."""
+    module, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise InputError(f"{what}: its weights lack {missing[0]}{more}; the file is damaged, or another model's.")
+    return module
 
 
 def empty_modules(config: dict[str, Any]) -> tuple[Any, Any]:

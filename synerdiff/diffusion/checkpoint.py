@@ -16,7 +16,13 @@ import torch
 from synerdiff.core import InputError
 from synerdiff.device.lanes import find_device, free_bytes
 from synerdiff.diffusion import DTYPES, SCHEDULERS, SHIPPED
-from synerdiff.diffusion.architectures import empty_modules, fill_randomly, known_architectures, read_architecture
+from synerdiff.diffusion.architectures import (
+    empty_modules,
+    fill_randomly,
+    known_architectures,
+    read_architecture,
+    whole,
+)
 from synerdiff.diffusion.conditioning import ClassTokens, ClipText, Condition, PromptEncoder, RandomText, pooled_width
 from synerdiff.diffusion.denoisers.unet import require_fed
 from synerdiff.diffusion.model import DiffusionModel, vae_factor
@@ -167,11 +173,20 @@ def _from_architecture(name: str, device: torch.device, dtype: torch.dtype) -> L
 
 def _read_digits(folder: Path, weights: str, device: torch.device, dtype: torch.dtype) -> LoadedParts:
     """A folder that `tools.training.train_digits` wrote."""
+    unet, vae, scheduler = _guarded(_read_modules, str(folder), device, dtype)
+    table = _guarded(_class_tokens, str(folder), device, dtype)
+    _require_fitting(str(folder), ClassTokens(table).encode("0"), unet.config)
+    return LoadedParts(unet, vae, scheduler, ClassTokens(table), _pair(vae.config.sample_size), weights)
+
+
+def _class_tokens(name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     from safetensors.torch import load_file
 
-    unet, vae, scheduler = _guarded(_read_modules, str(folder), device, dtype)
-    table = load_file(folder / "class_tokens.safetensors")["tokens"].to(device, dtype)
-    return LoadedParts(unet, vae, scheduler, ClassTokens(table), (int(vae.config.sample_size),) * 2, weights)
+    table = load_file(Path(name) / "class_tokens.safetensors").get("tokens")
+    if table is None or table.dim() != 3 or len(table) < 2 or not table.is_floating_point():
+        found = "none" if table is None else f"{tuple(table.shape)} of {table.dtype}"
+        raise InputError(f"{name}: class_tokens.safetensors holds numbers (classes + 1, tokens, width); found {found}.")
+    return table.to(device, dtype)
 
 
 def _read_checkpoint(name: str, device: torch.device, dtype: torch.dtype) -> LoadedParts:
@@ -279,11 +294,15 @@ def _read_modules(
         empty = [UNet2DConditionModel.from_config(unet_config), AutoencoderKL.from_config(vae_config)]  # type: ignore[no-untyped-call]
     _require_memory(name, empty, device, dtype)
     # Safetensors only: the pickled files of older checkpoints can run code.
-    unet: Any = UNet2DConditionModel.from_pretrained(  # type: ignore[no-untyped-call]
-        name, subfolder="unet", torch_dtype=dtype, use_safetensors=True
-    )
-    vae: Any = AutoencoderKL.from_pretrained(  # type: ignore[no-untyped-call]
-        name, subfolder="vae", torch_dtype=dtype, use_safetensors=True
+    networks: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    unet, vae = (
+        whole(
+            f"{name}/{part}",
+            network.from_pretrained(
+                name, subfolder=part, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+            ),
+        )
+        for part, network in networks.items()
     )
     if dtype is torch.float16 and vae.config.force_upcast:
         # SDXL's own VAE overflows in half precision and says so in its configuration.
@@ -306,7 +325,10 @@ def _read_clip(name: str, device: torch.device, dtype: torch.dtype, index: Mappi
     """One CLIP encoder (Stable Diffusion) or two (SDXL) as `model_index.json` lists them; None when it lists none."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    classes = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+    classes: dict[str, Any] = {
+        "CLIPTextModel": CLIPTextModel,
+        "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
+    }
     encoders, tokenizers = [], []
     for part, tokenizer in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         kind = (index.get(part) or (None, None))[1]
@@ -314,11 +336,22 @@ def _read_clip(name: str, device: torch.device, dtype: torch.dtype, index: Mappi
             continue
         if kind not in classes:
             raise InputError(f"{name} has a text encoder {kind}; needed: {' or '.join(classes)}.")
-        encoder: Any = classes[kind].from_pretrained(name, subfolder=part, dtype=dtype, use_safetensors=True)
+        encoder: Any = whole(
+            f"{name}/{part}",
+            classes[kind].from_pretrained(
+                name, subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True
+            ),
+        )
         if getattr(encoder.config, "use_attention_mask", False):
             raise InputError(f"{name}: its {part} has use_attention_mask, an input that is not fed; not served.")
+        words, most = CLIPTokenizer.from_pretrained(name, subfolder=tokenizer), encoder.config.max_position_embeddings
+        if not 1 <= words.model_max_length <= most:
+            raise InputError(
+                f"{name}: its {tokenizer} makes up to {words.model_max_length:,} tokens of a prompt; its {part} reads "
+                f"1 to {most:,}."
+            )
         encoders.append(encoder.to(device).eval().requires_grad_(False))
-        tokenizers.append(CLIPTokenizer.from_pretrained(name, subfolder=tokenizer))
+        tokenizers.append(words)
     if not encoders:
         return None
     return ClipText(encoders, tokenizers, bool(index.get("force_zeros_for_empty_prompt")))

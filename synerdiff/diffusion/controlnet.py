@@ -9,9 +9,10 @@ import torch
 
 from synerdiff.core import InputError
 from synerdiff.diffusion import SHIPPED_CONTROLNETS
-from synerdiff.diffusion.architectures import WEIGHTS_SEED, empty_controlnet, fill_randomly
+from synerdiff.diffusion.architectures import WEIGHTS_SEED, empty_controlnet, fill_randomly, require_kinds, whole
 from synerdiff.diffusion.denoisers.controlnet import ControlCall, ControlNet
 from synerdiff.diffusion.model import DiffusionModel
+from synerdiff.diffusion.solvers import first_line
 
 
 def load_controlnet(name_or_path: str | Path, model: DiffusionModel, name: str | None = None) -> ControlNet:
@@ -63,12 +64,14 @@ def read_control_image(path: str | Path, folder: str | Path, controlnet: ReadsIm
     Nothing is resized: InputError, one sentence, unless it has the model's resolution; colours become grey, or grey
     becomes three equal colours, as the ControlNet's channels demand.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     allowed = Path(folder).resolve()
     file = (allowed / path).resolve()
     if not file.is_relative_to(allowed):
         raise InputError(f"{path}: this picture lies outside the folder of conditioning pictures, {folder}.")
+    if file.exists() and not file.is_file():
+        raise InputError(f"{file}: this is no file; a conditioning picture is needed.")
     try:
         with Image.open(file) as opened:
             if opened.size != (model.width, model.height):
@@ -76,11 +79,15 @@ def read_control_image(path: str | Path, folder: str | Path, controlnet: ReadsIm
                     f"{file}: a conditioning picture for {model.name} has {model.height}x{model.width} pixels "
                     f"(height x width); this one has {opened.height}x{opened.width}."
                 )
+            if opened.mode.partition(";")[0] in ("I", "F"):  # PIL would cut their values off at 255
+                raise InputError(f"{file}: this picture has values of more than 8 bits; save it with 8 bits a channel.")
             picture = opened.convert("L" if controlnet.channels == 1 else "RGB")
     except FileNotFoundError:
         raise InputError(f"{file}: there is no such conditioning picture.") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"{file}: this is not a picture that can be read ({error}).") from None
+    except InputError:
+        raise
+    except Exception as error:  # each format's decoder has its own
+        raise InputError(f"{file}: this is not a picture that can be read ({first_line(error)}).") from None
     levels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
     pixels = levels.view(1, model.height, model.width, -1).permute(0, 3, 1, 2)
     return (pixels.float() / 255).to(model.device, model.dtype)
@@ -90,15 +97,18 @@ def _read(folder: Path, dtype: torch.dtype) -> Any:
     from diffusers import ControlNetModel
 
     try:
-        kind = ControlNetModel.load_config(str(folder)).get("_class_name")
+        config: Any = ControlNetModel.load_config(str(folder))
+        require_kinds(f"{folder}: this ControlNet", ControlNetModel, config)
+        kind = config.get("_class_name")
         if kind != "ControlNetModel":
             raise InputError(f"{folder}: this is a {kind}; a ControlNetModel is needed.")
-        return ControlNetModel.from_pretrained(  # type: ignore[no-untyped-call]
-            str(folder), torch_dtype=dtype, use_safetensors=True
+        loaded = ControlNetModel.from_pretrained(  # type: ignore[no-untyped-call]
+            str(folder), torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
+        return whole(str(folder), loaded)
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever a wrong configuration or file makes the libraries raise
         reason = " ".join(str(error).split()).split(". ")[0].rstrip(".:")
         raise InputError(f"{folder}: the ControlNet cannot be loaded ({reason}).") from error
 

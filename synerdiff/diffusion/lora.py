@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from synerdiff.core import InputError
-from synerdiff.files import atomic
+from synerdiff.files import atomic, finite, shown
 
 _PREFIX = "unet."
 _PEFT, _KOHYA = "base_model.model.", "lora_unet_"
@@ -49,6 +49,7 @@ _ORIGINAL = {
 }
 """Names in Stability AI's own code, which kohya's SDXL files have -> diffusers' names."""
 _METADATA = "lora_adapter_metadata"
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class UnservedLora(InputError):
@@ -123,8 +124,8 @@ def read_lora(path: str | Path, folder: str | Path) -> LoraFile:
         module, part = _layer_of(file, key)
         if part in parts.setdefault(module, {}):
             raise InputError(f"{file}: the layer {module} has two {part} tensors.")
-        number = tensor.is_floating_point() or part == "alpha"
-        if not number or not bool(tensor.isfinite().all()):
+        number = tensor.is_floating_point() or (part == "alpha" and tensor.dtype in _WHOLE)
+        if not number or not bool(tensor.float().isfinite().all()):  # float8 has no isfinite of its own
             raise InputError(f"{file}: the {part} tensor of layer {module} holds values that are not finite numbers.")
         parts[module][part] = tensor
     if not parts:
@@ -246,8 +247,10 @@ def _alpha_of(file: Path, module: str, rank: int, config: Mapping[str, Any]) -> 
         if f".{module}".endswith(f".{name}"):
             alpha = value
             break
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise InputError(f"{file}: the alpha of layer {module} in its settings must be a number, not {alpha!r}.")
+    if not finite(alpha, lambda _: True):
+        raise InputError(
+            f"{file}: the alpha of layer {module} in its settings must be a number, not {shown(repr(alpha))}."
+        )
     return float(alpha)
 
 

@@ -18,6 +18,7 @@ from synerdiff.diffusion.denoisers.unet import EagerDenoiser, SplitDenoiser, sum
 from synerdiff.diffusion.execution import ModelExecution
 from synerdiff.diffusion.rows import Denoise, RowInputs, assemble, bucket_of, combine, order_by_mode, rows_of
 from synerdiff.diffusion.solvers import LinearProgress, Progress, Solver, to_device
+from synerdiff.files import MOST_SIDE
 
 
 @dataclass(slots=True, eq=False)
@@ -313,6 +314,9 @@ def vae_factor(vae: Any) -> int:
 
 
 def _check_resolution(name: str, resolution: tuple[int, int], multiple: int) -> None:
-    if any(side <= 0 or side % multiple for side in resolution):
+    if any(not 0 < side <= MOST_SIDE or side % multiple for side in resolution):
         height, width = resolution
-        raise InputError(f"{name} makes images whose sides are multiples of {multiple} pixels, not {height}x{width}.")
+        raise InputError(
+            f"{name} makes images whose sides are multiples of {multiple} pixels up to {MOST_SIDE}, "
+            f"not {height}x{width}."
+        )

@@ -13,8 +13,12 @@ import torch
 
 from synerdiff.core import InputError
 from synerdiff.diffusion import SCHEDULERS
+from synerdiff.diffusion.architectures import require_kinds
 from synerdiff.diffusion.solvers import LinearSolver, Solver, first_line, is_linear, set_timesteps
+from synerdiff.files import shown
 
+MOST_TRAINED_STEPS = 100_000
+"""Of a schedule, whose tables have an entry for each; models are trained with 1,000."""
 PROBE_STEPS = 4
 
 
@@ -31,6 +35,13 @@ def make_scheduler(class_name: str, config: Any) -> Any:
         if not class_name.endswith("Scheduler") or not hasattr(scheduler_class, "from_config"):
             known = ", ".join(SCHEDULERS)
             raise InputError(f"There is no scheduler {class_name}; use {known} or a diffusers class name.")
+        require_kinds(f"The scheduler {class_name}", scheduler_class, config)
+        taught = config.get("num_train_timesteps", 1)
+        if type(taught) is not int or not 1 <= taught <= MOST_TRAINED_STEPS:
+            raise InputError(
+                f"The scheduler {class_name} has num_train_timesteps {shown(repr(taught))}; a whole number from 1 to "
+                f"{MOST_TRAINED_STEPS:,} is needed."
+            )
         return scheduler_class.from_config(config)  # type: ignore[union-attr]
     except InputError:
         raise

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from synerdiff.core import REUSE, InputError
 from synerdiff.diffusion.architectures import empty_controlnet, empty_modules, read_architecture
@@ -224,6 +225,11 @@ def test_controlnets_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     digits.unet.save_pretrained(tmp_path / "unet")
     with pytest.raises(InputError, match="unet: this is a UNet2DConditionModel; a ControlNetModel is needed"):
         load_controlnet(tmp_path / "unet", digits)
+    weights = load_file(tmp_path / "canny" / "diffusion_pytorch_model.safetensors")
+    weights.pop("conv_in.weight")
+    save_file(weights, tmp_path / "canny" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(InputError, match=r"canny: its weights lack conv_in\.weight"):
+        load_controlnet(tmp_path / "canny", tiny)
     (tmp_path / "canny" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
     with pytest.raises(InputError, match=r"canny: the ControlNet cannot be loaded \("):
         load_controlnet(tmp_path / "canny", tiny)
@@ -258,6 +264,12 @@ def test_conditioning_pictures(tmp_path: Path) -> None:
         read_control_image("none.png", folder, net, model)
     with pytest.raises(InputError, match=r"text\.png: this is not a picture that can be read"):
         read_control_image("text.png", folder, net, model)
+    Image.new("I;16", (32, 32), 1000).save(folder / "deep.png")
+    with pytest.raises(InputError, match=r"deep\.png: this picture has values of more than 8 bits"):
+        read_control_image("deep.png", folder, net, model)
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(InputError, match=r"pipe\.png: this is no file"):
+        read_control_image("pipe.png", folder, net, model)
     tiny = steered_model("tiny-sd", nets=("a",))
     Image.new("L", (64, 64), 102).save(folder / "large.png")
     assert read_control_image("large.png", folder, tiny.controlnets["a"], tiny).shape == (1, 3, 64, 64)

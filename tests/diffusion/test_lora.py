@@ -389,6 +389,10 @@ def written(folder: Path, change: Any, metadata: Any = None) -> Any:
             rf"the down tensor of layer {LINEAR} holds values that are not finite",
         ),
         (
+            lambda t: t.update({f"unet.{LINEAR}.alpha": torch.tensor(1 + 2j)}),
+            rf"the alpha tensor of layer {LINEAR} holds values that are not finite numbers",
+        ),
+        (
             lambda t: t.update({f"unet.{LINEAR}.alpha": torch.ones(2)}),
             rf"the alpha of layer {LINEAR} must be one number, not 2",
         ),
@@ -398,6 +402,12 @@ def test_wrong_layers_are_named(folder: Path, change: Any, message: str) -> None
     path = written(folder, change)
     with pytest.raises(InputError, match=r"bad\.safetensors: .*" + message):
         read_lora(path, folder)
+
+
+def test_loras_in_eight_bits_are_read(folder: Path) -> None:
+    layer = f"unet.{LINEAR}.lora_A.weight"
+    path = written(folder, lambda t: t.update({layer: t[layer].to(torch.float8_e4m3fn)}))
+    assert read_lora(path, folder).layers[LINEAR].product().isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -414,6 +424,7 @@ def test_wrong_layers_are_named(folder: Path, change: Any, message: str) -> None
         (json.dumps({"unet.alpha_pattern": {"to_q": True}}), "alpha of layer .*to_q in its settings must be a number"),
         (json.dumps({"lora_alpha": "much"}), "in its settings must be a number, not 'much'"),
         ('{"lora_alpha": NaN}', "in its settings must be a number, not nan"),
+        (f'{{"lora_alpha": 1{"0" * 400}}}', "in its settings must be a number, not 10000"),
     ],
 )
 def test_settings_that_cannot_be_merged_are_refused(folder: Path, metadata: Any, message: str) -> None:

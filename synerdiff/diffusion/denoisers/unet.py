@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 from synerdiff.core import InputError
+from synerdiff.diffusion.architectures import require_kinds
 from synerdiff.diffusion.rows import RowInputs, runs_of
+from synerdiff.files import finite
 
 
 class EagerDenoiser:
@@ -191,6 +193,7 @@ def require_fed(name: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> N
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     for part, network, config in (("UNet", UNet2DConditionModel, unet), ("VAE", AutoencoderKL, vae)):
+        require_kinds(f"{name}: its {part}", network, config)
         known = inspect.signature(network).parameters
         for option, value in config.items():
             if option.startswith("_"):
@@ -201,6 +204,9 @@ def require_fed(name: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> N
                 )
             if value not in _FED[part].get(option, (value,)):
                 raise InputError(f"{name}: its {part} has {option} {value}, an input that is not fed; not served.")
+    scale = vae.get("scaling_factor", 1.0)
+    if not finite(scale, lambda factor: factor > 0):
+        raise InputError(f"{name}: its VAE has scaling_factor {scale}; a number above 0 is needed.")
     width = unet.get("cross_attention_dim", 1280)
     if not isinstance(width, int):
         raise InputError(f"{name}: its UNet has cross_attention_dim {width}; one number is needed.")
