@@ -67,8 +67,8 @@ def target_of(text: str) -> Target:
         quantile, bound_s = round(float(latency[1]) / 100, 9), float(latency[2]) * _UNITS_S[latency[3]]
         if not 0 < quantile < 1 or not LEAST_SLO_S <= bound_s <= MOST_SLO_S:
             raise ValueError(
-                f"'{shown(text)}': a percentile lies between 0 and 100, to 7 decimals, and a latency limit is "
-                f"{LEAST_SLO_S:g} to {MOST_SLO_S:g} s"
+                f"'{shown(text)}' is no SLO: a percentile lies between 0 and 100, to 7 decimals, a latency limit is "
+                f"{LEAST_SLO_S:g} to {MOST_SLO_S:g} s, as p99=10s"
             )
         return Target(quantile, bound_s)
     if goodput:

@@ -187,9 +187,9 @@ CAPACITY = {"trace": "t.csv", "profile": "digits-cpu", "slo": "p99=5s", "gpus": 
         ("slo", "p99=٣s", "is no SLO"),
         ("slo", "goodput=٩٩%", "is no SLO"),
         ("slo", "p99.9999999999=3s", "a percentile lies between 0 and 100"),
-        ("slo", "p50=0.0000001ms", "a latency limit is 1e-06 to 1e+09 s"),
-        ("slo", "p50=99999999999s", "a latency limit is 1e-06 to 1e+09 s"),
-        ("slo", f"p50={'9' * 400}s", "a latency limit is 1e-06 to 1e+09 s"),
+        ("slo", "p50=0.0000001ms", "a latency limit is 1e-06 to 1e+09 s, as p99=10s"),
+        ("slo", "p50=99999999999s", "a latency limit is 1e-06 to 1e+09 s, as p99=10s"),
+        ("slo", f"p50={'9' * 400}s", "a latency limit is 1e-06 to 1e+09 s, as p99=10s"),
         ("stages", "decode,decode", "stages names a layout twice"),
     ],
 )
