@@ -133,7 +133,7 @@ def measure_corun(bench: Bench, step: Again, chunk: Again, so_far: Slowdowns, un
     """One visit of a pair: its samples so far and new ones, slowdowns (ppm) of the step and of the chunk.
 
     Blocks of solo, co-run, solo: each co-run time is divided by the median of the solo times on both sides of it, so
-    that drift cancels. A visit has at least one block and about half of the rule's time, and no further block after
+    that drift cancels. A visit adds to both sides, has about half of the rule's time, and no further block after
     ``until_s`` of the monotonic clock. Raises Unsettled when the machine is so busy that the two never run without a
     gap.
     """
@@ -156,9 +156,10 @@ def measure_corun(bench: Bench, step: Again, chunk: Again, so_far: Slowdowns, un
         now_s = time.monotonic()
         spent_s = now_s - since_s
         over = now_s >= until_s
-        if all(slowdowns) and (over or all(bench.rule.enough(of_side, VISITS * spent_s) for of_side in slowdowns)):
+        grown = all(len(now) > len(first) for now, first in zip(slowdowns, so_far, strict=True))
+        if grown and (over or all(bench.rule.enough(of_side, VISITS * spent_s) for of_side in slowdowns)):
             return slowdowns
-        if not all(slowdowns) and (over or spent_s > GIVE_UP * bench.rule.cap_s):
+        if not grown and (over or spent_s > GIVE_UP * bench.rule.cap_s):
             raise Unsettled("the machine is too busy: a step and a chunk never ran together without a gap")
 
 

@@ -161,6 +161,8 @@ class Stop(Exception):
 
 
 def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A busy machine may need many tries until a step and a chunk run beside each other.
+    monkeypatch.setattr(bench, "QUICK", Rule(least=3, most=3, width=1.0, cap_s=20.0))
     folder = tmp_path / "p"
 
     def stop_at(point: Any) -> Any:
