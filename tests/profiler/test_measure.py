@@ -325,7 +325,7 @@ def test_ctrl_c_keeps_what_was_measured(
         (["--model", "nothing"], "There is no model nothing"),
         (["--model", "digits", "--rows", "0"], "--rows 0: whole numbers from 1 to 1024"),
         (["--model", "digits", "--dtype", "int8"], "--dtype is 'int8'"),
-        (["--model", "digits", "--resolution", "33"], "multiples of 8 pixels, not 33x33"),
+        (["--model", "digits", "--resolution", "33"], "multiples of 8 pixels up to 16384, not 33x33"),
     ],
 )
 def test_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
