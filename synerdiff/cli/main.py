@@ -21,7 +21,7 @@ import typer.main
 
 from synerdiff import __version__
 from synerdiff.core import ContractError, InputError
-from synerdiff.files import PACKAGES, install_hint, number, shown, whole_number
+from synerdiff.files import MOST, PACKAGES, install_hint, number, shown, whole_number
 
 GROUPS = {
     "Simulate": ("simulate", "sweep", "capacity", "tune", "compare", "schema", "report"),
@@ -93,7 +93,8 @@ def _read_numbers_plainly(command: Any) -> None:
 
 
 def _whole_number(text: str) -> int:
-    return whole_number(text, -_MOST_SEED, _MOST_SEED)
+    most = _MOST_SEED if text.strip().lstrip("+-").isdigit() else MOST  # what is no number is told no bounds
+    return whole_number(text, -most, most)
 
 
 def _checked(option: str, read: Callable[[str], object], then: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
