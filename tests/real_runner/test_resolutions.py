@@ -139,7 +139,7 @@ def test_loras_and_controlnets_work_at_each_resolution(hardware: Hardware, folde
 def test_sides_that_the_model_cannot_make_are_refused() -> None:
     odd = affine_profile(6, 2, 6)
     odd.head = digits_profile().head.model_copy(update={"resolutions": ((36, 32),)})
-    with pytest.raises(InputError, match="multiples of 8 pixels, not 36x32"):
+    with pytest.raises(InputError, match="multiples of 8 pixels up to 16384, not 36x32"):
         digits_hardware(combined([digits_profile(), odd], "both")).close()
 
 
